@@ -1,0 +1,214 @@
+"""A semi-supervised GAN: a K-class discriminator from few labels and many images.
+
+python -m experiments.mnist_ssgan
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gan_jax import (
+  augment,
+  checkpoint,
+  data,
+  metrics,
+  networks,
+  objectives,
+  probe,
+  report,
+  steps,
+  train,
+)
+from gan_jax.types import Augment, Json
+
+
+@dataclass(frozen=True)
+class Config(train.Config):
+  """The flags of this experiment."""
+
+  network: Literal["conv", "mlp"] = "conv"
+  """conv: small convolutional pair with augmentation and consistency. mlp: the pair of Improved GAN."""
+  adversarial: float | None = None
+  """Weight of the real-or-fake loss of D; 0 trains without a GAN (default: the recipe's)."""
+  consistency: float | None = None
+  """Weight of the consistency term; 0 gives the pure GAN (default: the recipe's)."""
+  learning_rate: float | None = None
+  """Peak learning rate of D (default: the recipe's)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+  """What `--network` stands for."""
+
+  steps: int
+  batch_lab: int
+  batch_unl: int
+  batch_fake: int
+  learning_rate: float
+  g_learning_rate: float
+  decay: bool
+  """Cosine decay of both learning rates to zero after a short warm-up; else constant."""
+  ema_decay: float
+  adversarial: float
+  consistency: float
+  augment: Augment | None
+  """What all images go through on their way into D."""
+  weak: Augment
+  """What the consistency term takes its targets from."""
+  threshold: float = 0.8
+
+
+RECIPES = {
+  "conv": Recipe(
+    steps=2000,
+    batch_lab=50,
+    batch_unl=128,
+    batch_fake=32,
+    learning_rate=3e-3,
+    g_learning_rate=1e-3,
+    decay=True,
+    ema_decay=0.99,
+    adversarial=0.15,
+    consistency=1.0,
+    augment=augment.chain(
+      augment.affine(shift=0.08, rotate=17, scale=0.14, shear=0.2), augment.cutout(0.3)
+    ),
+    weak=augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1),
+  ),
+  # Salimans et al., 2016, and the authors' code; 180,000 updates there.
+  "mlp": Recipe(
+    steps=12_000,
+    batch_lab=100,
+    batch_unl=100,
+    batch_fake=100,
+    learning_rate=3e-3,
+    g_learning_rate=3e-3,
+    decay=False,
+    ema_decay=0.9999,
+    adversarial=0.5,
+    consistency=0.0,
+    augment=None,
+    weak=augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1),
+  ),
+}
+
+
+def main(config: Config) -> Json:
+  """Trains the semi-supervised GAN and its two controls; returns what `result.json` holds."""
+  recipe = _recipe(config)
+  with train.open_run(config, "mnist_ssgan") as run:
+    shape, num_classes = run.dataset.image_shape, run.dataset.num_classes
+    g, d = {
+      "conv": (networks.ConvGenerator(shape), networks.ConvDiscriminator(num_classes)),
+      "mlp": (networks.MLPGenerator(shape), networks.MLPDiscriminator(num_classes)),
+    }[config.network]
+    g_tx = optax.adam(_schedule(recipe, recipe.g_learning_rate), b1=0.5)
+    d_tx = optax.adam(_schedule(recipe, recipe.learning_rate), b1=0.5)
+    train_data = data.to_device(run.dataset, run.split, exclude_labelled=config.exclude_labelled)
+
+    def train_phase(phase: str, objective: objectives.Objective, *, num_unl: int, num_fake: int, **kwargs):
+      step = steps.make_step(
+        g,
+        d,
+        g_tx=g_tx,
+        d_tx=d_tx,
+        objective=objective,
+        augment=recipe.augment,
+        ema_decay=recipe.ema_decay,
+      )
+      key, x_init = jax.random.key(config.seed), data.to_float(train_data.x_unl[:500])
+      state = steps.init_state(key, g, d, g_tx=g_tx, d_tx=d_tx, x_init=x_init)
+      draw = data.make_draw(recipe.batch_lab, num_unl, num_fake)
+      return train.fit(run, phase, state, step, draw, train_data, num_steps=recipe.steps, **kwargs)
+
+    gan = objectives.semi_supervised_gan(
+      adversarial=recipe.adversarial,
+      consistency_weight=recipe.consistency,
+      weak=recipe.weak,
+      threshold=recipe.threshold,
+    )
+    with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
+      fit = train_phase(
+        "semi-supervised",
+        gan,
+        num_unl=recipe.batch_unl,
+        num_fake=recipe.batch_fake if recipe.adversarial else 0,
+        checkpoints=checkpoints,
+      )
+    control = None
+    if not fit.interrupted:
+      control = train_phase("supervised", objectives.supervised_only(), num_unl=0, num_fake=0)
+
+    classify = jax.jit(steps.make_classifier(d))
+    read = partial(metrics.predict, partial(classify, fit.state))
+    x_test, y_test = run.dataset.x_test, run.dataset.y_test
+    logits, features = read(x_test)
+    _, features_lab = read(np.asarray(train_data.x_lab))
+    linear = probe.fit_linear(jnp.asarray(features_lab), train_data.y_lab, num_classes=num_classes)
+    errors = {
+      "test_error": metrics.error_percent(logits, y_test),
+      "supervised_test_error": None,
+      "probe_test_error": metrics.error_percent(np.asarray(linear.logits(jnp.asarray(features))), y_test),
+    }
+    if control is not None:
+      control_logits, _ = metrics.predict(partial(classify, control.state), x_test)
+      errors["supervised_test_error"] = metrics.error_percent(control_logits, y_test)
+
+    sample = jax.jit(steps.make_sampler(g), static_argnums=2)
+    x_fake = sample(fit.state, jax.random.key(config.seed), 100)
+    report.sample_grid(run.path / "samples" / "last.png", np.asarray(x_fake))
+    report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
+    counts = metrics.confusion_matrix(logits, y_test)
+    report.confusion(run.path / "confusion.png", counts, run.dataset.class_names)
+
+    result = {
+      "interrupted": fit.interrupted,
+      "network": config.network,
+      "steps": int(fit.state.step),
+      "recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if not callable(v)},
+      "seconds_train": round(fit.seconds_train, 1),
+      "seconds_compile": round(fit.seconds_compile, 1),
+      "seconds_to_first_update": fit.seconds_to_first_update,
+      "updates_per_second": round(int(fit.state.step) / fit.seconds_train, 2),
+      "supervised_seconds_train": control and round(control.seconds_train, 1),
+      **errors,
+    }
+    names = {
+      "test_error": "semi-supervised: few labels and all images",
+      "supervised_test_error": "supervised: the same labels, no other images",
+      "probe_test_error": "linear probe on the discriminator's features",
+    }
+    table = [
+      (f"test error, {names[key]}", "not run" if error is None else f"{error:.2f} %")
+      for key, error in errors.items()
+    ]
+    pictures = [
+      ("Generated images", "samples/last.png"),
+      ("Learning curves", "learning_curves.png"),
+      ("Confusion matrix on the test set", "confusion.png"),
+    ]
+    return train.finish(run, result, table=table, pictures=pictures)
+
+
+def _recipe(config: Config) -> Recipe:
+  flags = ("steps", "adversarial", "consistency", "learning_rate")
+  given = {name: getattr(config, name) for name in flags if getattr(config, name) is not None}
+  recipe = dataclasses.replace(RECIPES[config.network], **given)
+  return dataclasses.replace(recipe, batch_unl=config.batch_size or recipe.batch_unl)
+
+
+def _schedule(recipe: Recipe, peak: float) -> optax.ScalarOrSchedule:
+  if not recipe.decay:
+    return peak
+  warmup = min(50, recipe.steps // 10)
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, recipe.steps)
+
+
+if __name__ == "__main__":
+  train.cli(main, Config)

@@ -1,0 +1,156 @@
+"""What a run leaves behind: JSON, pictures and a page that shows them. Files are written whole or not."""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gan_jax.types import Json
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes beside and renames: a reader never sees half a file."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = path.with_name(f".{path.name}.{os.getpid()}")
+  beside.write_bytes(content)
+  beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes indented JSON."""
+  write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_metrics(path: Path) -> list[Json]:
+  """The rows of a `metrics.jsonl`; a last line that was cut off does not count."""
+  if not path.exists():
+    return []
+  lines = path.read_text().splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+# --- Pictures
+
+
+def sample_grid(path: Path, x: Float[np.ndarray, "n h w c"], columns: int = 10) -> None:
+  """Images in [0, 1] as one PNG, row by row, small ones enlarged pixel by pixel."""
+  from PIL import Image
+
+  n, height, width, channels = x.shape
+  rows = -(-n // columns)
+  grid = np.ones((rows * columns, height + 2, width + 2, channels), np.float32)
+  grid[:n, 1:-1, 1:-1] = x
+  grid = grid.reshape(rows, columns, height + 2, width + 2, channels).transpose(0, 2, 1, 3, 4)
+  grid = grid.reshape(rows * (height + 2), columns * (width + 2), channels)
+  pixels = np.round(255 * np.clip(grid, 0, 1)).astype(np.uint8)
+  picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+  factor = max(1, 64 // height)
+  picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+  buffer = io.BytesIO()
+  picture.save(buffer, "png")
+  write_bytes(path, buffer.getvalue())
+
+
+def _figure(path: Path, size: tuple[float, float], draw: Callable) -> None:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=size, layout="constrained")
+  FigureCanvasAgg(figure)
+  draw(figure)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=110)
+  write_bytes(path, buffer.getvalue())
+
+
+_CURVES = {
+  "losses of D": ("d/loss", "d/supervised", "d/realness", "d/consistency"),
+  "loss of G": ("g/loss",),
+  "realness logit": ("d/realness_real", "d/realness_fake"),
+  "error on the labelled batch, %": ("d/error",),
+}
+
+
+def learning_curves(path: Path, rows: Sequence[Json]) -> None:
+  """Metrics over updates: a line a phase and metric, a panel a kind."""
+
+  def draw(figure):
+    panels = figure.subplots(2, 2).flat
+    for axes, (title, names) in zip(panels, _CURVES.items(), strict=True):
+      for phase in dict.fromkeys(row["phase"] for row in rows):
+        for name in names:
+          points = [(row["step"], row[name]) for row in rows if row["phase"] == phase and name in row]
+          if points:
+            dashes = "-" if phase == rows[0]["phase"] else "--"
+            axes.plot(*zip(*points, strict=True), dashes, label=f"{name}, {phase}", linewidth=1)
+      axes.set_title(title)
+      axes.set_xlabel("updates")
+      if axes.lines:
+        axes.legend(fontsize=7)
+
+  _figure(path, (10, 7), draw)
+
+
+def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:
+  """Confusion matrix; the diagonal is left blank so that the mistakes show."""
+
+  def draw(figure):
+    axes = figure.subplots()
+    mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
+    axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, rotation=45)
+    axes.set_yticks(ticks, class_names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(counts) <= 20:
+      for i in ticks:
+        for j in ticks:
+          if counts[i, j]:
+            grey = "0.6" if i == j else "black"
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color=grey)
+
+  _figure(path, (6, 6), draw)
+
+
+# --- The page
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ result.experiment }} on {{ result.dataset }}</title>
+<style>
+ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+ table { border-collapse: collapse; } td, th { padding: .2rem 1rem .2rem 0; text-align: left; }
+ td.n { text-align: right; font-variant-numeric: tabular-nums; } img { max-width: 100%; }
+ .note { background: #fff3cd; padding: .5rem 1rem; } pre { overflow-x: auto; }
+</style>
+<h1>{{ result.experiment }} on {{ result.dataset }}</h1>
+{% if result.note %}<p class="note">{{ result.note }}</p>{% endif %}
+<table>{% for name, value in table %}<tr><td>{{ name }}</td><td class="n">{{ value }}</td></tr>
+{% endfor %}</table>
+{% for title, data in pictures %}<h2>{{ title }}</h2>
+<img alt="{{ title }}" src="data:image/png;base64,{{ data }}">
+{% endfor %}
+<h2>Result</h2><pre>{{ json }}</pre>
+</html>
+"""
+
+
+def page(
+  path: Path, result: Json, table: Sequence[tuple[str, str]], pictures: Sequence[tuple[str, Path]]
+) -> None:
+  """One HTML file with the table, the pictures inside it, and the result as JSON."""
+  import jinja2
+
+  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+  encoded = [(title, base64.b64encode(file.read_bytes()).decode()) for title, file in pictures]
+  html = environment.from_string(_PAGE).render(
+    result=result, table=table, pictures=encoded, json=json.dumps(result, indent=2)
+  )
+  write_bytes(path, html.encode())

@@ -1,0 +1,243 @@
+"""The update as a pure function: `step(state, batch) -> (state, metrics)`, and what stands around it.
+
+Networks and optimizers are closed over by the `make_*` builders; the state holds arrays only.
+Randomness is derived: `fold_in(state.key, state.step)`, split once into named parts. The base key
+never changes, so a run that is saved and restored goes on bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from gan_jax import losses, objectives
+from gan_jax.types import Augment, Batch, Generator, Metrics, NetState, Network, Params, Step, TrainState
+
+
+def init_state(
+  key: Key[Array, ""],
+  g: Generator,
+  d: Network,
+  *,
+  g_tx: optax.GradientTransformation,
+  d_tx: optax.GradientTransformation,
+  x_init: Float[Array, "b h w c"],
+) -> TrainState:
+  """A fresh state.
+
+  Args:
+    key: consumed; the state keeps a key derived from it.
+    g: generator: `g.latents(key, n) -> z` and `g(z, train=) -> x` in [0, 1].
+    d: discriminator: `d(x, train=) -> (logits [B, K], features [B, F])`.
+    g_tx, d_tx: optimizers.
+    x_init: real images in [0, 1], `[B, H, W, C]`. They give the shapes, and weight-normalised layers
+      start from their statistics: a few hundred images are enough.
+  """
+  chex.assert_rank(x_init, 4)
+  key_state, key_z, key_g, key_d, key_noise = jax.random.split(key, 5)
+  g_variables = dict(g.init(key_g, g.latents(key_z, len(x_init)), train=True))
+  d_variables = dict(d.init({"params": key_d, "noise": key_noise}, x_init, train=True))
+  g_params, d_params = g_variables.pop("params"), d_variables.pop("params")
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    key=key_state,
+    g=NetState(g_params, g_variables, g_tx.init(g_params)),
+    d=NetState(d_params, d_variables, d_tx.init(d_params)),
+    # Copies: a donated state must not hold one buffer twice.
+    ema=jax.tree.map(jnp.copy, {"g": g_params, "d": d_params}),
+  )
+
+
+def update_keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
+  """The two keys of the update to come: one draws its batch, the other is the step's own."""
+  key_batch, key_step = jax.random.split(jax.random.fold_in(state.key, state.step))
+  return key_batch, key_step
+
+
+def make_step(
+  g: Generator,
+  d: Network,
+  *,
+  g_tx: optax.GradientTransformation,
+  d_tx: optax.GradientTransformation,
+  objective: objectives.Objective,
+  augment: Augment | None = None,
+  ema_decay: float = 0.999,
+) -> Step:
+  """Builds one update of D, then one of G against the new D: pure, uncompiled.
+
+  D sees `[labelled; unlabelled; generated]` in one pass. G's update has latents and unlabelled images
+  of its own. The batch sets the sizes, and a part without rows costs nothing: with labelled images
+  alone, the same step is the supervised control. A network without terms in the objective is left as
+  it is.
+
+  Args:
+    g, d: networks, see `init_state`.
+    g_tx, d_tx: optimizers, those that the state was made with.
+    objective: the terms of both networks.
+    augment: applied to all that D sees, real and generated alike.
+    ema_decay: decay of the parameter averages; early in training `(1 + t) / (10 + t)` where that is
+      smaller, so that the first parameters are soon forgotten.
+
+  Returns:
+    `step(state, batch) -> (state, metrics)`. Metrics are scalars: `d/loss`, each term under its name
+    (`d/supervised`, `g/feature_matching`), mean realness, error on the labelled batch in percent,
+    norms of gradients and updates.
+  """
+
+  def apply(net: Network, params: Params, model_state: PyTree, x: Array, key: Array):
+    variables = {"params": params, **model_state}
+    out, changed = net.apply(variables, x, train=True, rngs={"noise": key}, mutable=list(model_state))
+    return out, dict(changed)
+
+  def see(key: Array, x: Array) -> Array:
+    return augment(key, x) if augment and len(x) else x
+
+  def update_d(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+    key_z, key_g, key_augment, key_noise, key_terms = jax.random.split(key, 5)
+    x_fake = batch.x_unl_g  # of no rows where nothing is generated
+    if len(x_fake):
+      z = g.latents(key_z, len(x_fake))
+      x_fake, _ = apply(g, state.g.params, state.g.model_state, z, key_g)
+    x = jax.lax.stop_gradient(jnp.concatenate([batch.x_lab, batch.x_unl, x_fake]))
+    x = see(key_augment, x)
+    ends = [len(batch.x_lab), len(batch.x_lab) + len(batch.x_unl)]
+
+    def loss_fn(params: Params):
+      def d_fn(x: Array, key: Array):
+        return apply(d, params, state.d.model_state, x, key)[0]
+
+      (logits, features), model_state = apply(d, params, state.d.model_state, x, key_noise)
+      columns = (jnp.split(a, ends) for a in (x, logits, features))
+      parts = (objectives.Part(*part) for part in zip(*columns, strict=True))
+      view = objectives.View(*parts, batch=batch, key=key_terms, d_fn=d_fn)
+      loss, values = objectives.total(objective.d, view, state.step)
+      for name, part in (("real", view.unl), ("fake", view.fake)):
+        if len(part.x):
+          values[f"realness_{name}"] = losses.realness(part.logits).mean()
+      if len(view.lab.x):
+        values["error"] = 100 * (view.lab.logits.argmax(axis=-1) != batch.y_lab).mean()
+      return loss, (values, model_state)
+
+    net, metrics = descend(d_tx, state.d, loss_fn)
+    return state.replace(d=net), {f"d/{name}": value for name, value in metrics.items()}
+
+  def update_g(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+    key_z, key_g, key_real, key_fake, key_noise_real, key_noise_fake, key_terms = jax.random.split(key, 7)
+    z = g.latents(key_z, len(batch.x_unl_g))
+
+    def d_fn(x: Array, key: Array):
+      return apply(d, state.d.params, state.d.model_state, x, key)[0]
+
+    x_unl = see(key_real, batch.x_unl_g)
+    unl = objectives.Part(x_unl, *d_fn(x_unl, key_noise_real))
+
+    def loss_fn(params: Params):
+      x_fake, model_state = apply(g, params, state.g.model_state, z, key_g)
+      x_fake = see(key_fake, x_fake)
+      fake = objectives.Part(x_fake, *d_fn(x_fake, key_noise_fake))
+      lab = objectives.Part(*(a[:0] for a in unl))
+      view = objectives.View(lab, unl, fake, batch=batch, key=key_terms, d_fn=d_fn)
+      loss, values = objectives.total(objective.g, view, state.step)
+      return loss, (values, model_state)
+
+    net, metrics = descend(g_tx, state.g, loss_fn)
+    return state.replace(g=net), {f"g/{name}": value for name, value in metrics.items()}
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    chex.assert_rank([batch.x_lab, batch.x_unl, batch.x_unl_g, batch.y_lab], [4, 4, 4, 1])
+    chex.assert_equal_shape([batch.x_lab, batch.x_unl, batch.x_unl_g], dims=(1, 2, 3))
+    _, key = update_keys(state)
+    key_d, key_g = jax.random.split(key)
+    metrics = {}
+    if objective.d:
+      state, d_metrics = update_d(state, batch, key_d)
+      metrics |= d_metrics
+    if objective.g:
+      state, g_metrics = update_g(state, batch, key_g)
+      metrics |= g_metrics
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    params = {"g": state.g.params, "d": state.d.params}
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    return state.replace(step=state.step + 1, ema=ema), metrics
+
+  return step
+
+
+def descend(
+  tx: optax.GradientTransformation,
+  net: NetState,
+  loss_fn: Callable[[Params], tuple[Array, tuple[Metrics, PyTree]]],
+) -> tuple[NetState, Metrics]:
+  """One optimizer step on `loss_fn: params -> (loss, (metrics, model_state))`."""
+  (loss, (metrics, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
+  updates, opt_state = tx.update(grads, net.opt_state, net.params)
+  params = optax.apply_updates(net.params, updates)
+  norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+  return NetState(params, model_state, opt_state), {"loss": loss, **metrics, **norms}
+
+
+def make_updates(
+  step: Step, draw: Callable[[Key[Array, ""], Any], Batch], *, max_updates: int
+) -> Callable[[TrainState, Any, Int[Array, ""]], tuple[TrainState, dict[str, Float[Array, "m"]]]]:
+  """Many updates as one pure function, so that one dispatch to the device does them all.
+
+  Args:
+    step: from `make_step`.
+    draw: `(key, data) -> Batch`; consumes the key. `data` is any pytree that lives on the device.
+    max_updates: the most updates that one call does.
+
+  Returns:
+    `updates(state, data, num) -> (state, metrics)`: `num <= max_updates` is traced, so one compiled
+    program serves every length. Each metric is `[max_updates]`, of which the first `num` are set.
+  """
+
+  def one(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
+    key_batch, _ = update_keys(state)
+    return step(state, draw(key_batch, data))
+
+  def updates(state: TrainState, data: Any, num: Int[Array, ""]):
+    def body(i: Array, carry):
+      state, history = carry
+      state, metrics = one(state, data)
+      return state, {name: history[name].at[i].set(metrics[name]) for name in history}
+
+    _, shapes = jax.eval_shape(one, state, data)
+    history = {name: jnp.zeros(max_updates, shape.dtype) for name, shape in shapes.items()}
+    return jax.lax.fori_loop(0, num, body, (state, history))
+
+  return updates
+
+
+def make_sampler(
+  g: Generator,
+) -> Callable[[TrainState, Key[Array, ""], int], Float[Array, "n h w c"]]:
+  """Builds `sample(state, key, num) -> images [num, H, W, C]` in [0, 1] from the averaged generator.
+
+  `num` is static under jit; the key is consumed.
+  """
+
+  def sample(state: TrainState, key: Key[Array, ""], num: int) -> Float[Array, "n h w c"]:
+    variables = {"params": state.ema["g"], **state.g.model_state}
+    return g.apply(variables, g.latents(key, num), train=False)
+
+  return sample
+
+
+def make_classifier(
+  d: Network,
+) -> Callable[[TrainState, Float[Array, "b h w c"]], tuple[Float[Array, "b k"], Float[Array, "b f"]]]:
+  """Builds `classify(state, x) -> (logits [B, K], features [B, F])` from the averaged discriminator.
+
+  Deterministic: no noise, no dropout.
+  """
+
+  def classify(state: TrainState, x: Float[Array, "b h w c"]):
+    variables = {"params": state.ema["d"], **state.d.model_state}
+    return d.apply(variables, x, train=False)
+
+  return classify

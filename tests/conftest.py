@@ -1,0 +1,80 @@
+"""Strict switches for every test, and the small things that many tests share."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_platforms", "cpu")
+
+from gan_jax import data, networks, objectives, steps  # noqa: E402
+
+
+@pytest.fixture
+def key():
+  return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+  """No test reads or writes the user's folders or the compilation cache, or sees a terminal."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  monkeypatch.setattr("gan_jax.train.enable_compilation_cache", lambda: None)
+
+
+class Tiny:
+  """A small problem with everything in it: 8x8 images, 3 classes, the conv pair."""
+
+  def __init__(self, *, tx=None, objective=None, network="conv", seed=0):
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(3), 20)
+    x = rng.integers(0, 100, (60, 8, 8, 1), dtype=np.uint8)
+    x[np.arange(60), 2 * y + 1] += 150  # class k has a bright row at 2 k + 1
+    self.dataset = data.Dataset("tiny", x, y, x[::2], y[::2], ("a", "b", "c"))
+    self.split = data.split_labels(y, 2, seed=0)
+    self.data = data.to_device(self.dataset, self.split)
+    self.g = networks.ConvGenerator((8, 8, 1), width=8, latent_size=4)
+    self.d = networks.ConvDiscriminator(3, width=4, num_features=8)
+    if network == "mlp":
+      self.g = networks.MLPGenerator((8, 8, 1), widths=(8,), latent_size=4)
+      self.d = networks.MLPDiscriminator(3, widths=(8, 8))
+    tx = tx or optax.adam(1e-2, b1=0.5)
+    self.txs = {"g_tx": tx, "d_tx": tx}
+    self.objective = objective or objectives.semi_supervised_gan()
+    self.draw = data.make_draw(4, 6, 6)
+    self.seed = seed
+
+  def state(self):
+    x_init = data.to_float(self.data.x_unl)
+    return steps.init_state(jax.random.key(self.seed), self.g, self.d, **self.txs, x_init=x_init)
+
+  def step(self, **kwargs):
+    return steps.make_step(self.g, self.d, **self.txs, objective=self.objective, **kwargs)
+
+  def batch(self, seed=0):
+    return self.draw(jax.random.key(seed), self.data)
+
+
+@pytest.fixture
+def tiny():
+  return Tiny()
+
+
+@pytest.fixture
+def make_tiny():
+  return Tiny
+
+
+def leaves_equal(a, b) -> list[bool]:
+  """Bit for bit, leaf by leaf."""
+  unpack = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return [np.array_equal(unpack(x), unpack(y)) for x, y in pairs]
+
+
+def pytest_addoption(parser):
+  parser.addoption("--regenerate-golden", action="store_true", help="write the golden files anew")

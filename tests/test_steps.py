@@ -1,0 +1,251 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import leaves_equal
+
+from gan_jax import augment, losses, objectives, steps
+from gan_jax.types import Batch
+
+GOLDEN = Path(__file__).parent / "golden" / "steps.json"
+WEAK = augment.affine(shift=0.05)
+FULL = objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2)
+
+
+def test_d_and_g_move_only_themselves(make_tiny):
+  """A D update leaves every bit of G as it was, and the reverse."""
+  only_d = objectives.Objective(d=FULL.d)
+  only_g = objectives.Objective(d={}, g=FULL.g)
+  for objective, moved, still in ((only_d, "d", "g"), (only_g, "g", "d")):
+    tiny = make_tiny(objective=objective)
+    before = tiny.state()
+    after, metrics = jax.jit(tiny.step())(before, tiny.batch())
+    assert all(leaves_equal(getattr(before, still), getattr(after, still)))
+    params = [getattr(state, moved).params for state in (before, after)]
+    assert not any(leaves_equal(*params))
+    assert {name[:2] for name in metrics} == {f"{moved}/"}
+
+
+def test_metrics_are_named_after_their_terms(make_tiny):
+  tiny = make_tiny(objective=FULL)
+  _, metrics = jax.jit(tiny.step())(tiny.state(), tiny.batch())
+  d = "loss supervised realness consistency realness_real realness_fake error grad_norm update_norm"
+  g = "loss feature_matching grad_norm update_norm"
+  assert set(metrics) == {f"d/{k}" for k in d.split()} | {f"g/{k}" for k in g.split()}
+  parts = metrics["d/supervised"] + 0.5 * metrics["d/realness"] + metrics["d/consistency"]
+  np.testing.assert_allclose(metrics["d/loss"], parts, rtol=1e-5)
+
+
+def test_supervised_control_is_the_same_step_and_ignores_all_else(make_tiny):
+  """Without unlabelled rows nothing but the labelled images reaches D: a step by hand agrees."""
+  tx = optax.sgd(0.1)
+  tiny = make_tiny(objective=objectives.supervised_only(), tx=tx)
+  state, batch = tiny.state(), tiny.batch()
+  empty = batch.x_unl[:0]
+  after, metrics = jax.jit(tiny.step())(state, batch.replace(x_unl=empty, x_unl_g=empty))
+
+  def loss(params):
+    logits, _ = tiny.d.apply({"params": params}, batch.x_lab, train=False)
+    return losses.cross_entropy(logits, batch.y_lab).mean()
+
+  grads = jax.grad(loss)(state.d.params)
+  expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.d.params, grads)
+  np.testing.assert_allclose(metrics["d/loss"], loss(state.d.params), rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.d.params, expected)
+
+
+def test_feature_matching_update_by_hand(make_tiny):
+  """G's update against the D that was just made, with SGD, from the latents that the step draws."""
+  tiny = make_tiny(tx=optax.sgd(0.1))
+  state, batch = tiny.state(), tiny.batch()
+  after, _ = jax.jit(tiny.step())(state, batch)
+  _, key = steps.update_keys(state)
+  key_z = jax.random.split(jax.random.split(key)[1], 7)[0]
+  z = tiny.g.latents(key_z, len(batch.x_unl_g))
+
+  def loss(params):
+    features = lambda x: tiny.d.apply({"params": after.d.params}, x, train=False)[1].mean(axis=0)
+    x_fake = tiny.g.apply({"params": params}, z, train=True)
+    return jnp.square(features(x_fake) - features(batch.x_unl_g)).mean()
+
+  expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.g.params, jax.grad(loss)(state.g.params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.g.params, expected)
+
+
+def test_a_second_call_neither_traces_nor_changes_types(make_tiny):
+  tiny = make_tiny(objective=FULL)
+  step = jax.jit(tiny.step(augment=WEAK))
+  state, batch = tiny.state(), tiny.batch()
+  after, _ = step(state, batch)
+  types = lambda state: jax.tree.map(jax.typeof, state)
+  assert types(after) == types(state)
+  with jax.no_tracing():
+    step(after, batch)
+
+
+def test_no_key_is_used_twice(make_tiny):
+  for network in ("conv", "mlp"):
+    tiny = make_tiny(objective=FULL, network=network)
+    updates = steps.make_updates(tiny.step(augment=WEAK), tiny.draw, max_updates=2)
+    with jax.debug_key_reuse(True):
+      jax.jit(updates)(tiny.state(), tiny.data, 2)
+
+
+def test_updates_are_steps(make_tiny):
+  """Three updates in one dispatch are three steps on the batches that their keys draw."""
+  tiny = make_tiny(objective=FULL)
+  step = jax.jit(tiny.step(augment=WEAK))
+  expected, history = tiny.state(), []
+  for _ in range(3):
+    key_batch, _ = steps.update_keys(expected)
+    expected, metrics = step(expected, tiny.draw(key_batch, tiny.data))
+    history.append(metrics["d/loss"])
+  updates = jax.jit(steps.make_updates(tiny.step(augment=WEAK), tiny.draw, max_updates=5))
+  state, metrics = updates(tiny.state(), tiny.data, 3)
+  assert int(state.step) == 3
+  np.testing.assert_allclose(metrics["d/loss"][:3], jnp.stack(history), rtol=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.d.params, expected.d.params)
+
+
+def test_ema_follows_its_equation(make_tiny):
+  tiny = make_tiny()
+  step = jax.jit(tiny.step(ema_decay=0.5))
+  state = tiny.state()
+  for t in range(8):
+    after, _ = step(state, tiny.batch(t))
+    decay = min(0.5, (1 + t) / (10 + t))
+    expected = jax.tree.map(lambda e, p, c=decay: c * e + (1 - c) * p, state.ema["d"], after.d.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.ema["d"], expected)
+    state = after
+
+
+def test_sampler_and_classifier_read_the_averages(tiny):
+  state = tiny.state()
+  other = state.replace(g=tiny.state().g.replace(params=jax.tree.map(jnp.zeros_like, state.g.params)))
+  sample, key = steps.make_sampler(tiny.g), jax.random.key(3)
+  np.testing.assert_array_equal(sample(state, key, 5), sample(other, key, 5))
+  assert sample(state, key, 5).shape == (5, 8, 8, 1)
+  logits, features = steps.make_classifier(tiny.d)(state, tiny.batch().x_lab)
+  assert (logits.shape, features.shape) == ((4, 3), (4, 8))
+
+
+def test_wrong_shapes_are_refused(tiny):
+  batch = tiny.batch()
+  with pytest.raises(AssertionError):
+    tiny.step()(tiny.state(), batch.replace(x_unl=batch.x_unl[..., 0]))
+  with pytest.raises(AssertionError):
+    tiny.step()(tiny.state(), batch.replace(x_unl=jnp.zeros((6, 8, 9, 1))))
+
+
+def test_plain_gan_is_the_case_of_one_class(make_tiny):
+  """K = 1 and no labels: the same step is the plain GAN."""
+  from gan_jax import networks
+
+  tiny = make_tiny(
+    objective=objectives.Objective(
+      d={"realness": (1.0, objectives.realness_d(losses.non_saturating))},
+      g={"realness": (1.0, objectives.realness_g(losses.non_saturating))},
+    )
+  )
+  tiny.d = networks.ConvDiscriminator(1, width=4, num_features=8)
+  batch = tiny.batch()
+  batch = batch.replace(x_lab=batch.x_lab[:0], y_lab=batch.y_lab[:0])
+  state, step = tiny.state(), jax.jit(tiny.step())
+  for _ in range(3):
+    before = state
+    state, metrics = step(state, batch)
+  real, fake = metrics["d/realness_real"], metrics["d/realness_fake"]
+  assert np.isfinite([real, fake]).all()
+  assert "d/error" not in metrics
+  for net in ("g", "d"):
+    assert not any(leaves_equal(getattr(before, net).params, getattr(state, net).params))
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+def test_golden_steps(network, make_tiny, request):
+  """The metrics of updates 1 and 3 at a fixed seed. They change only when the mathematics does."""
+  tiny = make_tiny(objective=FULL, network=network)
+  step, state = jax.jit(tiny.step(augment=WEAK)), tiny.state()
+  found = {}
+  for t in (1, 2, 3):
+    state, metrics = step(state, tiny.batch(t))
+    found[str(t)] = {name: float(value) for name, value in sorted(metrics.items())}
+  del found["2"]
+  golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+  if request.config.getoption("--regenerate-golden"):
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps({**golden, network: found}, indent=1, sort_keys=True) + "\n")
+    return
+  hint = "if the change is meant: pytest -n 0 tests/test_steps.py -k golden --regenerate-golden"
+  for t, metrics in golden[network].items():
+    assert metrics.keys() == found[t].keys(), hint
+    for name, value in metrics.items():
+      assert found[t][name] == pytest.approx(value, rel=2e-3, abs=1e-5), (t, name, hint)
+
+
+# --- The label audit
+
+
+def audit(tiny, seen: list) -> objectives.Objective:
+  """The supervised term as it is, and a record of each (image, label) pair that reaches it."""
+
+  def term(view: objectives.View):
+    jax.debug.callback(lambda x, y: seen.extend(zip(x, y, strict=True)), view.lab.x, view.batch.y_lab)
+    return objectives.supervised(view)
+
+  return dataclasses.replace(tiny.objective, d={**tiny.objective.d, "supervised": (1.0, term)})
+
+
+def labels_that_reach_the_loss(tiny, device_data, num_updates=20) -> set[tuple[int, int]]:
+  """(position in the training set, label), found by the pixels: no two images are the same."""
+  seen = []
+  step = steps.make_step(tiny.g, tiny.d, **tiny.txs, objective=audit(tiny, seen))
+  updates = jax.jit(steps.make_updates(step, tiny.draw, max_updates=num_updates))
+  jax.block_until_ready(updates(tiny.state(), device_data, num_updates))
+  jax.effects_barrier()
+  position = {image.tobytes(): i for i, image in enumerate(tiny.dataset.x_train)}
+  assert len(position) == len(tiny.dataset.x_train)
+  pixels = lambda x: np.round(255 * np.asarray(x)).astype(np.uint8).tobytes()
+  return {(position[pixels(x)], int(y)) for x, y in seen}
+
+
+def test_label_audit(tiny):
+  """Exactly the labels of the split reach the loss, each with its own image."""
+  found = labels_that_reach_the_loss(tiny, tiny.data)
+  assert found == {(i, int(tiny.dataset.y_train[i])) for i in tiny.split.indices}
+
+
+def test_label_audit_sees_one_label_more(tiny):
+  extra = next(i for i in range(60) if i not in tiny.split.indices)
+  more = tiny.data.replace(
+    x_lab=jnp.concatenate([tiny.data.x_lab, tiny.dataset.x_train[extra][None]]),
+    y_lab=jnp.concatenate([tiny.data.y_lab, tiny.dataset.y_train[extra][None].astype(np.int32)]),
+  )
+  found = labels_that_reach_the_loss(tiny, more)
+  assert len(found) == len(tiny.split.indices) + 1
+
+
+def test_labels_outside_the_split_change_nothing(tiny, make_tiny):
+  """Bit for bit the same run when every label outside the split is wrong, another when one inside is."""
+  from gan_jax import data
+
+  updates = jax.jit(steps.make_updates(tiny.step(), tiny.draw, max_updates=5))
+
+  def train(y):
+    return updates(
+      tiny.state(), data.to_device(dataclasses.replace(tiny.dataset, y_train=y), tiny.split), 5
+    )[0]
+
+  y = tiny.dataset.y_train
+  poisoned = np.full_like(y, -1)
+  poisoned[list(tiny.split.indices)] = y[list(tiny.split.indices)]
+  reference = train(y)
+  assert all(leaves_equal(reference, train(poisoned)))
+  flipped = y.copy()
+  flipped[tiny.split.indices[0]] = (y[tiny.split.indices[0]] + 1) % 3
+  assert not all(leaves_equal(reference, train(flipped)))
