@@ -5,8 +5,22 @@ import pytest
 
 from experiments import mnist_ssgan
 
-CONTRACT = """experiment dataset num_labels label_split_sha256 seed steps seconds_train seconds_total device
-versions commit test_error supervised_test_error probe_test_error""".split()
+CONTRACT = [
+  "experiment",
+  "dataset",
+  "num_labels",
+  "label_split_sha256",
+  "seed",
+  "steps",
+  "seconds_train",
+  "seconds_total",
+  "device",
+  "versions",
+  "commit",
+  "test_error",
+  "supervised_test_error",
+  "probe_test_error",
+]
 
 
 @pytest.mark.parametrize("network", ["conv", "mlp"])
@@ -21,8 +35,16 @@ def test_mnist_ssgan_takes_two_steps(network, tmp_path):
   for name in ("test_error", "supervised_test_error", "probe_test_error"):
     assert 0 <= result[name] <= 100
   files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
-  wanted = """config.json labels.json metrics.jsonl samples/last.png learning_curves.png confusion.png
-  report.html result.json""".split()
+  wanted = [
+    "config.json",
+    "labels.json",
+    "metrics.jsonl",
+    "samples/last.png",
+    "learning_curves.png",
+    "confusion.png",
+    "report.html",
+    "result.json",
+  ]
   assert set(wanted) <= files
   assert any(name.startswith("checkpoints/2/") for name in files)
 

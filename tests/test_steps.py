@@ -10,7 +10,6 @@ import pytest
 from conftest import leaves_equal
 
 from gan_jax import augment, losses, objectives, steps
-from gan_jax.types import Batch
 
 GOLDEN = Path(__file__).parent / "golden" / "steps.json"
 WEAK = augment.affine(shift=0.05)
