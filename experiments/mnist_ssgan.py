@@ -42,6 +42,10 @@ class Config(train.Config):
   """Peak learning rate of D (default: the recipe's)."""
 
 
+WEAK = augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1)
+"""What the consistency term takes its targets from."""
+
+
 @dataclass(frozen=True)
 class Recipe:
   """What `--network` stands for."""
@@ -57,29 +61,27 @@ class Recipe:
   ema_decay: float
   adversarial: float
   consistency: float
-  augment: Augment | None
+  strong: Augment | None
   """What all images go through on their way into D."""
-  weak: Augment
-  """What the consistency term takes its targets from."""
-  threshold: float = 0.8
+  threshold: float = 0.95
+  ramp: float = 0.4
+  """Share of the updates over which the consistency term gains its weight: early targets are wrong."""
 
 
 RECIPES = {
+  # Tuned on MNIST's training images alone, the last 10,000 of them held out, split seeds 100-103.
   "conv": Recipe(
-    steps=2000,
+    steps=3000,
     batch_lab=50,
-    batch_unl=128,
+    batch_unl=64,
     batch_fake=32,
     learning_rate=3e-3,
     g_learning_rate=1e-3,
     decay=True,
     ema_decay=0.99,
-    adversarial=0.15,
+    adversarial=0.5,
     consistency=1.0,
-    augment=augment.chain(
-      augment.affine(shift=0.08, rotate=17, scale=0.14, shear=0.2), augment.cutout(0.3)
-    ),
-    weak=augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1),
+    strong=augment.affine(shift=0.06, rotate=12.5, scale=0.1, shear=0.15),
   ),
   # Salimans et al., 2016, and the authors' code; 180,000 updates there.
   "mlp": Recipe(
@@ -93,8 +95,7 @@ RECIPES = {
     ema_decay=0.9999,
     adversarial=0.5,
     consistency=0.0,
-    augment=None,
-    weak=augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1),
+    strong=None,
   ),
 }
 
@@ -118,7 +119,7 @@ def main(config: Config) -> Json:
         g_tx=g_tx,
         d_tx=d_tx,
         objective=objective,
-        augment=recipe.augment,
+        augment=recipe.strong,
         ema_decay=recipe.ema_decay,
       )
       key, x_init = jax.random.key(config.seed), data.to_float(train_data.x_unl[:500])
@@ -128,8 +129,8 @@ def main(config: Config) -> Json:
 
     gan = objectives.semi_supervised_gan(
       adversarial=recipe.adversarial,
-      consistency_weight=recipe.consistency,
-      weak=recipe.weak,
+      consistency_weight=_ramp(recipe) if recipe.consistency else 0.0,
+      weak=WEAK,
       threshold=recipe.threshold,
     )
     with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
@@ -200,6 +201,10 @@ def _recipe(config: Config) -> Recipe:
   given = {name: getattr(config, name) for name in flags if getattr(config, name) is not None}
   recipe = dataclasses.replace(RECIPES[config.network], **given)
   return dataclasses.replace(recipe, batch_unl=config.batch_size or recipe.batch_unl)
+
+
+def _ramp(recipe: Recipe) -> optax.Schedule:
+  return optax.linear_schedule(0.0, recipe.consistency, max(1, int(recipe.ramp * recipe.steps)))
 
 
 def _adam(recipe: Recipe, peak: float) -> optax.GradientTransformation:

@@ -130,7 +130,7 @@ def supervised_only() -> Objective:
 def semi_supervised_gan(
   *,
   adversarial: float = 0.5,
-  consistency_weight: float = 0.0,
+  consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
 ) -> Objective:
@@ -143,7 +143,7 @@ def semi_supervised_gan(
     adversarial: a. The published recipe has 1/2: "is it real?" is then one question, asked half of
       the time on real and half of the time on generated images, beside the one question "which class?".
       With 0 there is no GAN: D does not look at generated images and G is not trained.
-    consistency_weight: c; 0 gives the published GAN.
+    consistency_weight: c, a number or a schedule; 0 gives the published GAN.
     weak: the augmentation under which an image has its class; needed where c is not 0.
     threshold: confidence from which an image's own class is taught, in [0, 1].
 
