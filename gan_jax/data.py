@@ -71,12 +71,15 @@ def load(name: str, *, data_dir: str | None = None, manual_dir: str | None = Non
     return _load_folder(Path(name.removeprefix("folder:")))
   if name != "auto":
     return _load_tfds(name, data_dir, manual_dir)
-  if _is_prepared("mnist", data_dir) or manual_dir or _reachable(_url_of("mnist")):
+  if manual_dir or _is_prepared("mnist", data_dir):
     return _load_tfds("mnist", data_dir, manual_dir)
-  return _load_digits(
-    note="MNIST is not prepared here and cannot be reached, so this run uses the bundled digits;"
-    " name a dataset with --dataset to rule that out"
-  )
+  try:
+    return _load_tfds("mnist", data_dir, manual_dir)
+  except InputError:
+    return _load_digits(
+      note="MNIST is not prepared here and cannot be had, so this run uses the bundled digits;"
+      " name a dataset with --dataset to rule that out"
+    )
 
 
 # --- Label splits
@@ -239,12 +242,6 @@ def _is_prepared(name: str, data_dir: str | None) -> bool:
   tfds = _tfds()
 
   return tfds.builder(name, data_dir=data_dir).is_prepared()
-
-
-def _url_of(name: str) -> str:
-  tfds = _tfds()
-
-  return tfds.builder_cls(name).URL  # pyright: ignore
 
 
 def _reachable(url: str, seconds: float = 5.0) -> bool:

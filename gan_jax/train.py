@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -102,7 +103,7 @@ def cli(main: Callable[[Any], Json], config_class: type[Config]) -> None:
       config = resumed_config(config_class, Path(config.workdir or ""), sys.argv[1:])
     result = main(config)
   except InputError as error:
-    console.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+    console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     sys.exit(2)
   sys.exit(130 if result.get("interrupted") else 0)
 
@@ -160,9 +161,10 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
   dataset = data.load(config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir)
   split = data.split_labels(dataset.y_train, config.labels_per_class, config.split_seed)
   if dataset.note:
-    console.print(f"[bold yellow]{dataset.note}[/]")
+    console.print(dataset.note, style="bold yellow", markup=False)
+  named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
   labels = {
-    "dataset": dataset.name,
+    **named,
     "sha256": split.sha256,
     "seed": split.seed,
     "per_class": split.per_class,
@@ -185,7 +187,7 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
         report.write_json(path / "labels.json", labels)
         report.write_json(
           path / "config.json",
-          {"experiment": experiment, "config": dataclasses.asdict(config), **environment()},
+          {**named, "config": dataclasses.asdict(config), **environment()},
         )
       yield Run(path, experiment, config, dataset, split, time.time())
   except filelock.Timeout as error:
@@ -231,11 +233,11 @@ def environment() -> Json:
   """Device, versions and commit: what a number means nothing without."""
   device = jax.devices()[0]
   names = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
-  git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-  try:
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-  except OSError:  # no git
-    commit = ""
+  root, commit = Path(__file__).parent.parent, ""
+  if (root / ".git").exists():  # else this is an installed package, in whatever repository it may lie
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+      commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   kind = f"{device.platform}, {cores} cores" if device.platform == "cpu" else device.device_kind
   return {
@@ -491,6 +493,6 @@ def finish(
     rich_table.add_row(*row)
   console.print(rich_table)
   if dataset.note:
-    console.print(f"[bold yellow]{dataset.note}[/]")
-  console.print(f"written to {run.path}")
+    console.print(dataset.note, style="bold yellow", markup=False)
+  console.print(f"written to {run.path}", markup=False, soft_wrap=True)
   return result

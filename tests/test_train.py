@@ -156,6 +156,7 @@ def test_command_line_answers_mistakes_with_a_sentence():
   assert "Traceback" not in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1
   assert cli("--no-such-flag").returncode == 2
+  assert 'pip install "gan-jax[tf]"' in cli("--dataset", "cifar10").stderr
 
 
 def test_resume_takes_the_stored_flags_and_refuses_others(monkeypatch):
