@@ -158,7 +158,8 @@ def main(config: Config) -> Json:
       "supervised_test_error": None,
       "probe_test_error": metrics.error_percent(np.asarray(linear.logits(jnp.asarray(features))), y_test),
     }
-    if control is not None:
+    interrupted = control is None or control.interrupted
+    if control is not None and not control.interrupted:
       control_logits, _ = metrics.predict(partial(classify, control.state), x_test)
       errors["supervised_test_error"] = metrics.error_percent(control_logits, y_test)
 
@@ -170,7 +171,7 @@ def main(config: Config) -> Json:
     report.confusion(run.path / "confusion.png", counts, run.dataset.class_names)
 
     result = {
-      "interrupted": fit.interrupted,
+      "interrupted": interrupted,
       "network": config.network,
       "steps": int(fit.state.step),
       "recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if not callable(v)},

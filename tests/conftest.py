@@ -1,5 +1,7 @@
 """Strict switches for every test, and the small things that many tests share."""
 
+import tempfile
+
 import jax
 import numpy as np
 import optax
@@ -8,6 +10,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
+# Tests compile much and compute little: compile in a hurry, and the same program once a process.
+_cache = tempfile.TemporaryDirectory()
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 from gan_jax import data, networks, objectives, steps  # noqa: E402
 
