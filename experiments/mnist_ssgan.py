@@ -124,8 +124,8 @@ def main(config: Config) -> Json:
         augment=recipe.strong,
         ema_decay=recipe.ema_decay,
       )
-      init = jax.jit(partial(steps.init_state, g=g, d=d, g_tx=g_tx, d_tx=d_tx))
-      state = init(jax.random.key(config.seed), x_init=data.to_float(train_data.x_unl[:500]))
+      key, x_init = jax.random.key(config.seed), data.to_float(train_data.x_unl[:500])
+      state = steps.init_state(key, g, d, g_tx=g_tx, d_tx=d_tx, x_init=x_init)
       draw = data.make_draw(recipe.batch_lab, num_unl, num_fake)
       return train.fit(run, phase, state, step, draw, train_data, num_steps=recipe.steps, **kwargs)
 

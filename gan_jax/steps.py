@@ -6,6 +6,7 @@ never changes, so a run that is saved and restored goes on bit for bit.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -18,6 +19,7 @@ from gan_jax import losses, objectives
 from gan_jax.types import Augment, Batch, Generator, Metrics, NetState, Network, Params, Step, TrainState
 
 
+@partial(jax.jit, static_argnames=("g", "d", "g_tx", "d_tx"))
 def init_state(
   key: Key[Array, ""],
   g: Generator,
@@ -27,7 +29,7 @@ def init_state(
   d_tx: optax.GradientTransformation,
   x_init: Float[Array, "b h w c"],
 ) -> TrainState:
-  """A fresh state.
+  """A fresh state. Compiled, because an initialisation is many small operations.
 
   Args:
     key: consumed; the state keeps a key derived from it.
