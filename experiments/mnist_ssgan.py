@@ -1,6 +1,13 @@
 """A semi-supervised GAN: a K-class discriminator from few labels and many images.
 
-python -m experiments.mnist_ssgan
+Salimans et al., 2016, https://arxiv.org/abs/1606.03498 (feature matching), with the consistency term of
+Sohn et al., 2020, https://arxiv.org/abs/2001.07685.
+
+  python -m experiments.mnist_ssgan                 MNIST where it can be had, else the bundled digits
+  python -m experiments.mnist_ssgan --network mlp   the published networks and losses
+
+100 labels of MNIST: 1.28 +- 0.18 % test error over splits 0-4 (supervised control 5.65), 198 s on two CPU
+cores. 50 labels of the digits: 2.00 +- 0.54 % (control 9.42), 15 to 29 s.
 """
 
 import dataclasses
