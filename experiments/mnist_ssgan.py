@@ -29,6 +29,7 @@ from gan_jax import (
   objectives,
   probe,
   report,
+  runs,
   steps,
   train,
 )
@@ -36,7 +37,7 @@ from gan_jax.types import Augment, Json
 
 
 @dataclass(frozen=True)
-class Config(train.Config):
+class Config(runs.Config):
   """The flags of this experiment."""
 
   network: Literal["conv", "mlp"] = "conv"
@@ -111,7 +112,7 @@ RECIPES = {
 
 def main(config: Config) -> Json:
   """Trains the semi-supervised GAN and its two controls; returns what `result.json` holds."""
-  with train.open_run(config, "mnist_ssgan") as run:
+  with runs.open_run(config, "mnist_ssgan") as run:
     recipe = _recipe(config, len(run.dataset.x_train))
     shape, num_classes = run.dataset.image_shape, run.dataset.num_classes
     g, d = {
@@ -203,7 +204,7 @@ def main(config: Config) -> Json:
       ("Learning curves", "learning_curves.png"),
       ("Confusion matrix on the test set", "confusion.png"),
     ]
-    return train.finish(run, result, table=table, pictures=pictures)
+    return runs.finish(run, result, table=table, pictures=pictures)
 
 
 def _recipe(config: Config, num_images: int) -> Recipe:
@@ -234,4 +235,4 @@ def _adam(recipe: Recipe, peak: float) -> optax.GradientTransformation:
 
 
 if __name__ == "__main__":
-  train.cli(main, Config)
+  runs.cli(main, Config)

@@ -1,259 +1,22 @@
-"""The loop around the step, and the directory that a run leaves behind."""
+"""The loop around the step."""
 
 import contextlib
-import dataclasses
-import datetime
 import json
-import os
-import platform
-import resource
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
-import tyro
 from jaxtyping import Array
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import gan_jax
-from gan_jax import checkpoint, data, report, steps
-from gan_jax.types import InputError, Json, LabelSplit, TrainState
-
-console = Console(stderr=True, highlight=False)
-
-
-@dataclass(frozen=True)
-class Config:
-  """The flags that all experiments share."""
-
-  dataset: str = "auto"
-  """auto, digits, mnist, fashion_mnist, kmnist, a prepared tfds dataset, or folder:PATH. auto is MNIST
-  where it is prepared or can be had, else the bundled digits; a dataset named outright never falls back."""
-  data_dir: str | None = None
-  """Where tfds keeps its datasets (default: tfds's own choice, TFDS_DATA_DIR included)."""
-  manual_dir: str | None = None
-  """A folder with the dataset's original files, used in place of the network."""
-  labels_per_class: int = 10
-  """The label budget: so many labelled images of each class."""
-  split_seed: int = 0
-  """Which images are the labelled ones."""
-  exclude_labelled: bool = False
-  """Leave the labelled images out of the unlabelled ones."""
-  steps: int | None = None
-  """Updates of D and of G (default: the recipe's)."""
-  batch_size: int | None = None
-  """Unlabelled images an update (default: the recipe's)."""
-  seed: int = 0
-  """Seed of everything random but the label split."""
-  workdir: str | None = None
-  """Where the run goes (default: runs/<experiment>/<time>)."""
-  resume: bool = False
-  """Continue the run in --workdir from its last checkpoint, bit for bit."""
-  overwrite: bool = False
-  """Replace the run that --workdir holds."""
-  checkpoint_every: int = 1000
-  """Updates between checkpoints."""
-  tensorboard: bool = False
-  """Write the metrics for TensorBoard as well."""
-
-  def __post_init__(self):
-    for name in ("steps", "batch_size", "checkpoint_every"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if self.split_seed < 0 or self.seed < 0:
-      raise InputError("--seed and --split-seed must not be negative")
-    if self.resume and self.workdir is None:
-      raise InputError("--resume needs --workdir, the run to continue")
-    if self.resume and self.overwrite:
-      raise InputError("--resume continues a run and --overwrite replaces it: choose one")
-
-
-# --- The command line
-
-# These say where a run finds and puts things, not what it computes.
-_NOT_RECIPE = {"data_dir", "manual_dir", "workdir", "resume", "overwrite", "tensorboard"}
-
-
-def cli(main: Callable[[Any], Json], config_class: type[Config]) -> None:
-  """Parses the flags and runs `main`; an `InputError` is one sentence and exit code 2.
-
-  With --resume the stored configuration stands in for the flags that are not given, and a flag that
-  contradicts it is an error.
-  """
-  import absl.logging
-
-  absl.logging.set_verbosity("error")
-  try:
-    config = tyro.cli(config_class, description=sys.modules[main.__module__].__doc__)
-    if config.resume:
-      config = resumed_config(config_class, Path(config.workdir or ""), sys.argv[1:])
-    result = main(config)
-  except InputError as error:
-    console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-    sys.exit(2)
-  sys.exit(130 if result.get("interrupted") else 0)
-
-
-def resumed_config(config_class: type[Config], path: Path, flags: Sequence[str]) -> Config:
-  """The configuration of the run in `path`; `InputError` where a flag contradicts it."""
-  try:
-    stored = json.loads((path / "config.json").read_text())["config"]
-    stored = config_class(**stored)
-  except FileNotFoundError as error:
-    raise InputError(f"{path} holds no run to resume: it has no config.json") from error
-  except (ValueError, TypeError, KeyError) as error:
-    raise InputError(f"{path / 'config.json'} is not the configuration of this experiment") from error
-  config = tyro.cli(config_class, default=stored, args=flags)
-  for field in dataclasses.fields(config):
-    old, new = getattr(stored, field.name), getattr(config, field.name)
-    if field.name not in _NOT_RECIPE and old != new:
-      flag = field.name.replace("_", "-")
-      raise InputError(f"{path} was begun with --{flag} {old}, not {new}: leave the flag out")
-  return config
-
-
-# --- The run directory
-
-
-@dataclass(frozen=True)
-class Run:
-  """An open run: its directory, what it was asked, and its data."""
-
-  path: Path
-  experiment: str
-  config: Config
-  dataset: data.Dataset
-  split: LabelSplit
-  start: float
-
-  @property
-  def metrics_path(self) -> Path:
-    return self.path / "metrics.jsonl"
-
-
-@contextlib.contextmanager
-def open_run(config: Config, experiment: str) -> Iterator[Run]:
-  """Loads the data, draws the split, and opens the run's directory, which is locked meanwhile.
-
-  Nothing is written before all that was asked for has been checked.
-
-  Raises:
-    InputError: bad data, bad budget, a directory that holds a run or is in use.
-  """
-  enable_compilation_cache()
-  stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-  path = Path(config.workdir or Path("runs") / experiment / stamp)
-  _check_workdir(path, config)
-  dataset = data.load(config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir)
-  split = data.split_labels(dataset.y_train, config.labels_per_class, config.split_seed)
-  if dataset.note:
-    console.print(dataset.note, style="bold yellow", markup=False)
-  named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
-  labels = {
-    **named,
-    "sha256": split.sha256,
-    "seed": split.seed,
-    "per_class": split.per_class,
-    "indices": list(split.indices),
-    "unlabelled_includes_labelled": not config.exclude_labelled,
-  }
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"--workdir {path} cannot be made: {error.strerror}") from error
-  try:
-    with filelock.FileLock(path / ".lock", timeout=0):
-      if config.resume:
-        if json.loads((path / "labels.json").read_text()) != labels:
-          raise InputError(f"{path / 'labels.json'} is not the split that this run would use")
-      else:
-        for name in _RUN_FILES:
-          target = path / name
-          shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        report.write_json(path / "labels.json", labels)
-        report.write_json(
-          path / "config.json",
-          {**named, "config": dataclasses.asdict(config), **environment()},
-        )
-      yield Run(path, experiment, config, dataset, split, time.time())
-  except filelock.Timeout as error:
-    raise InputError(f"--workdir {path} is in use by another run") from error
-
-
-_RUN_FILES = (
-  "config.json",
-  "labels.json",
-  "metrics.jsonl",
-  "samples",
-  "checkpoints",
-  "tensorboard",
-  "report.html",
-  "result.json",
-  "learning_curves.png",
-  "confusion.png",
-)
-
-
-def _check_workdir(path: Path, config: Config) -> None:
-  if path.exists() and not path.is_dir():
-    raise InputError(f"--workdir {path} is not a folder")
-  holds_run = (path / "config.json").exists()
-  if config.resume:
-    return
-  if holds_run and not config.overwrite:
-    raise InputError(f"{path} already holds a run: pass --resume to go on or --overwrite to replace it")
-  if not holds_run and path.exists() and set(os.listdir(path)) - {".lock"}:
-    raise InputError(f"--workdir {path} holds other files: name an empty or a new folder")
-
-
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, at most 1 GB: a second start does not compile again."""
-  root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(Path(root) / "gan_jax" / "xla"))
-    jax.config.update("jax_compilation_cache_max_size", 2**30)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def environment() -> Json:
-  """Device, versions and commit: what a number means nothing without."""
-  device = jax.devices()[0]
-  names = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
-  root, commit = Path(__file__).parent.parent, ""
-  if (root / ".git").exists():  # else this is an installed package, in whatever repository it may lie
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError):
-      commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  kind = f"{device.platform}, {cores} cores" if device.platform == "cpu" else device.device_kind
-  return {
-    "device": kind,
-    "versions": {
-      "gan_jax": gan_jax.__version__,
-      "python": platform.python_version(),
-      **{name: metadata.version(name) for name in names},
-    },
-    "commit": commit or None,
-  }
-
-
-# --- The loop
-
-Updates = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]
+from gan_jax import checkpoint, data, report, runs, steps
+from gan_jax.types import InputError, Json, Step, TrainState
 
 
 @dataclass(frozen=True)
@@ -270,10 +33,10 @@ class Fit:
 
 
 def fit(
-  run: Run,
+  run: runs.Run,
   phase: str,
   state: TrainState,
-  step: Any,
+  step: Step,
   draw: Callable,
   device_data: data.DeviceData,
   *,
@@ -333,7 +96,7 @@ class _MetricsLog:
   Lines of the same phase after `first`, the update that the run goes on from, are dropped.
   """
 
-  def __init__(self, run: Run, phase: str, first: int):
+  def __init__(self, run: runs.Run, phase: str, first: int):
     rows = report.read_metrics(run.metrics_path)
     rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
     report.write_bytes(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -394,7 +157,7 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
     del signum, frame
     stop.is_set = True
     signal.signal(signal.SIGINT, previous)
-    console.print("[yellow]stopping: writing what was reached (Ctrl-C again to leave at once)[/]")
+    runs.console.print("[yellow]stopping: writing what was reached (Ctrl-C again to leave at once)[/]")
 
   previous = signal.getsignal(signal.SIGINT)
   try:
@@ -418,7 +181,7 @@ def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], N
     rate = (row["step"] - first) / (time.perf_counter() - begin)
     return rate, "  ".join(f"{label} {row[name]:.3f}" for name, label in shown.items() if name in row)
 
-  if not console.is_terminal:
+  if not runs.console.is_terminal:
     tenths = first * 10 // total
 
     def show_line(row: Json) -> None:
@@ -428,7 +191,7 @@ def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], N
         rate, text = describe(row)
         left = (total - row["step"]) / rate
         line = f"{phase} {row['step']}/{total}  {rate:.1f} updates/s  {left:.0f} s left  {text}"
-        console.print(line, soft_wrap=True)
+        runs.console.print(line, soft_wrap=True)
 
     yield show_line
     return
@@ -440,7 +203,7 @@ def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], N
     TimeRemainingColumn(),
     TextColumn("{task.fields[text]}"),
   )
-  with Progress(*columns, console=console) as progress:
+  with Progress(*columns, console=runs.console) as progress:
     task = progress.add_task(phase, total=total, completed=first, rate=0.0, text="")
 
     def show_bar(row: Json) -> None:
@@ -448,51 +211,3 @@ def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], N
       progress.update(task, completed=row["step"], rate=rate, text=text)
 
     yield show_bar
-
-
-# --- The end of a run
-
-
-def finish(
-  run: Run,
-  result: Json,
-  *,
-  table: Sequence[tuple[str, str]],
-  pictures: Sequence[tuple[str, str]],
-) -> Json:
-  """Completes the result, writes `result.json` and `report.html`, and prints the table.
-
-  Args:
-    run: the open run.
-    result: the experiment's own keys.
-    table: rows of name and value.
-    pictures: title and file name, relative to the run's directory, for the page.
-  """
-  dataset, config = run.dataset, run.config
-  result = {
-    "experiment": run.experiment,
-    "dataset": dataset.name,
-    "note": dataset.note,
-    "num_labels": len(run.split.indices),
-    "label_split_sha256": run.split.sha256,
-    "split_seed": run.split.seed,
-    "unlabelled_includes_labelled": not config.exclude_labelled,
-    "seed": config.seed,
-    **result,
-    "seconds_total": round(time.time() - run.start, 1),
-    "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    **environment(),
-  }
-  report.write_json(run.path / "result.json", result)
-  report.page(
-    run.path / "report.html", result, table, [(title, run.path / name) for title, name in pictures]
-  )
-  title = f"{run.experiment} on {dataset.name}, {len(run.split.indices)} labels"
-  rich_table = Table(title=title, title_justify="left", show_header=False)
-  for row in table:
-    rich_table.add_row(*row)
-  console.print(rich_table)
-  if dataset.note:
-    console.print(dataset.note, style="bold yellow", markup=False)
-  console.print(f"written to {run.path}", markup=False, soft_wrap=True)
-  return result

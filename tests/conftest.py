@@ -29,7 +29,7 @@ def _isolated(tmp_path, monkeypatch):
   """No test reads or writes the user's folders or the compilation cache, or sees a terminal."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-  monkeypatch.setattr("gan_jax.train.enable_compilation_cache", lambda: None)
+  monkeypatch.setattr("gan_jax.runs.enable_compilation_cache", lambda: None)
 
 
 class Tiny:

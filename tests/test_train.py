@@ -1,25 +1,20 @@
-import json
 import os
 import signal
-import subprocess
-import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import leaves_equal
 
-from gan_jax import checkpoint, report, train
+from gan_jax import checkpoint, report, runs, train
 from gan_jax.types import InputError
 
 
 @pytest.fixture
 def run(tiny, tmp_path):
   """An open run on the tiny problem."""
-  config = train.Config(workdir=str(tmp_path / "run"), checkpoint_every=2)
+  config = runs.Config(workdir=str(tmp_path / "run"), checkpoint_every=2)
   (tmp_path / "run").mkdir()
-  return train.Run(tmp_path / "run", "tiny", config, tiny.dataset, tiny.split, 0.0)
+  return runs.Run(tmp_path / "run", "tiny", config, tiny.dataset, tiny.split, 0.0)
 
 
 def fit(run, tiny, num_steps, **kwargs):
@@ -28,8 +23,8 @@ def fit(run, tiny, num_steps, **kwargs):
 
 
 def resumed(run):
-  config = train.Config(**{**run.config.__dict__, "resume": True})
-  return train.Run(run.path, "tiny", config, run.dataset, run.split, 0.0)
+  config = runs.Config(**{**run.config.__dict__, "resume": True})
+  return runs.Run(run.path, "tiny", config, run.dataset, run.split, 0.0)
 
 
 def test_two_and_two_updates_are_four_bit_for_bit(run, tiny, make_tiny):
@@ -85,94 +80,6 @@ def test_interrupt_ends_after_the_dispatch_and_saves(run, tiny, monkeypatch):
 
 
 def test_tensorboard(run, tiny):
-  config = train.Config(**{**run.config.__dict__, "tensorboard": True})
-  fit(train.Run(run.path, "tiny", config, run.dataset, run.split, 0.0), tiny, 2)
+  config = runs.Config(**{**run.config.__dict__, "tensorboard": True})
+  fit(runs.Run(run.path, "tiny", config, run.dataset, run.split, 0.0), tiny, 2)
   assert list((run.path / "tensorboard" / "main").glob("events*"))
-
-
-BAD_CONFIGS = [
-  ({"steps": 0}, "--steps must be at least 1, not 0"),
-  ({"batch_size": -1}, "--batch-size must be at least 1"),
-  ({"split_seed": -1}, "must not be negative"),
-  ({"resume": True}, "--resume needs --workdir"),
-  ({"resume": True, "overwrite": True, "workdir": "x"}, "choose one"),
-]
-
-
-@pytest.mark.parametrize(("flags", "words"), BAD_CONFIGS)
-def test_bad_flags(flags, words):
-  with pytest.raises(InputError, match=words):
-    train.Config(**flags)
-
-
-def open_run(**flags):
-  with train.open_run(train.Config(dataset="digits", **flags), "test") as run:
-    return run
-
-
-def test_a_run_is_never_overwritten_by_accident(tmp_path):
-  run = open_run(workdir="here")
-  labels = json.loads((run.path / "labels.json").read_text())
-  assert labels["sha256"] == run.split.sha256
-  assert len(labels["indices"]) == 100
-  with pytest.raises(InputError, match="already holds a run"):
-    open_run(workdir="here")
-  (run.path / "result.json").write_text("{}")
-  open_run(workdir="here", overwrite=True)
-  assert not (run.path / "result.json").exists()
-  with pytest.raises(InputError, match="not the split"):
-    open_run(workdir="here", resume=True, split_seed=3)
-  (tmp_path / "mine").mkdir()
-  (tmp_path / "mine" / "thesis.txt").write_text("precious")
-  with pytest.raises(InputError, match="holds other files"):
-    open_run(workdir="mine", overwrite=True)
-
-
-def test_a_run_in_use_is_left_alone():
-  with (
-    train.open_run(train.Config(dataset="digits", workdir="here"), "test"),
-    pytest.raises(InputError, match="in use by another run"),
-  ):
-    open_run(workdir="here", overwrite=True)
-
-
-def test_nothing_is_written_before_all_is_checked(tmp_path):
-  with pytest.raises(InputError, match="more than the"):
-    open_run(workdir="here", labels_per_class=500)
-  assert not (tmp_path / "here").exists()
-
-
-def cli(*flags) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "experiments.mnist_ssgan", *flags]
-  return subprocess.run(
-    command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
-  )
-
-
-def test_command_line_answers_mistakes_with_a_sentence():
-  result = cli("--dataset", "nope")
-  assert result.returncode == 2
-  assert result.stderr.startswith("error: unknown dataset 'nope'")
-  assert "Traceback" not in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1
-  assert cli("--no-such-flag").returncode == 2
-  assert 'pip install "gan-jax[tf]"' in cli("--dataset", "cifar10").stderr
-
-
-def test_resume_takes_the_stored_flags_and_refuses_others(monkeypatch):
-  run = open_run(workdir="here", labels_per_class=5)
-  config = train.resumed_config(train.Config, run.path, ["--workdir", "here", "--resume"])
-  assert config.labels_per_class == 5
-  with pytest.raises(InputError, match="begun with --labels-per-class 5, not 6"):
-    train.resumed_config(
-      train.Config, run.path, ["--workdir", "here", "--resume", "--labels-per-class", "6"]
-    )
-  with pytest.raises(InputError, match="holds no run"):
-    train.resumed_config(train.Config, run.path / "nowhere", [])
-
-
-def test_environment_names_device_and_versions():
-  found = train.environment()
-  assert found["device"].startswith("cpu")
-  assert found["versions"]["jax"] == jax.__version__
-  assert jnp.zeros(1).sum() == 0

@@ -1,0 +1,94 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gan_jax import runs
+from gan_jax.types import InputError
+
+BAD_CONFIGS = [
+  ({"steps": 0}, "--steps must be at least 1, not 0"),
+  ({"batch_size": -1}, "--batch-size must be at least 1"),
+  ({"split_seed": -1}, "must not be negative"),
+  ({"resume": True}, "--resume needs --workdir"),
+  ({"resume": True, "overwrite": True, "workdir": "x"}, "choose one"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_CONFIGS)
+def test_bad_flags(flags, words):
+  with pytest.raises(InputError, match=words):
+    runs.Config(**flags)
+
+
+def open_run(**flags):
+  with runs.open_run(runs.Config(dataset="digits", **flags), "test") as run:
+    return run
+
+
+def test_a_run_is_never_overwritten_by_accident(tmp_path):
+  run = open_run(workdir="here")
+  labels = json.loads((run.path / "labels.json").read_text())
+  assert labels["sha256"] == run.split.sha256
+  assert len(labels["indices"]) == 100
+  with pytest.raises(InputError, match="already holds a run"):
+    open_run(workdir="here")
+  (run.path / "result.json").write_text("{}")
+  open_run(workdir="here", overwrite=True)
+  assert not (run.path / "result.json").exists()
+  with pytest.raises(InputError, match="not the split"):
+    open_run(workdir="here", resume=True, split_seed=3)
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "thesis.txt").write_text("precious")
+  with pytest.raises(InputError, match="holds other files"):
+    open_run(workdir="mine", overwrite=True)
+
+
+def test_a_run_in_use_is_left_alone():
+  with (
+    runs.open_run(runs.Config(dataset="digits", workdir="here"), "test"),
+    pytest.raises(InputError, match="in use by another run"),
+  ):
+    open_run(workdir="here", overwrite=True)
+
+
+def test_nothing_is_written_before_all_is_checked(tmp_path):
+  with pytest.raises(InputError, match="more than the"):
+    open_run(workdir="here", labels_per_class=500)
+  assert not (tmp_path / "here").exists()
+
+
+def cli(*flags) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-m", "experiments.mnist_ssgan", *flags]
+  return subprocess.run(
+    command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
+  )
+
+
+def test_command_line_answers_mistakes_with_a_sentence():
+  result = cli("--dataset", "nope")
+  assert result.returncode == 2
+  assert result.stderr.startswith("error: unknown dataset 'nope'")
+  assert "Traceback" not in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert cli("--no-such-flag").returncode == 2
+  assert 'pip install "gan-jax[tf]"' in cli("--dataset", "cifar10").stderr
+
+
+def test_resume_takes_the_stored_flags_and_refuses_others(monkeypatch):
+  run = open_run(workdir="here", labels_per_class=5)
+  config = runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume"])
+  assert config.labels_per_class == 5
+  with pytest.raises(InputError, match="begun with --labels-per-class 5, not 6"):
+    runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume", "--labels-per-class", "6"])
+  with pytest.raises(InputError, match="holds no run"):
+    runs.resumed_config(runs.Config, run.path / "nowhere", [])
+
+
+def test_environment_names_device_and_versions():
+  found = runs.environment()
+  assert found["device"].startswith("cpu")
+  assert found["versions"]["jax"] == jax.__version__
