@@ -65,8 +65,9 @@ class Config:
   tensorboard: bool = False
   """Write the metrics for TensorBoard as well."""
 
-  def __post_init__(self):
-    for name in ("steps", "batch_size", "checkpoint_every"):
+  def check(self) -> None:
+    """Raises `InputError` for flags that no data could make right."""
+    for name in ("labels_per_class", "steps", "batch_size", "checkpoint_every"):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -95,6 +96,7 @@ def cli(main: Callable[[Any], Json], config_class: type[Config]) -> None:
   absl.logging.set_verbosity("error")
   try:
     config = tyro.cli(config_class, description=sys.modules[main.__module__].__doc__)
+    config.check()
     if config.resume:
       config = resumed_config(config_class, Path(config.workdir or ""), sys.argv[1:])
     result = main(config)
@@ -150,6 +152,7 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
   Raises:
     InputError: bad data, bad budget, a directory that holds a run or is in use.
   """
+  config.check()
   enable_compilation_cache()
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(config.workdir or Path("runs") / experiment / stamp)

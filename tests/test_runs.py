@@ -11,6 +11,7 @@ from gan_jax.types import InputError
 
 BAD_CONFIGS = [
   ({"steps": 0}, "--steps must be at least 1, not 0"),
+  ({"labels_per_class": 0}, "--labels-per-class must be at least 1, not 0"),
   ({"batch_size": -1}, "--batch-size must be at least 1"),
   ({"split_seed": -1}, "must not be negative"),
   ({"resume": True}, "--resume needs --workdir"),
@@ -21,7 +22,7 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize(("flags", "words"), BAD_CONFIGS)
 def test_bad_flags(flags, words):
   with pytest.raises(InputError, match=words):
-    runs.Config(**flags)
+    runs.Config(**flags).check()
 
 
 def open_run(**flags):
@@ -74,6 +75,7 @@ def test_command_line_answers_mistakes_with_a_sentence():
   assert result.stderr.startswith("error: unknown dataset 'nope'")
   assert "Traceback" not in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1
+  assert cli("--steps", "0").stderr == "error: --steps must be at least 1, not 0\n"
   assert cli("--no-such-flag").returncode == 2
   assert 'pip install "gan-jax[tf]"' in cli("--dataset", "cifar10").stderr
 
