@@ -59,11 +59,12 @@ def table(results: list[dict]) -> str:
     every = " | ".join(f"{value:.2f}" for value in values)
     lines.append(f"| {name} | {statistics.mean(values):.2f} | {spread:.2f} | {every} |")
   seconds = [result["seconds_train"] for result in results]
+  steps = "/".join(str(count) for count in sorted({result["steps"] for result in results}))
   first = results[0]
   versions = first["versions"]
   lines += [
     "",
-    f"n = {len(results)} splits, {first['num_labels']} labels, {first['steps']} updates,"
+    f"n = {len(results)} splits, {first['num_labels']} labels, {steps} updates,"
     f" {min(seconds):.0f} to {max(seconds):.0f} s of training a split"
     f" ({first['device']}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}),"
     f" at most {max(result['peak_memory_mb'] for result in results)} MB",

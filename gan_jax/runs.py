@@ -136,6 +136,8 @@ class Run:
   config: Config
   dataset: data.Dataset
   split: LabelSplit
+  environment: Json
+  """Device, versions and commit, as they were when the run began."""
   start: float
 
   @property
@@ -161,6 +163,7 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
   split = data.split_labels(dataset.y_train, config.labels_per_class, config.split_seed)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
+  found = environment()
   named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
   labels = {
     **named,
@@ -186,9 +189,9 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
         report.write_json(path / "labels.json", labels)
         report.write_json(
           path / "config.json",
-          {**named, "config": dataclasses.asdict(config), **environment()},
+          {**named, "config": dataclasses.asdict(config), **found},
         )
-      yield Run(path, experiment, config, dataset, split, time.time())
+      yield Run(path, experiment, config, dataset, split, found, time.time())
   except filelock.Timeout as error:
     raise InputError(f"--workdir {path} is in use by another run") from error
 
@@ -281,7 +284,7 @@ def finish(
     **result,
     "seconds_total": round(time.time() - run.start, 1),
     "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    **environment(),
+    **run.environment,
   }
   report.write_json(run.path / "result.json", result)
   report.page(

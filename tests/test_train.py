@@ -14,7 +14,7 @@ def run(tiny, tmp_path):
   """An open run on the tiny problem."""
   config = runs.Config(workdir=str(tmp_path / "run"), checkpoint_every=2)
   (tmp_path / "run").mkdir()
-  return runs.Run(tmp_path / "run", "tiny", config, tiny.dataset, tiny.split, 0.0)
+  return runs.Run(tmp_path / "run", "tiny", config, tiny.dataset, tiny.split, {}, 0.0)
 
 
 def fit(run, tiny, num_steps, **kwargs):
@@ -24,7 +24,7 @@ def fit(run, tiny, num_steps, **kwargs):
 
 def resumed(run):
   config = runs.Config(**{**run.config.__dict__, "resume": True})
-  return runs.Run(run.path, "tiny", config, run.dataset, run.split, 0.0)
+  return runs.Run(run.path, "tiny", config, run.dataset, run.split, {}, 0.0)
 
 
 def test_two_and_two_updates_are_four_bit_for_bit(run, tiny, make_tiny):
@@ -81,5 +81,5 @@ def test_interrupt_ends_after_the_dispatch_and_saves(run, tiny, monkeypatch):
 
 def test_tensorboard(run, tiny):
   config = runs.Config(**{**run.config.__dict__, "tensorboard": True})
-  fit(runs.Run(run.path, "tiny", config, run.dataset, run.split, 0.0), tiny, 2)
+  fit(runs.Run(run.path, "tiny", config, run.dataset, run.split, {}, 0.0), tiny, 2)
   assert list((run.path / "tensorboard" / "main").glob("events*"))
