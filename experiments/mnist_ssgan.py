@@ -224,8 +224,9 @@ def _ramp(recipe: Recipe) -> optax.Schedule:
 def _adam(recipe: Recipe, peak: float) -> optax.GradientTransformation:
   """Adam with epsilon under the root, as in Improved GAN's code: `m / sqrt(v + 1e-8)`.
 
-  It lets the updates vanish with gradients below 1e-4, and without that the MLP's generator breaks
-  down after about 2,500 updates: D wins, its gradients get tiny, and Adam blows them up.
+  It lets the updates vanish with gradients below 1e-4, and without that the MLP's generator broke
+  down after about 2,500 updates of the run that showed it: D wins, its gradients get tiny, and Adam
+  blows them up.
   """
   schedule = peak
   if recipe.decay:
