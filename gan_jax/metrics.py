@@ -1,4 +1,4 @@
-"""How good is a classifier. (What was generated, and how good is it, will be measured here too.)"""
+"""How good is a classifier."""
 
 from collections.abc import Callable
 

@@ -211,7 +211,7 @@ class ConvDiscriminator(nn.Module):
   """Channels of the first layer; they double from layer to layer, up to four times as many."""
   num_features: int = 256
   dropout: float = 0.0
-  """Share of the last image of channels that the features do without in training."""
+  """Share of the last convolution's outputs that the dense layer does without in training."""
 
   @nn.compact
   def __call__(
