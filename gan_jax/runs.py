@@ -180,7 +180,11 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
   try:
     with filelock.FileLock(path / ".lock", timeout=0):
       if config.resume:
-        if json.loads((path / "labels.json").read_text()) != labels:
+        try:
+          stored = json.loads((path / "labels.json").read_text())
+        except (OSError, ValueError) as error:
+          raise InputError(f"{path / 'labels.json'} cannot be read: the run cannot be resumed") from error
+        if stored != labels:
           raise InputError(f"{path / 'labels.json'} is not the split that this run would use")
       else:
         for name in _RUN_FILES:

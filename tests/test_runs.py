@@ -42,6 +42,9 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path):
   assert not (run.path / "result.json").exists()
   with pytest.raises(InputError, match="not the split"):
     open_run(workdir="here", resume=True, split_seed=3)
+  (run.path / "labels.json").write_text('{"sha')
+  with pytest.raises(InputError, match="cannot be read"):
+    open_run(workdir="here", resume=True)
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.txt").write_text("precious")
   with pytest.raises(InputError, match="holds other files"):
