@@ -49,19 +49,26 @@ class Checkpoints:
       like: a state of the same networks and optimizers; it gives the structure.
 
     Raises:
-      InputError: the checkpoint is of another model.
+      InputError: the checkpoint is of another model, or damaged.
     """
     packed = _pack(like)
-    saved = self._checkpointer.metadata(self.latest_step).metadata
+    damaged = f"{self.directory / str(self.latest_step)} is damaged: remove it or start anew"
+    try:
+      saved = self._checkpointer.metadata(self.latest_step).metadata
+    except Exception as error:  # whatever Orbax and its storage raise
+      raise InputError(damaged) from error
     expected, found = (_shapes(tree) for tree in (packed, saved))
     if expected != found:
       name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
       raise InputError(
-        f"{self.directory} is a checkpoint of another model: {name} is"
+        f"{self.directory} is a checkpoint of another model, or damaged: {name} is"
         f" {found.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
       )
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), packed)
-    restored: Any = self._checkpointer.load(self.latest_step, abstract)
+    try:
+      restored: Any = self._checkpointer.load(self.latest_step, abstract)
+    except Exception as error:
+      raise InputError(damaged) from error
     return restored.replace(key=jax.random.wrap_key_data(restored.key))
 
 

@@ -28,5 +28,19 @@ def test_the_last_two_are_kept(tiny, tmp_path):
 def test_another_model_is_refused(tiny, make_tiny, tmp_path):
   with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
     checkpoints.save(tiny.state())
-    with pytest.raises(InputError, match=r"of another model: .* is .* there and .* here"):
+    with pytest.raises(InputError, match=r"of another model, or damaged: .* is .* there and .* here"):
       checkpoints.restore(make_tiny(network="mlp").state())
+
+
+@pytest.mark.parametrize("call", ["metadata", "load"])
+def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, monkeypatch, call):
+  """Orbax's storage raises many things; all of them end in one sentence."""
+
+  def fail(*_):
+    raise ValueError("DATA_LOSS: truncated")
+
+  with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+    checkpoints.save(tiny.state())
+    monkeypatch.setattr(checkpoints._checkpointer, call, fail)
+    with pytest.raises(InputError, match=r"c/0 is damaged"):
+      checkpoints.restore(tiny.state())
