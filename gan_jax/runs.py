@@ -229,7 +229,7 @@ def _check_workdir(path: Path, config: Config) -> None:
 def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk, at most 1 GB: a second start does not compile again."""
   root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values["jax_compilation_cache_dir"] is None:  # the attribute is untyped in JAX 0.10
     jax.config.update("jax_compilation_cache_dir", str(Path(root) / "gan_jax" / "xla"))
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
