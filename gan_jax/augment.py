@@ -1,12 +1,20 @@
 """Random image transformations, differentiable in the image, one draw an image.
 
 All take `(key, x)` with `x` in [0, 1], `[B, H, W, C]`, consume the key and give the same shape and
-range. Pixels from outside the image are zero, the background of the digit data sets.
+range. Pixels from outside the image are zero, the background of the digit data sets. Because they are
+differentiable, a GAN can put them before D on real and generated images alike: G then learns the images
+without them, as long as they can be undone on average.
+
+References:
+  Zhao et al., 2020, https://arxiv.org/abs/2006.10738 (DiffAugment).
+  Karras et al., 2020, https://arxiv.org/abs/2006.06676 (which transformations leak, and ADA).
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gan_jax.types import Augment
 
@@ -86,3 +94,96 @@ def chain(*augments: Augment) -> Augment:
     return x
 
   return transform
+
+
+def translate(share: float) -> Augment:
+  """Builds a shift by whole pixels, up to `share` of the side along each axis; zeros move in."""
+
+  def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    batch, height, width, _ = x.shape
+    most = jnp.round(share * jnp.array([[height], [width]]))
+    moved = jnp.round(jax.random.uniform(key, (2, batch), minval=-1.0, maxval=1.0) * most)
+    rows = jnp.arange(height)[None, :] - moved[0].astype(jnp.int32)[:, None]
+    columns = jnp.arange(width)[None, :] - moved[1].astype(jnp.int32)[:, None]
+    x = jnp.take_along_axis(x, jnp.clip(rows, 0, height - 1)[:, :, None, None], axis=1)
+    x = jnp.take_along_axis(x, jnp.clip(columns, 0, width - 1)[:, None, :, None], axis=2)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    return jnp.where(inside[..., None], x, 0.0)
+
+  return transform
+
+
+def brightness_contrast(*, brightness: float = 0.0, contrast: float = 0.0) -> Augment:
+  """Builds `clip((x - mean) c + mean + b)` with `b` in +-`brightness` and `c` in 1 +- `contrast`, uniform.
+
+  The mean is the image's own. Clipped to [0, 1], so that what D sees stays an image.
+  """
+
+  def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    draws = jax.random.uniform(key, (2, len(x), 1, 1, 1), minval=-1.0, maxval=1.0)
+    mean = x.mean(axis=(1, 2, 3), keepdims=True)
+    return jnp.clip((x - mean) * (1 + contrast * draws[0]) + mean + brightness * draws[1], 0.0, 1.0)
+
+  return transform
+
+
+def flip(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  """Mirrors half of the images left to right. Not for digits: see `data.Dataset.mirrored`."""
+  mirrored = jax.random.bernoulli(key, shape=(len(x), 1, 1, 1))
+  return jnp.where(mirrored, x[:, :, ::-1], x)
+
+
+def quarter_turns(x: Float[Array, "b s s c"], turns: Int[Array, "b"]) -> Float[Array, "b s s c"]:
+  """Each image turned by its own number of quarter turns, 0 .. 3, counter-clockwise."""
+  if x.shape[1] != x.shape[2]:
+    raise ValueError(f"only square images can be turned by 90 degrees, not {x.shape[1]}x{x.shape[2]}")
+  turned = jnp.stack([jnp.rot90(x, k, axes=(1, 2)) for k in range(4)])
+  return turned[turns, jnp.arange(len(x))]
+
+
+def sometimes(augment: Augment, prob: Float[Array, ""] | float) -> Augment:
+  """Applies it to each image with probability `prob`."""
+
+  def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    key_apply, key_which = jax.random.split(key)
+    which = jax.random.bernoulli(key_which, prob, (len(x), 1, 1, 1))
+    return jnp.where(which, augment(key_apply, x), x)
+
+  return transform
+
+
+@dataclass(frozen=True)
+class Adaptive:
+  """Transformations whose probability grows while D overfits and falls while it does not (ADA).
+
+  D overfits where it is sure of real training images: `r = E sign(realness of real images)` near 1. While
+  an average of r is above `target`, the probability p of each transformation grows, by 1 over
+  `num_images` real images; below it falls. p and the average live in `TrainState.aux`, so a resumed run
+  goes on with them.
+
+  References:
+    Karras et al., 2020, https://arxiv.org/abs/2006.06676, section 3.1 (r_t and its target of 0.6).
+  """
+
+  augments: tuple[Augment, ...]
+  target: float = 0.6
+  num_images: int = 500_000
+  """Real images that D sees while p goes from 0 to 1."""
+  horizon: int = 100
+  """Updates over which r is averaged."""
+
+  def init(self) -> dict[str, Float[Array, ""]]:
+    """The state to begin with, for `TrainState.aux`: p = 0, r = 0."""
+    return {"strength": jnp.zeros(()), "overfitting": jnp.zeros(())}
+
+  def at(self, aux: dict[str, Float[Array, ""]]) -> Augment:
+    """The augmentation at the present strength."""
+    return chain(*(sometimes(augment, aux["strength"]) for augment in self.augments))
+
+  def update(
+    self, aux: dict[str, Float[Array, ""]], real_sign: Float[Array, ""], num_real: int
+  ) -> dict[str, Float[Array, ""]]:
+    """The state after an update in which D saw `num_real` real images with this mean sign."""
+    overfitting = aux["overfitting"] + (real_sign - aux["overfitting"]) / self.horizon
+    change = jnp.sign(overfitting - self.target) * num_real / self.num_images
+    return {"strength": jnp.clip(aux["strength"] + change, 0.0, 1.0), "overfitting": overfitting}

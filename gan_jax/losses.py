@@ -35,6 +35,11 @@ def class_realness(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Arr
   return jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
 
 
+def known_realness(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array, "b"]:
+  """Each image's realness with what is known of its class: `l_y`, or `logsumexp(l)` where y is -1."""
+  return jnp.where(y < 0, realness(logits), class_realness(logits, jnp.maximum(y, 0)))
+
+
 def class_probs(logits: Float[Array, "b k"]) -> Float[Array, "b k"]:
   """The classifier, `p(y | x, real) = softmax(l)`."""
   return jax.nn.softmax(logits, axis=-1)
@@ -47,7 +52,10 @@ def cross_entropy(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Arra
 
 
 class Adversarial(NamedTuple):
-  """A pair of losses on realness logits: what D minimises on real and fake images, and what G does."""
+  """A pair of losses on realness logits: what D minimises on real and fake images, and what G does.
+
+  Below, `r` and `f` are the realness logits of real and generated images.
+  """
 
   d: Callable[[Float[Array, "n"], Float[Array, "m"]], tuple[Float[Array, "n"], Float[Array, "m"]]]
   """(real, fake) realness -> (loss of each real image, loss of each fake image)."""
@@ -55,16 +63,21 @@ class Adversarial(NamedTuple):
   """(real, fake) realness -> loss of each fake image."""
 
 
-def _non_saturating_d(real, fake):
+def _cross_entropy_d(real: Array, fake: Array) -> tuple[Array, Array]:
   return jax.nn.softplus(-real), jax.nn.softplus(fake)
 
 
-def _non_saturating_g(real, fake):
-  del real
-  return jax.nn.softplus(-fake)
+min_max = Adversarial(d=_cross_entropy_d, g=lambda real, fake: -jax.nn.softplus(fake))
+"""The GAN as a game of one value: D minimises `softplus(-r) + softplus(f)`, G minimises `-softplus(f)`.
 
+G's loss is `log(1 - p(real | G(z)))`: its gradient vanishes where D is sure, which is why
+`non_saturating` is what everybody trains.
 
-non_saturating = Adversarial(d=_non_saturating_d, g=_non_saturating_g)
+References:
+  Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661, equation 1.
+"""
+
+non_saturating = Adversarial(d=_cross_entropy_d, g=lambda real, fake: jax.nn.softplus(-fake))
 """The GAN loss: D minimises `-log p(real|x) - log(1 - p(real|G(z)))`, G minimises `-log p(real|G(z))`.
 
 In logits `-log sigmoid(r) = softplus(-r)` and `-log(1 - sigmoid(r)) = softplus(r)`, which neither
@@ -75,6 +88,71 @@ References:
   Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661, section 3.
   Salimans et al., 2016, https://arxiv.org/abs/1606.03498, section 5 (K + 1 classes).
 """
+
+least_squares = Adversarial(
+  d=lambda real, fake: (jnp.square(real - 1) / 2, jnp.square(fake) / 2),
+  g=lambda real, fake: jnp.square(fake - 1) / 2,
+)
+"""D minimises `(r - 1)^2 / 2 + f^2 / 2`, G minimises `(f - 1)^2 / 2`.
+
+References:
+  Mao et al., 2017, https://arxiv.org/abs/1611.04076, equation 9 (a = 0, b = c = 1).
+"""
+
+hinge = Adversarial(
+  d=lambda real, fake: (jax.nn.relu(1 - real), jax.nn.relu(1 + fake)), g=lambda real, fake: -fake
+)
+"""D minimises `max(0, 1 - r) + max(0, 1 + f)`, G minimises `-f`.
+
+References:
+  Lim & Ye, 2017, https://arxiv.org/abs/1705.02894; Miyato et al., 2018,
+  https://arxiv.org/abs/1802.05957, equations 16 and 17.
+"""
+
+wasserstein = Adversarial(d=lambda real, fake: (-real, fake), g=lambda real, fake: -fake)
+"""D minimises `f - r`, G minimises `-f`: the Wasserstein-1 distance, if D is 1-Lipschitz.
+
+Nothing here makes it so: that takes `penalties.wgan_gp` or spectral normalisation.
+
+References:
+  Arjovsky et al., 2017, https://arxiv.org/abs/1701.07875, equation 2 and algorithm 1.
+"""
+
+
+def _relativistic_d(real: Array, fake: Array) -> tuple[Array, Array]:
+  pairs = jax.nn.softplus(fake - real)
+  return pairs, jnp.zeros_like(fake)
+
+
+relativistic = Adversarial(d=_relativistic_d, g=lambda real, fake: jax.nn.softplus(real - fake))
+"""Each generated image against one real image: D minimises `softplus(f - r)`, G `softplus(r - f)`.
+
+The i-th real and the i-th generated image are a pair, so both batches must be of one size; the pair's
+loss counts once, as the real image's. Without a penalty it need not converge; with R1 and R2 it does.
+
+References:
+  Jolicoeur-Martineau, 2018, https://arxiv.org/abs/1807.00734; Huang et al., 2024 (R3GAN),
+  https://arxiv.org/abs/2501.05441, equation 2.
+"""
+
+
+def smooth(loss: Adversarial, label: float) -> Adversarial:
+  """One-sided label smoothing: D is to call real images real with probability `label`, not 1.
+
+  D's loss of a real image becomes `label` times its loss as a real one and `1 - label` times its loss
+  as a fake one. Generated images and G's loss stay as they are. For losses that are cross-entropies or
+  squares; for least squares this moves the target from 1 to `label`.
+
+  References:
+    Salimans et al., 2016, https://arxiv.org/abs/1606.03498, section 3.4.
+  """
+
+  def d(real: Array, fake: Array) -> tuple[Array, Array]:
+    as_real, of_fake = loss.d(real, fake)
+    _, as_fake = loss.d(real, real)
+    return label * as_real + (1 - label) * as_fake, of_fake
+
+  return Adversarial(d, loss.g)
 
 
 def feature_matching(

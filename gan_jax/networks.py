@@ -6,7 +6,7 @@ random stream "noise" where a network is noisy.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from gan_jax.types import InputError
+from gan_jax.types import ClassLatents, InputError
+
+Norm = Literal["none", "weight", "spectral", "layer", "batch", "shift"]
+"""How a layer is normalised: its weights (`weight`, `spectral`) or its outputs. See `Block`."""
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
 
@@ -23,38 +26,70 @@ _DIMS = ("NHWC", "HWIO", "NHWC")
 # --- Layers
 
 
-class WeightNormDense(nn.Module):
-  """A dense layer with normalised weights, `y = s <v, x> / |v| + b`.
+class Linear(nn.Module):
+  """A dense layer or, with `kernel`, a convolution, `y = W x + b`, its weights normalised or not.
 
-  With `init_from_data`, `s` and `b` start such that every feature of `y` has mean 0 and variance 1
-  over the batch that the parameters are initialised with; else `s = 1`, `b = 0`.
+  - `weight`: `y = s <v, x> / |v| + b` for every output feature. With `init_from_data`, `s` and `b` start
+    such that every feature of `y` has mean 0 and variance 1 over the batch that the parameters are
+    initialised with; else `s = 1`, `b = 0`. A frozen `s` lives in the collection "frozen".
+  - `spectral`: `W / sigma(W)`, the largest singular value by one power iteration an update in training;
+    its vectors live in the collection "batch_stats".
+  - any other: plain weights.
 
   References:
     Salimans & Kingma, 2016, https://arxiv.org/abs/1602.07868, equations 2, 5 and 6.
+    Miyato et al., 2018, https://arxiv.org/abs/1802.05957, algorithm 1.
   """
 
   features: int
+  kernel: int | None = None
+  strides: int = 1
+  norm: Norm = "none"
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
   train_scale: bool = False
-  """Whether the optimizer moves `s`. A frozen `s` lives in the collection "frozen"."""
+  """Whether the optimizer moves the scale of the weight norm."""
   init_from_data: bool = True
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b features"]:
-    v = self.param("kernel", nn.initializers.normal(0.1), (x.shape[-1], self.features))
-    y = x @ (v / jnp.linalg.norm(v, axis=0, keepdims=True))
+  def __call__(self, x: Float[Array, "b *dims c"], *, train: bool) -> Float[Array, "b *odims features"]:
+    if self.norm == "weight":
+      return self._weight_norm(x)
+    if self.kernel is None:
+      layer: nn.Module = nn.Dense(self.features, self.use_bias, kernel_init=self.kernel_init)
+    else:
+      layer = nn.Conv(
+        self.features,
+        (self.kernel, self.kernel),
+        self.strides,
+        use_bias=self.use_bias,
+        kernel_init=self.kernel_init,
+        conv_general_dilated=conv,
+      )
+    return nn.SpectralNorm(layer)(x, update_stats=train) if self.norm == "spectral" else layer(x)
+
+  def _weight_norm(self, x: Array) -> Array:
+    shape = (x.shape[-1], self.features)
+    if self.kernel is not None:
+      shape = (self.kernel, self.kernel, *shape)
+    v = self.param("kernel", nn.initializers.normal(0.1), shape)
+    inputs = tuple(range(v.ndim - 1))
+    w = v / jnp.sqrt(jnp.square(v).sum(axis=inputs, keepdims=True))
+    y = x @ w if self.kernel is None else conv(x, w, (self.strides, self.strides))
+    axes = tuple(range(y.ndim - 1))
 
     def init_scale(*_) -> Array:
-      return jax.lax.rsqrt(y.var(axis=0) + 1e-8) if self.init_from_data else jnp.ones(self.features)
+      return jax.lax.rsqrt(y.var(axis=axes) + 1e-8) if self.init_from_data else jnp.ones(self.features)
 
     def init_bias(*_) -> Array:
-      return -y.mean(axis=0) * scale if self.init_from_data else jnp.zeros(self.features)
+      return -y.mean(axis=axes) * scale if self.init_from_data else jnp.zeros(self.features)
 
     if self.train_scale:
       scale = self.param("scale", init_scale)
     else:
       scale = self.variable("frozen", "scale", init_scale).value
     bias = self.param("bias", init_bias)
-    return y * scale[None] + bias[None]
+    return y * scale.reshape((1,) * len(axes) + (-1,)) + bias.reshape((1,) * len(axes) + (-1,))
 
 
 class BatchNormShift(nn.Module):
@@ -68,57 +103,129 @@ class BatchNormShift(nn.Module):
     return (x - mean) * jax.lax.rsqrt(var + 1e-6) + shift.reshape(*mean.shape)
 
 
+class Block(nn.Module):
+  """A linear layer, normalised, then `activation`: what all networks here are built from.
+
+  Normalisation of the outputs: `layer` over the channels of each position, `batch` with running
+  averages for evaluation, `shift` as in `BatchNormShift`. In a discriminator `batch` takes its statistics
+  over real and generated images together, because they go through in one pass.
+  """
+
+  features: int
+  kernel: int | None = None
+  strides: int = 1
+  norm: Norm = "layer"
+  activation: Callable[[Array], Array] = nn.relu
+  kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+  depth_to_space: int = 1
+  """A convolution then has `depth_to_space ** 2` times the channels, and the image grows by this factor."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b *dims c"], *, train: bool) -> Float[Array, "b *odims features"]:
+    bias = self.norm in ("none", "spectral")
+    features = self.features * self.depth_to_space**2
+    linear = Linear(features, self.kernel, self.strides, self.norm, bias, self.kernel_init)
+    y = linear(x, train=train)
+    if self.depth_to_space > 1:
+      y = depth_to_space(y, self.depth_to_space)
+    return self.activation(_normalise(y, self.norm, train))
+
+
+def _normalise(y: Array, norm: Norm, train: bool) -> Array:
+  if norm == "layer":
+    return nn.LayerNorm()(y)
+  if norm == "batch":
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
+  return BatchNormShift()(y) if norm == "shift" else y
+
+
+def leaky_relu(x: Array) -> Array:
+  """`max(x, 0.1 x)`."""
+  return nn.leaky_relu(x, 0.1)
+
+
 def conv(
   x: Float[Array, "b h w c"],
   w: Float[Array, "kh kw c f"],
   strides: Sequence[int],
-  padding: Literal["SAME"],
+  padding: Literal["SAME"] = "SAME",
   **_,
 ) -> Float[Array, "b oh ow f"]:
-  """Convolution with "SAME" padding, fast inside loops on every backend.
+  """Convolution with "SAME" padding, fast inside loops on every backend, any number of times
+  differentiable.
 
   XLA's CPU backend runs the gradients of a convolution in a loop body with a naive kernel, 4 to 60
   times slower than outside (https://github.com/jax-ml/jax/issues/12868). There the gradients are
   written such that the naive kernel is never met; elsewhere this is `lax.conv_general_dilated`.
   """
-  fn = _conv_in_loops if jax.default_backend() == "cpu" else _conv
+  fn = _conv if jax.default_backend() == "cpu" else _lax_conv
   return fn(x, w, (strides[0], strides[1]))
 
 
-def _conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
+def _lax_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
   return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=_DIMS)
 
 
-_conv_in_loops = jax.custom_vjp(_conv, nondiff_argnums=(2,))
+# A convolution is linear in the image and in the kernel. So three maps are all that any derivative of it
+# needs: y(x, w), its transpose in the image dx(dy, w), and its transpose in the kernel dw(x, dy). Each is
+# linear in two of {x, w, dy}, and its own transposes are the other two.
+
+_conv = jax.custom_vjp(_lax_conv, nondiff_argnums=(2,))
 
 
-def _conv_forward(x: Array, w: Array, strides: tuple[int, int]):
-  return _conv(x, w, strides), (x, w)
-
-
-def _conv_backward(strides: tuple[int, int], residuals: tuple[Array, Array], dy: Array):
-  """Gradient of the images as a dilated convolution, of the kernel as products with shifted images."""
-  x, w = residuals
-  (height, width), (kh, kw, c, f), (oh, ow) = x.shape[1:3], w.shape, dy.shape[1:3]
-  pads = jax.lax.padtype_to_pads((height, width), (kh, kw), strides, "SAME")
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_dx(dy: Array, w: Array, strides: tuple[int, int], size: tuple[int, int]) -> Array:
+  """A dilated convolution with the flipped kernel. `size` is that of the image."""
+  kernel, out = w.shape[:2], dy.shape[1:3]
+  pads = jax.lax.padtype_to_pads(size, kernel, strides, "SAME")
   dx_pads = [
-    (k - 1 - low, size + low - 1 - (out - 1) * s)
-    for k, (low, _), size, out, s in zip((kh, kw), pads, (height, width), (oh, ow), strides, strict=True)
+    (k - 1 - low, side + low - 1 - (num - 1) * s)
+    for k, (low, _), side, num, s in zip(kernel, pads, size, out, strides, strict=True)
   ]
   w_flipped = w[::-1, ::-1].swapaxes(2, 3)
-  dx = jax.lax.conv_general_dilated(
+  return jax.lax.conv_general_dilated(
     dy, w_flipped, (1, 1), dx_pads, lhs_dilation=strides, dimension_numbers=_DIMS
   )
-  patches = _patches(x, (kh, kw), strides, pads, (oh, ow))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_dw(x: Array, dy: Array, strides: tuple[int, int], kernel: tuple[int, int]) -> Array:
+  """Products with shifted images."""
+  c, f, (kh, kw) = x.shape[-1], dy.shape[-1], kernel
+  patches = _patches(x, kernel, strides, dy.shape[1:3])
   if c == 1:  # one matrix product of width kh * kw, where kh * kw products would have width 1
     dw = jnp.concatenate(patches, axis=-1).reshape(-1, kh * kw).T @ dy.reshape(-1, f)
   else:
     dw = jnp.stack([patch.reshape(-1, c).T @ dy.reshape(-1, f) for patch in patches])
-  return dx, dw.reshape(w.shape)
+  return dw.reshape(kh, kw, c, f)
 
 
-def _patches(x: Array, kernel, strides, pads, out) -> list[Array]:
+_conv.defvjp(
+  lambda x, w, strides: (_conv(x, w, strides), (x, w)),
+  lambda strides, saved, dy: (
+    _conv_dx(dy, saved[1], strides, saved[0].shape[1:3]),
+    _conv_dw(saved[0], dy, strides, saved[1].shape[:2]),
+  ),
+)
+_conv_dx.defvjp(
+  lambda dy, w, strides, size: (_conv_dx(dy, w, strides, size), (dy, w)),
+  lambda strides, size, saved, x: (
+    _conv(x, saved[1], strides),
+    _conv_dw(x, saved[0], strides, saved[1].shape[:2]),
+  ),
+)
+_conv_dw.defvjp(
+  lambda x, dy, strides, kernel: (_conv_dw(x, dy, strides, kernel), (x, dy)),
+  lambda strides, kernel, saved, w: (
+    _conv_dx(saved[1], w, strides, saved[0].shape[1:3]),
+    _conv(saved[0], w, strides),
+  ),
+)
+
+
+def _patches(x: Array, kernel, strides, out) -> list[Array]:
   """The input of each of the kernel's `kh * kw` weights at every output position, `[B, OH, OW, C]`."""
+  pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel, strides, "SAME")
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   return [
     x[:, i : i + (out[0] - 1) * strides[0] + 1 : strides[0]][
@@ -129,9 +236,6 @@ def _patches(x: Array, kernel, strides, pads, out) -> list[Array]:
   ]
 
 
-_conv_in_loops.defvjp(_conv_forward, _conv_backward)
-
-
 def depth_to_space(x: Float[Array, "b h w cc"], factor: int) -> Float[Array, "b hh ww c"]:
   """Moves channels into `factor x factor` blocks of pixels: `[B, H, W, f*f*C]` to `[B, f*H, f*W, C]`."""
   b, h, w, c = x.shape
@@ -139,7 +243,7 @@ def depth_to_space(x: Float[Array, "b h w cc"], factor: int) -> Float[Array, "b 
   return x.reshape(b, h * factor, w * factor, -1)
 
 
-# --- Networks
+# --- Discriminators
 
 
 class MLPDiscriminator(nn.Module):
@@ -157,20 +261,91 @@ class MLPDiscriminator(nn.Module):
   widths: Sequence[int] = (1000, 500, 250, 250, 250)
   noise_in: float = 0.3
   noise_hidden: float = 0.5
+  norm: Norm = "weight"
+  activation: Callable[[Array], Array] = nn.relu
+  num_aux: int = 0
+  """Logits of a further head, see `_heads`."""
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], *, train: bool
-  ) -> tuple[Float[Array, "b k"], Float[Array, "b f"]]:
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
     def noisy(x: Array, std: float) -> Array:
-      return x + std * jax.random.normal(self.make_rng("noise"), x.shape) if train else x
+      return x + std * jax.random.normal(self.make_rng("noise"), x.shape) if train and std else x
 
     features = x.reshape(len(x), -1)
     h = noisy(features, self.noise_in)
     for width in self.widths:
-      features = nn.relu(WeightNormDense(width)(h))
+      features = Block(width, norm=self.norm, activation=self.activation)(h, train=train)
       h = noisy(features, self.noise_hidden)
-    return WeightNormDense(self.num_classes, train_scale=True)(h), features
+    return _heads(self, h, features, train)
+
+
+class ConvDiscriminator(nn.Module):
+  """A small convolutional discriminator for images from 8x8 up.
+
+  Convolutions of stride 2 halve the image until its shorter side is at most 4; a dense layer gives the
+  features. Images below 16x16 begin with a convolution of stride 1. Layer normalisation by default,
+  because it does not mix the real and the generated images of a batch, and leaky ReLU.
+  """
+
+  num_classes: int
+  width: int = 32
+  """Channels of the first layer; they double from layer to layer, up to four times as many."""
+  num_features: int = 256
+  dropout: float = 0.0
+  """Share of the last convolution's outputs that the dense layer does without in training."""
+  norm: Norm = "layer"
+  num_aux: int = 0
+  """Logits of a further head, see `_heads`."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
+    check_image_shape(x.shape[1:])
+    block = partial(Block, norm=self.norm, activation=leaky_relu)
+    small, width = min(x.shape[1:3]) < 16, self.width
+    stem = block(width, 3, 1) if small else block(width, 5, 2)
+    h = stem(2 * x - 1, train=train)
+    while min(h.shape[1:3]) > 4:
+      width = min(2 * width, 4 * self.width)
+      h = block(width, 3, 2)(h, train=train)
+    h = h.reshape(len(h), -1)
+    h = nn.Dropout(self.dropout, rng_collection="noise")(h, deterministic=not train)
+    features = block(self.num_features)(h, train=train)
+    return _heads(self, features, features, train)
+
+
+def _heads(
+  d: MLPDiscriminator | ConvDiscriminator, h: Array, features: Array, train: bool
+) -> tuple[Array, ...]:
+  """`(logits [B, K], features [B, F])` and, with `num_aux`, the logits `[B, A]` of a task of its own."""
+
+  def head(num: int, name: str) -> Array:
+    return Linear(num, norm=d.norm, train_scale=True, name=name)(h, train=train)
+
+  out = head(d.num_classes, "head"), features
+  return (*out, head(d.num_aux, "aux_head")) if d.num_aux else out
+
+
+# --- Generators
+
+
+def _latents(
+  g: "MLPGenerator | ConvGenerator", key: Key[Array, ""], num: int
+) -> Float[Array, "n z"] | ClassLatents:
+  """`[num, Z]` from G's distribution and, for a class-conditional G, uniform classes beside it."""
+  draw = jax.random.uniform if g.latent == "uniform" else jax.random.normal
+  if not g.num_classes:
+    return draw(key, (num, g.latent_size))
+  key_z, key_y = jax.random.split(key)
+  z = draw(key_z, (num, g.latent_size))
+  return ClassLatents(z, jax.random.randint(key_y, (num,), 0, g.num_classes))
+
+
+def _enter(z: Float[Array, "n z"] | ClassLatents, num_classes: int) -> Float[Array, "n zy"]:
+  """The latents as one vector: the class as a one-hot code, as long as the typical z."""
+  if not isinstance(z, ClassLatents):
+    return z
+  code = jax.nn.one_hot(z.y, num_classes) * jnp.sqrt(z.z.shape[-1])
+  return jnp.concatenate([z.z, code], axis=-1)
 
 
 class MLPGenerator(nn.Module):
@@ -183,89 +358,63 @@ class MLPGenerator(nn.Module):
   image_shape: tuple[int, int, int]
   widths: Sequence[int] = (500, 500)
   latent_size: int = 100
+  latent: Literal["uniform", "normal"] = "uniform"
+  norm: Norm = "shift"
+  activation: Callable[[Array], Array] = nn.softplus
+  num_classes: int = 0
+  """Classes that it makes images of; 0: it is not asked for a class."""
 
-  def latents(self, key: Key[Array, ""], num: int) -> Float[Array, "n z"]:
-    return jax.random.uniform(key, (num, self.latent_size))
+  latents = _latents
 
   @nn.compact
-  def __call__(self, z: Float[Array, "n z"], *, train: bool) -> Float[Array, "n h w c"]:
-    del train
-    h = z
+  def __call__(self, z: Float[Array, "n z"] | ClassLatents, *, train: bool) -> Float[Array, "n h w c"]:
+    h, published = _enter(z, self.num_classes), self.norm == "shift"
     for width in self.widths:
-      h = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.normal(0.05))(h)
-      h = nn.softplus(BatchNormShift()(h))
-    x = WeightNormDense(math.prod(self.image_shape), train_scale=True, init_from_data=False)(h)
-    return nn.sigmoid(x).reshape(-1, *self.image_shape)
-
-
-class ConvDiscriminator(nn.Module):
-  """A small convolutional discriminator for images from 8x8 up.
-
-  Convolutions of stride 2 halve the image until its shorter side is at most 4; a dense layer gives the
-  features. Images below 16x16 begin with a convolution of stride 1. Layer normalisation, because it
-  does not mix the real and the generated images of a batch, and leaky ReLU.
-  """
-
-  num_classes: int
-  width: int = 32
-  """Channels of the first layer; they double from layer to layer, up to four times as many."""
-  num_features: int = 256
-  dropout: float = 0.0
-  """Share of the last convolution's outputs that the dense layer does without in training."""
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], *, train: bool
-  ) -> tuple[Float[Array, "b k"], Float[Array, "b f"]]:
-    check_image_shape(x.shape[1:])
-
-    def block(layer: nn.Module, h: Array) -> Array:
-      return nn.leaky_relu(nn.LayerNorm()(layer(h)), 0.1)
-
-    conv_layer = partial(nn.Conv, use_bias=False, conv_general_dilated=conv)
-    small, width = min(x.shape[1:3]) < 16, self.width
-    stem = conv_layer(width, (3, 3), 1) if small else conv_layer(width, (5, 5), 2)
-    h = block(stem, 2 * x - 1)
-    while min(h.shape[1:3]) > 4:
-      width = min(2 * width, 4 * self.width)
-      h = block(conv_layer(width, (3, 3), 2), h)
-    h = h.reshape(len(h), -1)
-    h = nn.Dropout(self.dropout, rng_collection="noise")(h, deterministic=not train)
-    features = block(nn.Dense(self.num_features, use_bias=False), h)
-    return nn.Dense(self.num_classes)(features), features
+      init = nn.initializers.normal(0.05) if published else nn.linear.default_kernel_init
+      h = Block(width, norm=self.norm, activation=self.activation, kernel_init=init)(h, train=train)
+    out_norm: Norm = "weight" if published else "none"
+    out = Linear(math.prod(self.image_shape), norm=out_norm, train_scale=True, init_from_data=False)
+    return nn.sigmoid(out(h, train=train)).reshape(-1, *self.image_shape)
 
 
 class ConvGenerator(nn.Module):
   """A small convolutional generator: z ~ N(0, I), a dense layer, then convolutions and pixel shuffles.
 
   The work is done at a quarter of the image's size: it starts there or, for sides over 32, smaller and
-  doubles. The last convolution gives each position its 4x4 pixels. What exceeds the image is cropped.
-  Batch normalisation as in `MLPGenerator`.
+  doubles. The last convolution gives each position its 4x4 pixels; with `fine`, it doubles once more
+  before and gives 2x2. What exceeds the image is cropped. Batch normalisation as in `MLPGenerator`.
   """
 
   image_shape: tuple[int, int, int]
   width: int = 64
   """Channels of the hidden layers."""
   latent_size: int = 64
+  latent: Literal["uniform", "normal"] = "normal"
+  norm: Norm = "shift"
+  num_classes: int = 0
+  """Classes that it makes images of; 0: it is not asked for a class."""
+  fine: bool = False
 
-  def latents(self, key: Key[Array, ""], num: int) -> Float[Array, "n z"]:
-    return jax.random.normal(key, (num, self.latent_size))
+  latents = _latents
 
   @nn.compact
-  def __call__(self, z: Float[Array, "n z"], *, train: bool) -> Float[Array, "n h w c"]:
-    del train
+  def __call__(self, z: Float[Array, "n z"] | ClassLatents, *, train: bool) -> Float[Array, "n h w c"]:
     check_image_shape(self.image_shape)
     height, width, channels = self.image_shape
     doublings = max(0, math.ceil(math.log2(max(height, width) / 32)))
     base = [math.ceil(side / (4 * 2**doublings)) for side in (height, width)]
-    conv3 = partial(nn.Conv, kernel_size=(3, 3), conv_general_dilated=conv)
-    h = nn.Dense(math.prod(base) * self.width, use_bias=False)(z)
-    h = nn.relu(BatchNormShift()(h.reshape(-1, *base, self.width)))
+    block = partial(Block, self.width, norm=self.norm)
+    h = Linear(math.prod(base) * self.width, use_bias=self.norm == "none")(
+      _enter(z, self.num_classes), train=train
+    )
+    h = nn.relu(_normalise(h.reshape(-1, *base, self.width), self.norm, train))
     for _ in range(doublings):
-      h = depth_to_space(conv3(4 * self.width, use_bias=False)(h), 2)
-      h = nn.relu(BatchNormShift()(h))
-    h = nn.relu(BatchNormShift()(conv3(self.width, use_bias=False)(h)))
-    x = depth_to_space(conv3(16 * channels)(h), 4)
+      h = block(3, depth_to_space=2)(h, train=train)
+    h = block(3)(h, train=train)
+    if self.fine:
+      h = block(3, depth_to_space=2)(h, train=train)
+    shuffle = 2 if self.fine else 4
+    x = depth_to_space(Linear(shuffle**2 * channels, 3)(h, train=train), shuffle)
     return nn.sigmoid(x[:, :height, :width])
 
 

@@ -6,14 +6,14 @@ The step sums the terms, so a new loss is one function here and one line in an e
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
-from gan_jax import losses
+from gan_jax import augment, losses, penalties
 from gan_jax.types import Augment, Batch, DiscriminatorFn
 
 
@@ -24,6 +24,8 @@ class Part(NamedTuple):
   """The images that entered D, augmented, in [0, 1]."""
   logits: Float[Array, "b k"]
   features: Float[Array, "b f"]
+  y: Int[Array, "b"]
+  """The class, where D may know it: the label, or the class that G was asked for; else -1."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class View:
   """One update as its terms see it."""
 
   lab: Part
-  """Labelled images. In G's view a part of zero rows."""
+  """Labelled images. In G's view they are constants."""
   unl: Part
   """Unlabelled images. In G's view they are constants."""
   fake: Part
@@ -42,6 +44,8 @@ class View:
   """A key of the term's own; the term consumes it."""
   d_fn: DiscriminatorFn
   """The discriminator, for terms that need another pass."""
+  step: Int[Array, ""]
+  """Updates done before this one."""
 
 
 Term = Callable[[View], Float[Array, ""]]
@@ -63,13 +67,13 @@ class Objective:
 
 
 def total(
-  terms: Mapping[str, tuple[Weight, Term]], view: View, step: Array
+  terms: Mapping[str, tuple[Weight, Term]], view: View
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Weighted sum of the terms, and each term by its name before its weight."""
   values, loss = {}, jnp.zeros(())
   for i, (name, (weight, term)) in enumerate(terms.items()):
     values[name] = term(replace(view, key=jax.random.fold_in(view.key, i)))
-    loss += (weight(step) if callable(weight) else weight) * values[name]
+    loss += (weight(view.step) if callable(weight) else weight) * values[name]
   return loss, values
 
 
@@ -81,23 +85,39 @@ def supervised(view: View) -> Float[Array, ""]:
   return losses.cross_entropy(view.lab.logits, view.batch.y_lab).mean()
 
 
-def realness_d(loss: losses.Adversarial) -> Term:
-  """D's half of an adversarial loss on the realness of unlabelled and generated images."""
+def adversarial_d(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
+  """D's half of an adversarial loss: `E loss(real) + E loss(fake)`.
+
+  Args:
+    loss: the pair.
+    labelled: whether labelled images count as real ones too, as in class-conditional GANs. Else the
+      real images are the unlabelled ones.
+  """
 
   def term(view: View) -> Float[Array, ""]:
-    real, fake = loss.d(losses.realness(view.unl.logits), losses.realness(view.fake.logits))
+    real, fake = loss.d(_realness(_real(view, labelled)), _realness(view.fake))
     return real.mean() + fake.mean()
 
   return term
 
 
-def realness_g(loss: losses.Adversarial) -> Term:
+def adversarial_g(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
   """G's half of the same."""
 
   def term(view: View) -> Float[Array, ""]:
-    return loss.g(losses.realness(view.unl.logits), losses.realness(view.fake.logits)).mean()
+    return loss.g(_realness(_real(view, labelled)), _realness(view.fake)).mean()
 
   return term
+
+
+def _realness(part: Part) -> Float[Array, "b"]:
+  return losses.known_realness(part.logits, part.y)
+
+
+def _real(view: View, labelled: bool) -> Part:
+  if not labelled:
+    return view.unl
+  return Part(*(jnp.concatenate(pair) for pair in zip(view.lab, view.unl, strict=True)))
 
 
 def feature_matching(view: View) -> Float[Array, ""]:
@@ -113,13 +133,121 @@ def consistency(weak: Augment, *, threshold: float) -> Term:
 
   def term(view: View) -> Float[Array, ""]:
     key_augment, key_d = jax.random.split(view.key)
-    logits_weak, _ = view.d_fn(weak(key_augment, view.batch.x_unl), key_d)
+    logits_weak = view.d_fn(weak(key_augment, view.batch.x_unl), key_d)[0]
     return losses.consistency(logits_weak, view.unl.logits, threshold=threshold).mean()
 
   return term
 
 
+def r1(*, labelled: bool = False) -> Term:
+  """`E |grad_x D(x)|^2 / 2` at real images, so that the weight is the paper's gamma."""
+  return lambda view: _penalty(view, _real(view, labelled)).mean() / 2
+
+
+def r2(view: View) -> Float[Array, ""]:
+  """The same at generated images."""
+  return _penalty(view, view.fake).mean() / 2
+
+
+def wgan_gp(*, labelled: bool = False) -> Term:
+  """`E (|grad_x D(x)| - 1)^2` between real and generated images; the paper's weight is 10.
+
+  A pair of different classes has no class: the realness between them is that of no class in particular.
+  """
+
+  def term(view: View) -> Float[Array, ""]:
+    key_share, key_d = jax.random.split(view.key)
+    real = _real(view, labelled)
+    y = jnp.where(real.y == view.fake.y, real.y, -1)
+    return penalties.wgan_gp(key_share, _realness_fn(view, y, key_d), real.x, view.fake.x).mean()
+
+  return term
+
+
+def _penalty(view: View, part: Part) -> Float[Array, "b"]:
+  return penalties.squared_gradient_norm(_realness_fn(view, part.y, view.key), part.x)
+
+
+def _realness_fn(view: View, y: Int[Array, "b"], key: Key[Array, ""]) -> penalties.RealnessFn:
+  return lambda x: losses.known_realness(view.d_fn(x, key)[0], y)
+
+
+def lazily(term: Term, every: int) -> Term:
+  """The term once in `every` updates, and `every` times as heavy: the same on average, for less.
+
+  References:
+    Karras et al., 2020, https://arxiv.org/abs/1912.04958, section 3.1 (lazy regularization).
+  """
+
+  def rarely(view: View) -> Float[Array, ""]:
+    due = view.step % every == 0
+    return jax.lax.cond(due, lambda: every * term(view), lambda: jnp.zeros(()))
+
+  return rarely if every > 1 else term
+
+
+def rotation(part: Callable[[View], Part]) -> Term:
+  """Mean cross-entropy of D's further head, of four logits: by how many quarter turns was it turned?
+
+  For square images and a D with `num_aux=4`. Every image is turned once, by a random number of turns.
+  In D's objective `part` gives the real images, in G's the generated ones: G is to make images whose
+  upright D can tell.
+
+  References:
+    Chen et al., 2019, https://arxiv.org/abs/1811.11212, equations 2 and 3.
+  """
+
+  def term(view: View) -> Float[Array, ""]:
+    key_turns, key_d = jax.random.split(view.key)
+    x = part(view).x
+    turns = jax.random.randint(key_turns, (len(x),), 0, 4)
+    return losses.cross_entropy(view.d_fn(augment.quarter_turns(x, turns), key_d)[2], turns).mean()
+
+  return term
+
+
 # --- Methods
+
+
+def gan(
+  loss: losses.Adversarial = losses.non_saturating,
+  *,
+  penalty: Literal["none", "r1", "r2", "r1_r2", "wgan_gp"] = "none",
+  gamma: float = 1.0,
+  penalty_every: int = 1,
+  rotation_weight: float = 0.0,
+  labelled: bool = False,
+) -> Objective:
+  """A GAN: any adversarial pair, with or without a gradient penalty and self-supervision.
+
+  `L_D = E loss_d + gamma L_penalty + w L_rotation(x)`, `L_G = E loss_g + 0.2 w L_rotation(G(z))`. With a
+  generator that is asked for classes, realness is that of the class asked for.
+
+  Args:
+    loss: the pair.
+    penalty: on D's gradient at real images (r1), generated ones (r2), both, or between them (wgan_gp).
+    gamma: the penalty's weight.
+    penalty_every: updates from one application of the penalty to the next.
+    rotation_weight: w; the factor 0.2 of G is the paper's.
+    labelled: whether labelled images count as real ones too.
+  """
+  kinds: dict[str, dict[str, Term]] = {
+    "none": {},
+    "r1": {"r1": r1(labelled=labelled)},
+    "r2": {"r2": r2},
+    "r1_r2": {"r1": r1(labelled=labelled), "r2": r2},
+    "wgan_gp": {"wgan_gp": wgan_gp(labelled=labelled)},
+  }
+  d: dict[str, tuple[Weight, Term]] = {"realness": (1.0, adversarial_d(loss, labelled=labelled))}
+  d |= {name: (gamma, lazily(term, penalty_every)) for name, term in kinds[penalty].items()}
+  d["rotation"] = (rotation_weight, rotation(lambda view: _real(view, labelled)))
+  return Objective(
+    d=d,
+    g={
+      "realness": (1.0, adversarial_g(loss, labelled=labelled)),
+      "rotation": (0.2 * rotation_weight, rotation(lambda view: view.fake)),
+    },
+  )
 
 
 def supervised_only() -> Objective:
@@ -153,7 +281,7 @@ def semi_supervised_gan(
   """
   d: dict[str, tuple[Weight, Term]] = {
     "supervised": (1.0, supervised),
-    "realness": (adversarial, realness_d(losses.non_saturating)),
+    "realness": (adversarial, adversarial_d(losses.non_saturating)),
   }
   if weak is not None:
     d["consistency"] = (consistency_weight, consistency(weak, threshold=threshold))
@@ -161,3 +289,34 @@ def semi_supervised_gan(
     raise ValueError("a consistency weight needs the weak augmentation that gives the targets")
   g: dict[str, tuple[Weight, Term]] = {"feature_matching": (1.0, feature_matching)}
   return Objective(d=d, g=g if adversarial else {})
+
+
+def conditional_gan(
+  loss: losses.Adversarial = losses.non_saturating,
+  *,
+  supervised_weight: float = 1.0,
+  consistency_weight: Weight = 0.0,
+  weak: Augment | None = None,
+  threshold: float = 0.95,
+  **penalty: Any,
+) -> Objective:
+  """A class-conditional GAN from any number of labels, over the same K logits.
+
+  A generated image is judged by the logit of the class that it was asked to be, a labelled image by the
+  logit of its class, an unlabelled one by the logsumexp of all. With every image labelled and
+  `supervised_weight=0` this is the usual conditional GAN with one realness logit a class. With few
+  labels, cross-entropy and consistency teach D which logit an unlabelled image raises, and so G what a
+  class looks like.
+
+  Args:
+    loss: the pair.
+    supervised_weight: of the cross-entropy of the labelled images.
+    consistency_weight, weak, threshold: as in `semi_supervised_gan`.
+    penalty: `penalty`, `gamma`, `penalty_every` and `rotation_weight` as in `gan`.
+  """
+  adversarial = gan(loss, labelled=True, **penalty)
+  classifier = semi_supervised_gan(
+    adversarial=0.0, consistency_weight=consistency_weight, weak=weak, threshold=threshold
+  )
+  d = {**adversarial.d, **classifier.d, "supervised": (supervised_weight, supervised)}
+  return Objective(d=d, g=adversarial.g)

@@ -16,7 +16,20 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from gan_jax import losses, objectives
-from gan_jax.types import Augment, Batch, Generator, Metrics, NetState, Network, Params, Step, TrainState
+from gan_jax.augment import Adaptive
+from gan_jax.types import (
+  Augment,
+  Batch,
+  ClassLatents,
+  Generator,
+  Latents,
+  Metrics,
+  NetState,
+  Network,
+  Params,
+  Step,
+  TrainState,
+)
 
 
 @partial(jax.jit, static_argnames=("g", "d", "g_tx", "d_tx"))
@@ -28,6 +41,7 @@ def init_state(
   g_tx: optax.GradientTransformation,
   d_tx: optax.GradientTransformation,
   x_init: Float[Array, "b h w c"],
+  aux: PyTree[Array] = None,
 ) -> TrainState:
   """A fresh state. Compiled, because an initialisation is many small operations.
 
@@ -38,6 +52,7 @@ def init_state(
     g_tx, d_tx: optimizers.
     x_init: real images in [0, 1], `[B, H, W, C]`. They give the shapes, and weight-normalised layers
       start from their statistics: a few hundred images are enough.
+    aux: what else the algorithm carries: `Adaptive.init()` with adaptive augmentation.
   """
   chex.assert_rank(x_init, 4)
   key_state, key_z, key_g, key_d, key_noise = jax.random.split(key, 5)
@@ -51,6 +66,7 @@ def init_state(
     d=NetState(d_params, d_variables, d_tx.init(d_params)),
     # Copies: a donated state must not hold one buffer twice.
     ema=jax.tree.map(jnp.copy, {"g": g_params, "d": d_params}),
+    aux={} if aux is None else aux,
   )
 
 
@@ -67,7 +83,7 @@ def make_step(
   g_tx: optax.GradientTransformation,
   d_tx: optax.GradientTransformation,
   objective: objectives.Objective,
-  augment: Augment | None = None,
+  augment: Augment | Adaptive | None = None,
   ema_decay: float = 0.999,
 ) -> Step:
   """Builds one update of D, then one of G against the new D: pure, uncompiled.
@@ -81,7 +97,7 @@ def make_step(
     g, d: networks, see `init_state`.
     g_tx, d_tx: optimizers, those that the state was made with.
     objective: the terms of both networks.
-    augment: applied to all that D sees, real and generated alike.
+    augment: applied to all that D sees, real and generated alike, in D's update and in G's.
     ema_decay: decay of the parameter averages; early in training `(1 + t) / (10 + t)` where that is
       smaller, so that the first parameters are soon forgotten.
 
@@ -91,60 +107,80 @@ def make_step(
     norms of gradients and updates.
   """
 
-  def apply(net: Network, params: Params, model_state: PyTree, x: Array, key: Array):
+  def apply(net: Network, params: Params, model_state: PyTree, x: Latents, key: Array):
     variables = {"params": params, **model_state}
     out, changed = net.apply(variables, x, train=True, rngs={"noise": key}, mutable=list(model_state))
     return out, dict(changed)
 
-  def see(key: Array, x: Array) -> Array:
-    return augment(key, x) if augment and len(x) else x
+  def see(state: TrainState, key: Array, x: Array) -> Array:
+    transform = augment.at(state.aux) if isinstance(augment, Adaptive) else augment
+    return transform(key, x) if transform and len(x) else x
+
+  def generate(params: Params, model_state: PyTree, key_z: Array, key_g: Array, num: int):
+    """Images, the classes that they were asked to be of, and G's new state."""
+    latents = g.latents(key_z, num)
+    x, model_state = apply(g, params, model_state, latents, key_g)
+    return x, latents.y if isinstance(latents, ClassLatents) else jnp.full(num, -1), model_state
 
   def update_d(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     key_z, key_g, key_augment, key_noise, key_terms = jax.random.split(key, 5)
-    x_fake = batch.x_unl_g  # of no rows where nothing is generated
+    x_fake, y_fake = batch.x_unl_g, jnp.full(len(batch.x_unl_g), -1)  # of no rows: nothing is generated
     if len(x_fake):
-      z = g.latents(key_z, len(x_fake))
-      x_fake, _ = apply(g, state.g.params, state.g.model_state, z, key_g)
+      x_fake, y_fake, _ = generate(state.g.params, state.g.model_state, key_z, key_g, len(x_fake))
     x = jax.lax.stop_gradient(jnp.concatenate([batch.x_lab, batch.x_unl, x_fake]))
-    x = see(key_augment, x)
+    x = see(state, key_augment, x)
+    y = jnp.concatenate([batch.y_lab, jnp.full(len(batch.x_unl), -1), y_fake])
     ends = [len(batch.x_lab), len(batch.x_lab) + len(batch.x_unl)]
 
     def loss_fn(params: Params):
       def d_fn(x: Array, key: Array):
         return apply(d, params, state.d.model_state, x, key)[0]
 
-      (logits, features), model_state = apply(d, params, state.d.model_state, x, key_noise)
-      columns = (jnp.split(a, ends) for a in (x, logits, features))
+      (logits, features, *_), model_state = apply(d, params, state.d.model_state, x, key_noise)
+      columns = (jnp.split(a, ends) for a in (x, logits, features, y))
       parts = (objectives.Part(*part) for part in zip(*columns, strict=True))
-      view = objectives.View(*parts, batch=batch, key=key_terms, d_fn=d_fn)
-      loss, values = objectives.total(objective.d, view, state.step)
+      view = objectives.View(*parts, batch=batch, key=key_terms, d_fn=d_fn, step=state.step)
+      loss, values = objectives.total(objective.d, view)
       for name, part in (("real", view.unl), ("fake", view.fake)):
         if len(part.x):
           values[f"realness_{name}"] = losses.realness(part.logits).mean()
       if len(view.lab.x):
         values["error"] = 100 * (view.lab.logits.argmax(axis=-1) != batch.y_lab).mean()
+      if ends[1]:
+        values["real_sign"] = jnp.sign(losses.realness(logits[: ends[1]])).mean()
       return loss, (values, model_state)
 
     net, metrics = descend(d_tx, state.d, loss_fn)
-    return state.replace(d=net), {f"d/{name}": value for name, value in metrics.items()}
+    state = state.replace(d=net)
+    if isinstance(augment, Adaptive):
+      state = state.replace(aux=augment.update(state.aux, metrics["real_sign"], ends[1]))
+      metrics |= state.aux
+    return state, {f"d/{name}": value for name, value in metrics.items()}
 
   def update_g(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-    key_z, key_g, key_real, key_fake, key_noise_real, key_noise_fake, key_terms = jax.random.split(key, 7)
-    z = g.latents(key_z, len(batch.x_unl_g))
+    key_z, key_g, key_unl, key_lab, key_fake, key_terms = jax.random.split(key, 6)
 
     def d_fn(x: Array, key: Array):
       return apply(d, state.d.params, state.d.model_state, x, key)[0]
 
-    x_unl = see(key_real, batch.x_unl_g)
-    unl = objectives.Part(x_unl, *d_fn(x_unl, key_noise_real))
+    def look(x: Array, y: Array, key: Array) -> objectives.Part:
+      key_augment, key_noise = jax.random.split(key)
+      x = see(state, key_augment, x)
+      logits, features, *_ = d_fn(x, key_noise)
+      return objectives.Part(x, logits, features, y)
+
+    # Real images are constants here, so they go through D forwards only, and not at all where no term
+    # asks for them: the compiler drops what is not used.
+    unl = look(batch.x_unl_g, jnp.full(len(batch.x_unl_g), -1), key_unl)
+    lab = objectives.Part(*(a[:0] for a in unl))
+    if len(batch.x_lab):
+      lab = look(batch.x_lab, batch.y_lab, key_lab)
 
     def loss_fn(params: Params):
-      x_fake, model_state = apply(g, params, state.g.model_state, z, key_g)
-      x_fake = see(key_fake, x_fake)
-      fake = objectives.Part(x_fake, *d_fn(x_fake, key_noise_fake))
-      lab = objectives.Part(*(a[:0] for a in unl))
-      view = objectives.View(lab, unl, fake, batch=batch, key=key_terms, d_fn=d_fn)
-      loss, values = objectives.total(objective.g, view, state.step)
+      x_fake, y_fake, model_state = generate(params, state.g.model_state, key_z, key_g, len(batch.x_unl_g))
+      fake = look(x_fake, y_fake, key_fake)
+      view = objectives.View(lab, unl, fake, batch=batch, key=key_terms, d_fn=d_fn, step=state.step)
+      loss, values = objectives.total(objective.g, view)
       return loss, (values, model_state)
 
     net, metrics = descend(g_tx, state.g, loss_fn)
@@ -217,15 +253,23 @@ def make_updates(
 
 def make_sampler(
   g: Generator,
-) -> Callable[[TrainState, Key[Array, ""], int], Float[Array, "n h w c"]]:
-  """Builds `sample(state, key, num) -> images [num, H, W, C]` in [0, 1] from the averaged generator.
+) -> Callable[..., Float[Array, "n h w c"]]:
+  """Builds `sample(state, key, num, y=None) -> images [num, H, W, C]` in [0, 1] from the averaged G.
 
-  `num` is static under jit; the key is consumed.
+  `num` is static under jit; the key is consumed. A class-conditional generator makes images of the
+  classes `y [num]` or, without, of random ones.
   """
 
-  def sample(state: TrainState, key: Key[Array, ""], num: int) -> Float[Array, "n h w c"]:
+  def sample(
+    state: TrainState, key: Key[Array, ""], num: int, y: Int[Array, "n"] | None = None
+  ) -> Float[Array, "n h w c"]:
+    latents = g.latents(key, num)
+    if y is not None:
+      if not isinstance(latents, ClassLatents):
+        raise ValueError("this generator is not class-conditional: it cannot be asked for classes")
+      latents = latents._replace(y=y)
     variables = {"params": state.ema["g"], **state.g.model_state}
-    return g.apply(variables, g.latents(key, num), train=False)
+    return g.apply(variables, latents, train=False)
 
   return sample
 
@@ -240,6 +284,6 @@ def make_classifier(
 
   def classify(state: TrainState, x: Float[Array, "b h w c"]):
     variables = {"params": state.ema["d"], **state.d.model_state}
-    return d.apply(variables, x, train=False)
+    return d.apply(variables, x, train=False)[:2]
 
   return classify

@@ -78,20 +78,32 @@ class Network(Protocol):
   def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class Generator(Network, Protocol):
-  """A Linen module `g(z, train=) -> x` in [0, 1] that also draws its own latents."""
+class ClassLatents(NamedTuple):
+  """What a class-conditional generator starts from."""
 
-  def latents(self, key: Key[Array, ""], num: int) -> Float[Array, "n z"]:
-    """`[num, Z]` latents; consumes the key."""
+  z: Float[Array, "n z"]
+  y: Int[Array, "n"]
+  """The class that each image is to be of, 0 .. K-1."""
+
+
+Latents = Float[Array, "n z"] | ClassLatents
+
+
+class Generator(Network, Protocol):
+  """A Linen module `g(latents, train=) -> x` in [0, 1] that also draws its own latents."""
+
+  def latents(self, key: Key[Array, ""], num: int) -> Latents:
+    """`num` latents; consumes the key. A class-conditional generator draws the classes too."""
     ...
 
 
 class DiscriminatorFn(Protocol):
-  """`D(x) -> (logits [B, K], features [B, F])` with its parameters bound; consumes `key`."""
+  """`D(x) -> (logits [B, K], features [B, F], ...)` with its parameters bound; consumes `key`.
 
-  def __call__(
-    self, x: Float[Array, "b h w c"], key: Key[Array, ""]
-  ) -> tuple[Float[Array, "b k"], Float[Array, "b f"]]: ...
+  A discriminator with a head for a task of its own, see `num_aux` in `networks`, gives its logits third.
+  """
+
+  def __call__(self, x: Float[Array, "b h w c"], key: Key[Array, ""]) -> tuple[Array, ...]: ...
 
 
 Augment = Callable[[Key[Array, ""], Float[Array, "b h w c"]], Float[Array, "b h w c"]]

@@ -58,9 +58,9 @@ def test_noise_only_in_training(key):
 
 def test_weight_norm_starts_normalised_and_follows_its_equation(key):
   x = 3 + 5 * jax.random.normal(key, (200, 7))
-  layer = networks.WeightNormDense(4)
-  variables = layer.init(key, x)
-  y = layer.apply(variables, x)
+  layer = networks.Linear(4, norm="weight")
+  variables = layer.init(key, x, train=True)
+  y = layer.apply(variables, x, train=True)
   np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-4)
   np.testing.assert_allclose(y.var(axis=0), 1, rtol=1e-4)
   v, b = variables["params"]["kernel"], variables["params"]["bias"]
@@ -68,7 +68,7 @@ def test_weight_norm_starts_normalised_and_follows_its_equation(key):
   expected = s[None] * (x @ v) / np.linalg.norm(v, axis=0)[None] + b[None]
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
   longer = {**variables, "params": {"kernel": 7 * v, "bias": b}}
-  np.testing.assert_allclose(layer.apply(longer, x), y, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(layer.apply(longer, x, train=True), y, rtol=1e-4, atol=1e-4)
 
 
 CONVS = [
@@ -83,7 +83,7 @@ CONVS = [
 def test_conv_in_loops_has_the_gradients_of_the_stock_convolution(shape, kernel, strides, key):
   x = jax.random.normal(key, (3, *shape))
   w = jax.random.normal(key, (*kernel, shape[-1], 4))
-  fns = networks._conv, networks._conv_in_loops
+  fns = networks._lax_conv, networks._conv
   # The two differ in how they compute: only one has a rule of its own.
   jaxprs = [str(jax.make_jaxpr(lambda x, w, fn=fn: fn(x, w, strides))(x, w)) for fn in fns]
   assert ["custom_vjp" in jaxpr for jaxpr in jaxprs] == [False, True]
@@ -102,7 +102,7 @@ def test_conv_in_loops_differentiates_twice(key):
     grad = jax.grad(lambda x: jnp.sin(fn(x, w, (2, 2))).sum())(x)
     return jnp.square(grad).sum()
 
-  stock, ours = (jax.grad(penalty)(w, fn) for fn in (networks._conv, networks._conv_in_loops))
+  stock, ours = (jax.grad(penalty)(w, fn) for fn in (networks._lax_conv, networks._conv))
   np.testing.assert_allclose(stock, ours, rtol=1e-3, atol=1e-3)
 
 

@@ -18,11 +18,12 @@ def test_total_weighs_by_number_and_by_schedule(key):
   @dataclasses.dataclass(frozen=True)
   class View:
     key: object
+    step: object
 
   schedule = optax.linear_schedule(0.0, 1.0, 10)
   terms = {"a": (2.0, lambda view: jnp.float32(3.0)), "b": (schedule, lambda view: jnp.float32(10.0))}
   for step, expected in ((0, 6.0), (5, 11.0), (10, 16.0)):
-    loss, values = objectives.total(terms, View(key), jnp.int32(step))
+    loss, values = objectives.total(terms, View(key, jnp.int32(step)))
     np.testing.assert_allclose(loss, expected)
     assert values == {"a": 3.0, "b": 10.0}
 

@@ -33,7 +33,9 @@ def test_d_and_g_move_only_themselves(make_tiny):
 def test_metrics_are_named_after_their_terms(make_tiny):
   tiny = make_tiny(objective=FULL)
   _, metrics = jax.jit(tiny.step())(tiny.state(), tiny.batch())
-  d = "loss supervised realness consistency realness_real realness_fake error grad_norm update_norm"
+  d = (
+    "loss supervised realness consistency realness_real realness_fake real_sign error grad_norm update_norm"
+  )
   g = "loss feature_matching grad_norm update_norm"
   assert set(metrics) == {f"d/{k}" for k in d.split()} | {f"g/{k}" for k in g.split()}
   parts = metrics["d/supervised"] + 0.5 * metrics["d/realness"] + metrics["d/consistency"]
@@ -64,7 +66,7 @@ def test_feature_matching_update_by_hand(make_tiny):
   state, batch = tiny.state(), tiny.batch()
   after, _ = jax.jit(tiny.step())(state, batch)
   _, key = steps.update_keys(state)
-  key_z = jax.random.split(jax.random.split(key)[1], 7)[0]
+  key_z = jax.random.split(jax.random.split(key)[1], 6)[0]
   z = tiny.g.latents(key_z, len(batch.x_unl_g))
 
   def loss(params):
@@ -147,8 +149,8 @@ def test_plain_gan_is_the_case_of_one_class(make_tiny):
 
   tiny = make_tiny(
     objective=objectives.Objective(
-      d={"realness": (1.0, objectives.realness_d(losses.non_saturating))},
-      g={"realness": (1.0, objectives.realness_g(losses.non_saturating))},
+      d={"realness": (1.0, objectives.adversarial_d(losses.non_saturating))},
+      g={"realness": (1.0, objectives.adversarial_g(losses.non_saturating))},
     )
   )
   tiny.d = networks.ConvDiscriminator(1, width=4, num_features=8)
