@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from gan_jax.types import Batch, InputError, LabelSplit
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
+_OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "imagenette", "oxford_flowers102")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,19 @@ class Dataset:
   def num_classes(self) -> int:
     return len(self.class_names)
 
+  @property
+  def of_objects(self) -> bool:
+    """Whether its images show things that stand upright: a mirror keeps the class, a turn shows."""
+    return self.name.partition("@")[0] in _OBJECTS
 
-def load(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> Dataset:
+
+def load(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  manual_dir: str | None = None,
+  image_size: int | None = None,
+) -> Dataset:
   """Loads a dataset, preparing it first where that can be done.
 
   Args:
@@ -59,10 +71,16 @@ def load(name: str, *, data_dir: str | None = None, manual_dir: str | None = Non
       `PATH/test/CLASS/*.png`, or `auto`: MNIST where it is prepared or can be had, else `digits`.
     data_dir: where tfds keeps its datasets; by default tfds's own choice, `TFDS_DATA_DIR` included.
     manual_dir: a folder with the original files of the dataset, in place of the network.
+    image_size: resizes all images to squares of this side; the name then ends in `@` and the side.
 
   Raises:
     InputError: unknown name, nothing prepared and no way to get it, corrupt files.
   """
+  dataset = _load(name, data_dir, manual_dir)
+  return dataset if image_size is None else _resized(dataset, image_size)
+
+
+def _load(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
   if manual_dir is not None and not Path(manual_dir).is_dir():
     raise InputError(f"--manual-dir {manual_dir} is not a folder")
   if name == "digits":
@@ -82,29 +100,74 @@ def load(name: str, *, data_dir: str | None = None, manual_dir: str | None = Non
     )
 
 
+def _resized(dataset: Dataset, side: int) -> Dataset:
+  """Bilinear, over the pixels that go into one where the image shrinks."""
+  from PIL import Image
+
+  def resize(x: np.ndarray) -> np.ndarray:
+    channels = [x[..., c] for c in range(x.shape[-1])]  # Pillow knows no arrays of one channel
+    pictures = [
+      [Image.fromarray(a).resize((side, side), Image.Resampling.BILINEAR) for a in c] for c in channels
+    ]
+    return np.stack([np.stack([np.asarray(p) for p in c]) for c in pictures], axis=-1)
+
+  return replace(
+    dataset,
+    name=f"{dataset.name}@{side}",
+    x_train=resize(dataset.x_train),
+    x_test=resize(dataset.x_test),
+  )
+
+
 # --- Label splits
 
 
-def split_labels(labels: Int[np.ndarray, "n"], per_class: int, seed: int) -> LabelSplit:
-  """Chooses `per_class` labels of every class: the first of each in a seeded permutation.
+def split_labels(
+  labels: Int[np.ndarray, "n"],
+  per_class: int | None,
+  seed: int,
+  *,
+  num_images: int | None = None,
+  num_held_out: int = 0,
+) -> LabelSplit:
+  """Chooses labels, images, and images to hold out, from one seeded permutation of the training set.
 
-  Splits of one seed are nested: 5 labels a class are among the 10 of the same seed.
+  The images of the run are its first `num_images`, the held-out ones its last; the labelled ones are the
+  first `per_class` of every class. So splits of one seed are nested: 5 labels a class are among the 10.
+
+  Args:
+    labels: classes of the whole training set.
+    per_class: labels of each class; None: all images of the run are labelled.
+    seed: of the permutation.
+    num_images: images that the run may train on; None: all that are not held out.
+    num_held_out: images that it may not.
 
   Raises:
-    InputError: `per_class` is below 1 or above the number of images of the smallest class.
+    InputError: `per_class` is below 1 or above the images of the smallest class, or there are not so
+      many images.
   """
-  if per_class < 1:
+  if per_class is not None and per_class < 1:
     raise InputError(f"--labels-per-class must be at least 1, not {per_class}")
-  classes, counts = np.unique(labels, return_counts=True)
-  if per_class > counts.min():
+  rest = len(labels) - num_held_out
+  num_images = rest if num_images is None else num_images
+  if not 0 < num_images <= rest:
+    raise InputError(
+      f"{num_images} images to train on and {num_held_out} to hold out are not among the"
+      f" {len(labels)} training images: change --num-images or --hold-out"
+    )
+  order = np.random.default_rng(seed).permutation(len(labels))
+  images, held_out = order[:num_images], order[rest:]
+  classes = np.unique(labels)
+  counts = np.array([(labels[images] == k).sum() for k in classes])
+  if per_class is not None and per_class > counts.min():
     raise InputError(
       f"--labels-per-class {per_class} is more than the {counts.min()} training images of class"
       f" {classes[counts.argmin()]}"
     )
-  order = np.random.default_rng(seed).permutation(len(labels))
-  chosen = np.sort(np.concatenate([order[labels[order] == k][:per_class] for k in classes]))
+  chosen = np.sort(np.concatenate([images[labels[images] == k][:per_class] for k in classes]))
   digest = hashlib.sha256(chosen.astype("<i8").tobytes() + labels[chosen].astype("<i8").tobytes())
-  return LabelSplit(tuple(chosen.tolist()), per_class, seed, digest.hexdigest())
+  images, held_out = (tuple(np.sort(a).tolist()) for a in (images, held_out))
+  return LabelSplit(tuple(chosen.tolist()), per_class, seed, digest.hexdigest(), images, held_out)
 
 
 # --- On the device
@@ -116,19 +179,24 @@ class DeviceData(struct.PyTreeNode):
   x_lab: UInt8[Array, "n h w c"]
   y_lab: Int[Array, "n"]
   x_unl: UInt8[Array, "u h w c"]
+  x_held_out: UInt8[Array, "o h w c"]
+  """Images that no update sees."""
 
 
 def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = False) -> DeviceData:
-  """Puts the labelled subset and the unlabelled images on the device.
+  """Puts the labelled subset, the unlabelled and the held-out images on the device.
 
-  The unlabelled images are the whole training set, labelled ones included, or without them.
+  The unlabelled images are all images of the run, labelled ones included, or without them.
   """
-  indices = np.asarray(split.indices)
-  x_unl = np.delete(dataset.x_train, indices, axis=0) if exclude_labelled else dataset.x_train
+  labelled = np.asarray(split.indices, int)
+  unlabelled = np.asarray(split.images, int)
+  if exclude_labelled:
+    unlabelled = np.setdiff1d(unlabelled, labelled)
   return DeviceData(
-    x_lab=jnp.asarray(dataset.x_train[indices]),
-    y_lab=jnp.asarray(dataset.y_train[indices], jnp.int32),
-    x_unl=jnp.asarray(x_unl),
+    x_lab=jnp.asarray(dataset.x_train[labelled]),
+    y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32),
+    x_unl=jnp.asarray(dataset.x_train[unlabelled]),
+    x_held_out=jnp.asarray(dataset.x_train[np.asarray(split.held_out, int)]),
   )
 
 

@@ -42,8 +42,14 @@ class Config:
   """Where tfds keeps its datasets (default: tfds's own choice, TFDS_DATA_DIR included)."""
   manual_dir: str | None = None
   """A folder with the dataset's original files, used in place of the network."""
-  labels_per_class: int = 10
-  """The label budget: so many labelled images of each class."""
+  image_size: int | None = None
+  """Resize all images to squares of this side."""
+  num_images: int | None = None
+  """Train on so many images only (default: all that are not held out)."""
+  hold_out: int | None = 0
+  """Training images that no update sees; D is watched on them (None: a twentieth, at most 1,000)."""
+  labels_per_class: int | None = 10
+  """The label budget: so many labelled images of each class (None: every label)."""
   split_seed: int = 0
   """Which images are the labelled ones."""
   exclude_labelled: bool = False
@@ -67,12 +73,16 @@ class Config:
 
   def check(self) -> None:
     """Raises `InputError` for flags that no data could make right."""
-    for name in ("labels_per_class", "steps", "batch_size", "checkpoint_every"):
+    at_least_one = (
+      *("labels_per_class", "steps", "batch_size", "checkpoint_every"),
+      *("image_size", "num_images"),
+    )
+    for name in at_least_one:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if self.split_seed < 0 or self.seed < 0:
-      raise InputError("--seed and --split-seed must not be negative")
+    if self.split_seed < 0 or self.seed < 0 or (self.hold_out or 0) < 0:
+      raise InputError("--seed, --split-seed and --hold-out must not be negative")
     if self.resume and self.workdir is None:
       raise InputError("--resume needs --workdir, the run to continue")
     if self.resume and self.overwrite:
@@ -159,8 +169,20 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(config.workdir or Path("runs") / experiment / stamp)
   _check_workdir(path, config)
-  dataset = data.load(config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir)
-  split = data.split_labels(dataset.y_train, config.labels_per_class, config.split_seed)
+  dataset = data.load(
+    config.dataset,
+    data_dir=config.data_dir,
+    manual_dir=config.manual_dir,
+    image_size=config.image_size,
+  )
+  hold_out = min(1000, len(dataset.x_train) // 20) if config.hold_out is None else config.hold_out
+  split = data.split_labels(
+    dataset.y_train,
+    config.labels_per_class,
+    config.split_seed,
+    num_images=config.num_images,
+    num_held_out=hold_out,
+  )
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
   found = environment()
@@ -172,6 +194,8 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
     "per_class": split.per_class,
     "indices": list(split.indices),
     "unlabelled_includes_labelled": not config.exclude_labelled,
+    "num_images": len(split.images),
+    "num_held_out": len(split.held_out),
   }
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -284,6 +308,7 @@ def finish(
     "label_split_sha256": run.split.sha256,
     "split_seed": run.split.seed,
     "unlabelled_includes_labelled": not config.exclude_labelled,
+    "num_images": len(run.split.images),
     "seed": config.seed,
     **result,
     "seconds_total": round(time.time() - run.start, 1),

@@ -15,8 +15,8 @@ from jaxtyping import Array
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gan_jax
-from gan_jax import checkpoint, data, report, runs, steps
-from gan_jax.types import InputError, Json, Step, TrainState
+from gan_jax import checkpoint, data, report, runs, steps, watch
+from gan_jax.types import InputError, Json, Metrics, Step, TrainState
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Fit:
   seconds_to_first_update: float | None
   """From the start of the process; None where there was nothing left to do."""
   interrupted: bool
+  alarms: tuple[str, ...] = ()
+  """What the watch has to say of the end of training, in words."""
 
 
 def fit(
@@ -43,6 +45,7 @@ def fit(
   num_steps: int,
   dispatch: int = 50,
   checkpoints: checkpoint.Checkpoints | None = None,
+  observe: Callable[[TrainState, data.DeviceData], Metrics] | None = None,
 ) -> Fit:
   """Runs `step` until `state.step` is `num_steps`, or until Ctrl-C, and logs under the name `phase`.
 
@@ -50,6 +53,9 @@ def fit(
 
   `dispatch` updates go to the device at a time. The metrics of one dispatch are read when the next
   has been sent, so the device never waits for the host.
+
+  `observe`, a pure function, is called about twenty times, its metrics are logged beside the others, and
+  the alarms that `watch` raises over them are printed when they appear.
 
   Raises:
     InputError: a metric is not finite; nothing from then on has been saved.
@@ -63,6 +69,8 @@ def fit(
     state = checkpoints.restore(state)
   first = int(state.step)
   every = run.config.checkpoint_every
+  observe = jax.jit(observe) if observe else None
+  observe_every = max(1, num_steps // 20)
   done, pending, to_first = first, None, None
 
   with _MetricsLog(run, phase, first) as log, _progress(phase, first, num_steps) as show:
@@ -71,8 +79,12 @@ def fit(
         # The very first update goes alone: it tells when the run began to move.
         num = 1 if done == 0 else min(dispatch - done % dispatch, num_steps - done)
         num = min(num, every - done % every)
+        if observe:
+          num = min(num, observe_every - done % observe_every)
         state, metrics = compiled(state, device_data, np.int32(num))
         done += num
+        if observe and done % observe_every == 0:
+          metrics |= observe(state, device_data)
         if pending is not None:
           show(log.write(*pending))
         pending = (done, num, metrics)
@@ -87,7 +99,7 @@ def fit(
       show(log.write(*pending))
     if checkpoints is not None:
       checkpoints.save(state)
-    return Fit(state, log.seconds, seconds_compile, to_first, done < num_steps)
+    return Fit(state, log.seconds, seconds_compile, to_first, done < num_steps, log.alarms)
 
 
 class _MetricsLog:
@@ -101,6 +113,8 @@ class _MetricsLog:
     rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
     report.write_bytes(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     self._phase = phase
+    self._rows = [row for row in rows if row["phase"] == phase]
+    self.alarms: tuple[str, ...] = ()
     self._before = max((row["seconds"] for row in rows if row["phase"] == phase), default=0.0)
     self._begin = time.perf_counter()
     self._file = open(run.metrics_path, "a", buffering=1)  # noqa: SIM115
@@ -123,17 +137,26 @@ class _MetricsLog:
     """Waits for the metrics of the `num` updates up to `step`; `InputError` where one is not finite."""
     means = {}
     for name, history in metrics.items():
-      values = np.asarray(history)[:num]
+      values = np.asarray(history).ravel()[:num]  # what was observed once is a scalar
       if not np.isfinite(values).all():
         where = step - num + 1 + int(np.argmin(np.isfinite(values)))
         raise InputError(f"{name} is not finite at update {where} ({self._phase}): lower the learning rate")
       means[name] = float(values.mean())
     row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), **means}
     self._file.write(json.dumps(row) + "\n")
+    self._rows.append(row)
+    if any(name.startswith("watch/") for name in row):
+      self._watch()
     if self._tensorboard is not None:
       for name, value in means.items():
         self._tensorboard.add_scalar(name, value, step)
     return row
+
+  def _watch(self) -> None:
+    """Prints the alarms that were not there before."""
+    before, self.alarms = self.alarms, tuple(watch.alarms(self._rows))
+    for alarm in set(self.alarms) - set(before):
+      runs.console.print(f"watch: {alarm}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _tensorboard(path: Path) -> Any:

@@ -59,16 +59,20 @@ class TrainState(struct.PyTreeNode):
 
 
 class LabelSplit(NamedTuple):
-  """Which labels a run may see. Everything else in the training set is an image without a label."""
+  """Which labels and images a run may see. An image of the run without a label is just an image."""
 
   indices: tuple[int, ...]
-  """Positions in the training set, ascending."""
-  per_class: int
-  """Labels of each class."""
+  """Positions of the labelled images in the training set, ascending."""
+  per_class: int | None
+  """Labels of each class; None: every image of the run has its label."""
   seed: int
   """The seed that the split was drawn with."""
   sha256: str
   """SHA-256 of the indices as little-endian int64, ascending, followed by their labels likewise."""
+  images: tuple[int, ...]
+  """Positions of all images that the run trains on, labelled ones included, ascending."""
+  held_out: tuple[int, ...]
+  """Positions of training images that no update sees: D is watched on them."""
 
 
 class Network(Protocol):

@@ -1,0 +1,31 @@
+"""A GAN without labels, any loss, penalty and normalisation: the source article's, made right, and better.
+
+Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661.
+
+  python -m experiments.mnist_gan --network mlp     the article's networks, optimizer and 10,000 updates
+  python -m experiments.mnist_gan                   a convolutional pair with R1
+"""
+
+from dataclasses import dataclass
+
+from experiments import _gan
+from gan_jax import metrics, runs
+from gan_jax.types import Json
+
+
+@dataclass(frozen=True)
+class Config(_gan.Config):
+  """The flags of this experiment."""
+
+
+def main(config: Config) -> Json:
+  """Trains the GAN, judges its generator and probes its discriminator; returns what `result.json` holds."""
+  with runs.open_run(config, "mnist_gan") as run:
+    judge = metrics.load_judge(run.dataset, say=runs.say)
+    objective = _gan.objective(config, run)
+    gan = _gan.train_gan(run, objective, judge, num_unl=config.recipe().batch_size)
+    return _gan.finish(run, gan, judge, _gan.sample(gan, 100, config.seed), {}, [])
+
+
+if __name__ == "__main__":
+  runs.cli(main, Config)
