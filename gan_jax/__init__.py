@@ -19,6 +19,7 @@ from gan_jax import (
   report,
   steps,
   types,
+  watch,
 )
 
 __version__ = "0.1.0"
@@ -34,4 +35,5 @@ __all__ = [
   "report",
   "steps",
   "types",
+  "watch",
 ]

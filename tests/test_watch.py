@@ -1,0 +1,301 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gan_jax import data, losses, networks, objectives, steps, watch
+from gan_jax.types import Batch, InputError, NetState, TrainState
+
+
+class Images:
+  """A generator without parameters: its latents are its images, drawn by a function of the key."""
+
+  def __init__(self, draw):
+    self.latents = draw
+
+  def init(self, key, z, *, train):
+    return {"params": {}}
+
+  def apply(self, variables, z, *, train, **kwargs):
+    return (z, {}) if "mutable" in kwargs else z
+
+
+class Looks:
+  """A discriminator without parameters: one logit a pixel of the first row, and more than a pair."""
+
+  def apply(self, variables, x, *, train):
+    assert not train
+    return x[:, 0, :, 0] + variables["params"], x.reshape(len(x), -1), "more"
+
+
+TX = optax.adam(1e-2, b1=0.5)
+
+
+class DenseD(nn.Module):
+  """A plain perceptron."""
+
+  num_classes: int = 1
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    features = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+    return nn.Dense(self.num_classes)(features), features
+
+
+class DenseG(nn.Module):
+  def latents(self, key, num):
+    return jax.random.normal(key, (num, 4))
+
+  @nn.compact
+  def __call__(self, z, *, train):
+    return nn.sigmoid(nn.Dense(64)(z)).reshape(-1, 8, 8, 1)
+
+
+def noise(key, num):
+  return jax.random.uniform(key, (num, 8, 8, 1))
+
+
+def observe_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
+  """The metrics of images of one row, whose pixels (plus a shift) are the logits."""
+  images = [jnp.asarray(x, jnp.float32)[:, None, :, None] for x in (train, held_out, fake)]
+  d = NetState(jnp.float32(shift), {}, {})
+  state = TrainState(
+    jnp.int32(0), jax.random.key(0), NetState({}, {}, {}), d, {"g": {}, "d": jnp.float32(9)}
+  )
+  observe = jax.jit(watch.make_observe(Images(lambda key, num: images[2][:num]), Looks(), classify))
+  metrics = observe(state, jax.random.key(1), *images[:2])
+  assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
+  return {name.removeprefix("watch/"): float(value) for name, value in metrics.items()}
+
+
+def test_metrics_by_hand_with_one_logit():
+  """One pixel, one logit: the pixel less 1/2. D is the current one, not the averaged one."""
+  m = observe_by_hand(
+    [[1.0], [0.8], [0.6], [0.4]], [[0.5], [0.7]], [[0.2], [0.6], [0.3], [0.1]], shift=-0.5
+  )
+  expected = {
+    "realness_train": 0.2,
+    "realness_held_out": 0.1,
+    "realness_fake": -0.2,
+    "realness_gap": 0.1,
+    "memorisation": 0.25,
+    "train_right": 75,
+    "fake_right": 75,
+    "spread": 0.035 / 0.05,
+  }
+  assert set(m) == set(expected)  # K = 1: no classes
+  np.testing.assert_allclose([m[k] for k in expected], list(expected.values()), rtol=1e-5)
+
+
+def test_metrics_by_hand_with_classes():
+  """D's own three logits name the class, unless a judge does."""
+  train, fake = np.eye(3)[[0, 1, 2, 2]], np.eye(3)[[0, 2, 2, 2]]
+  m = observe_by_hand(train, np.zeros((1, 3)), fake)
+  realness = np.log(np.e + 2)
+  np.testing.assert_allclose(
+    [m["realness_train"], m["realness_held_out"]], [realness, np.log(3)], rtol=1e-6
+  )
+  np.testing.assert_allclose([m[f"share_{k}"] for k in range(3)], [0.25, 0, 0.75])
+  np.testing.assert_allclose(m["class_entropy"], -0.25 * np.log(0.25) - 0.75 * np.log(0.75), rtol=1e-6)
+  assert m["memorisation"] == 0  # training and generated images look alike to D: nothing to divide by
+  m = observe_by_hand(train, np.zeros((1, 3)), fake, classify=lambda x: 1 - x[:, 0, :2, 0])
+  np.testing.assert_allclose([m["share_0"], m["share_1"]], [0.75, 0.25])
+  assert "share_2" not in m
+
+
+def test_without_held_out_images_their_metrics_are_absent():
+  full = observe_by_hand(np.eye(2), np.eye(2), np.eye(2))
+  none = observe_by_hand(np.eye(2), np.eye(2)[:0], np.eye(2))
+  assert set(full) - set(none) == {"realness_held_out", "realness_gap", "memorisation"}
+
+
+def test_one_training_image_is_too_few():
+  with pytest.raises(InputError, match="at least 2"):
+    observe_by_hand([[1.0]], [[1.0]], [[1.0]])
+
+
+def test_observing_agrees_with_the_networks_themselves(key):
+  """The averaged generator and the current discriminator."""
+  g, d = DenseG(), DenseD(3)
+  x = noise(key, 60)
+  state = steps.init_state(key, g, d, g_tx=TX, d_tx=TX, x_init=x)
+  state = state.replace(ema=jax.tree.map(lambda p: 1.5 * p, state.ema))
+  m = jax.jit(watch.make_observe(g, d))(state, key, x[:20], x[20:])
+
+  @jax.jit
+  def by_hand(state, x):
+    x_fake = g.apply({"params": state.ema["g"]}, g.latents(key, 20), train=False)
+    d_fn = lambda x: d.apply({"params": state.d.params}, x, train=False)[0]
+    parts = {"train": x[:20], "held_out": x[20:], "fake": x_fake}
+    return x_fake, {name: losses.realness(d_fn(part)).mean() for name, part in parts.items()}
+
+  x_fake, expected = by_hand(state, x)
+  for name, value in expected.items():
+    np.testing.assert_allclose(m[f"watch/realness_{name}"], value, rtol=1e-4)
+  np.testing.assert_allclose(
+    m["watch/spread"], np.var(x_fake, 0).mean() / np.var(x[:20], 0).mean(), rtol=1e-4
+  )
+
+
+# --- Alarms, each on networks that really have the fault
+
+
+@functools.cache
+def compiled_d_alone():
+  """D alone against generated noise: state, forty updates and an observation as compiled functions."""
+  g, d = Images(noise), DenseD()
+  objective = objectives.Objective(d={"realness": (1.0, objectives.realness_d(losses.non_saturating))})
+
+  def draw(key, pool):
+    x = pool[jax.random.randint(key, (12,), 0, len(pool))]
+    return Batch(x[:0], jnp.zeros(0, jnp.int32), x, x)
+
+  txs = {"g_tx": TX, "d_tx": TX}
+  state = steps.init_state(jax.random.key(0), g, d, **txs, x_init=noise(jax.random.key(1), 12))
+  step = steps.make_step(g, d, **txs, objective=objective)
+  return state, jax.jit(steps.make_updates(step, draw, max_updates=40)), jax.jit(watch.make_observe(g, d))
+
+
+def train(state, updates, observe, pool, x_train, x_held_out, *, every):
+  """Fifteen rows as the loop writes them, all with an observation."""
+  rows = []
+  for step in range(every, 15 * every + 1, every):
+    state, history = updates(state, pool, np.int32(every))
+    metrics = {name: values.mean() for name, values in history.items()}
+    metrics |= observe(state, jax.random.key(step), x_train, x_held_out)
+    rows.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
+  return rows
+
+
+def d_alone(pool, x_held_out, change=lambda params: params):
+  """Rows and alarms of 600 updates of D alone on the images of `pool`, and D's parameters changed first."""
+  state, *functions = compiled_d_alone()
+  state = state.replace(d=state.d.replace(params=change(state.d.params)))
+  rows = train(state, *functions, pool, pool[:12], x_held_out, every=40)
+  return rows, watch.alarms(rows, num_steps=600)
+
+
+def test_d_that_learns_twelve_images_by_heart_is_told_from_one_that_cannot():
+  """All images are noise of one kind, generated ones too: there is nothing to learn but the images."""
+  pool, held_out = noise(jax.random.key(2), 6000), noise(jax.random.key(3), 12)
+  rows, found = d_alone(jnp.tile(pool[:12], (500, 1, 1, 1)), held_out)
+  assert rows[-1]["watch/memorisation"] == pytest.approx(1, abs=0.3)
+  assert "memorises" in found[0]
+  assert "100 % of them" in found[0]
+  assert not [text for text in found if "generator has" in text or "same image" in text]
+  _, found = d_alone(pool, held_out)
+  assert found == []
+
+
+def test_d_has_won():
+  """Bright images against noise: D needs nothing by heart to be always right."""
+  bright = 0.7 + 0.3 * noise(jax.random.key(2), 6012)
+  _, found = d_alone(bright[:6000], bright[6000:])
+  assert len(found) == 1
+  assert "the discriminator has won: it judges 100.0 %" in found[0]
+
+
+def test_dead_units_hold_a_loss_still():
+  """No unit of D ever fires, so it says 1/2 to everything, for ever: 2 ln 2."""
+
+  def kill(params):
+    dead = {"kernel": jnp.zeros_like(params["Dense_0"]["kernel"]), "bias": -jnp.ones(64)}
+    return {**params, "Dense_0": dead}
+
+  pool = noise(jax.random.key(2), 6012)
+  _, found = d_alone(pool[:6000], pool[6000:], kill)
+  assert len(found) == 1
+  assert found[0].startswith("d/loss is stuck: between 1.38629 and 1.38629 over the last 8 rows")
+
+
+def observed_rows(g, x, classify=None, change=lambda state: state):
+  """Five observations of a generator, with losses that move."""
+  state = change(steps.init_state(jax.random.key(0), g, DenseD(), g_tx=TX, d_tx=TX, x_init=x))
+  observe = jax.jit(watch.make_observe(g, DenseD(), classify))
+  rows = []
+  for step in range(600, 1001, 100):
+    metrics = {"d/loss": 1 + step / 1e4, "g/loss": 1.0} | observe(state, jax.random.key(step), x, x[:0])
+    rows.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
+  return rows
+
+
+def test_generator_with_zero_parameters_draws_one_image(key):
+  zero = lambda state: state.replace(ema={**state.ema, "g": jax.tree.map(jnp.zeros_like, state.ema["g"])})
+  x = noise(key, 30)
+  (found,) = watch.alarms(observed_rows(DenseG(), x, change=zero), num_steps=1000)
+  assert "nearly the same image every time: the variance of its pixels is 0 of the data's" in found
+  assert watch.alarms(observed_rows(DenseG(), x), num_steps=1000) == []
+
+
+def test_generator_of_one_class_lacks_the_others_by_name(tiny):
+  """The images of class 1 and no others, judged by where their bright row is."""
+  x = data.to_float(tiny.dataset.x_train)
+  judge = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
+  one = Images(lambda key, num: x[jax.random.randint(key, (num,), 20, 40)])
+  rows = observed_rows(one, x, judge)
+  (found,) = watch.alarms(rows, num_steps=1000, class_names=tiny.dataset.class_names)
+  assert "lost 2 of 3 classes (a, c)" in found
+  (found,) = watch.alarms(rows, num_steps=1000)
+  assert "(0, 2)" in found
+  every = Images(lambda key, num: x[jax.random.randint(key, (num,), 0, 60)])
+  assert watch.alarms(observed_rows(every, x, judge), num_steps=1000) == []
+
+
+def test_healthy_gan_raises_no_alarm(make_tiny):
+  tiny = make_tiny(network="mlp")
+  tiny.g = networks.MLPGenerator((8, 8, 1), widths=(128,), latent_size=8)
+  tiny.d = networks.MLPDiscriminator(3, widths=(128,))
+  x, x_held_out = data.to_float(tiny.data.x_unl), data.to_float(tiny.dataset.x_test)
+  updates = jax.jit(steps.make_updates(tiny.step(), data.make_draw(6, 32, 32), max_updates=10))
+  observe = jax.jit(watch.make_observe(tiny.g, tiny.d, lambda x: x[:, 1:6:2].mean(axis=(2, 3))))
+  rows = train(tiny.state(), updates, observe, tiny.data, x, x_held_out, every=10)
+  assert watch.alarms(rows, num_steps=150) == []
+
+
+GOOD = {f"watch/share_{k}": 0.05 for k in range(20)} | {
+  "watch/memorisation": 0.1,
+  "watch/train_right": 100.0,
+  "watch/fake_right": 100.0,
+  "watch/spread": 0.9,
+}
+
+
+def made_up(*parts):
+  """Rows `(how many, what differs)` from a good run in which D is always right and losses move."""
+  metrics = [changes for num, changes in parts for _ in range(num)]
+  return [
+    {"step": i + 1, "d/loss": 1 / (i + 1), "g/loss": 1 + i, **GOOD, **m} for i, m in enumerate(metrics)
+  ]
+
+
+def test_what_was_recovered_from_and_the_first_tenth_do_not_count():
+  bad = {"watch/memorisation": 0.9, "watch/spread": 0.1, "watch/share_7": 0.0, "d/loss": 0.5}
+  assert len(watch.alarms(made_up((20, {}), (20, bad)), num_steps=40)) == 4
+  assert watch.alarms(made_up((20, bad), (20, {})), num_steps=40) == []
+  assert watch.alarms(made_up((20, bad)), num_steps=200) == []
+  assert watch.alarms(made_up((18, {}), (2, bad)), num_steps=20) == []  # a minority of the latest five
+  unseen = [{k: v for k, v in row.items() if "watch" not in k} for row in made_up((18, bad))]
+  assert (
+    len(watch.alarms(unseen + made_up((2, {})), num_steps=20)) == 1
+  )  # the loss; two are too few to judge
+  assert watch.alarms([], num_steps=20) == []
+
+
+def test_a_generator_that_stands_still_against_a_d_that_is_always_right():
+  """One alarm that says why, not a second one for the loss that stands still."""
+  still = {"d/loss": 0.5, "g/loss": 3.0}
+  (found,) = watch.alarms(made_up((20, still)), num_steps=20)
+  assert "has won" in found
+  assert "the generator's loss does not move" in found
+  found = watch.alarms(made_up((20, still | {"watch/fake_right": 90.0})), num_steps=20)
+  assert [text[:15] for text in found] == ["d/loss is stuck", "g/loss is stuck"]
+  assert watch.alarms(made_up((20, {})), num_steps=20) == []
+
+
+def test_many_missing_classes_are_cut_short():
+  (found,) = watch.alarms(made_up((20, {f"watch/share_{k}": 0.0 for k in range(1, 20)})), num_steps=20)
+  assert "lost 19 of 20 classes (1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 9 more)" in found
