@@ -46,9 +46,9 @@ class Config(runs.Config):
   """Training images that no update sees; D is watched on them (default: a twentieth, at most 1,000)."""
   network: Literal["mlp", "conv"] = "conv"
   """mlp: the networks and the optimizer of the source article. conv: a small convolutional pair."""
-  loss: Literal[
-    "min_max", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"
-  ] = "non_saturating"
+  loss: Literal["min_max", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"] = (
+    "non_saturating"
+  )
   """What D and G play for."""
   penalty: Literal["none", "r1", "r2", "r1_r2", "wgan_gp"] | None = None
   """Penalty on D's gradient at real images, generated ones, both, or between (default: the recipe's)."""

@@ -70,19 +70,27 @@ def _figure(path: Path, size: tuple[float, float], draw: Callable) -> None:
 
 
 _CURVES = {
-  "losses of D": ("d/loss", "d/supervised", "d/realness", "d/consistency"),
+  "losses of D": ("d/loss", "d/supervised", "d/realness", "d/consistency", "d/rotation"),
+  "penalties": ("d/r1", "d/r2", "d/wgan_gp"),
   "loss of G": ("g/loss",),
-  "realness logit": ("d/realness_real", "d/realness_fake"),
+  "realness logit": ("d/realness_real", "d/realness_fake", "watch/realness_held_out"),
   "error on the labelled batch, %": ("d/error",),
+  "images that D judges rightly, %": ("watch/train_right", "watch/fake_right"),
+  "overfitting": ("watch/memorisation", "d/overfitting", "d/strength"),
+  "entropy of the generated classes, nats": ("watch/class_entropy",),
 }
 
 
 def learning_curves(path: Path, rows: Sequence[Json]) -> None:
-  """Metrics over updates: a line a phase and metric, a panel a kind."""
+  """Metrics over updates: a line a phase and metric, a panel a kind that the run has."""
+  logged = set().union(*rows)
+  curves = {title: names for title, names in _CURVES.items() if logged & set(names)}
 
   def draw(figure):
-    panels = figure.subplots(2, 2).flat
-    for axes, (title, names) in zip(panels, _CURVES.items(), strict=True):
+    panels = figure.subplots(-(-len(curves) // 2), 2, squeeze=False).flat
+    for axes in panels[len(curves) :]:
+      axes.axis("off")
+    for axes, (title, names) in zip(panels, curves.items(), strict=False):
       for phase in dict.fromkeys(row["phase"] for row in rows):
         for name in names:
           points = [(row["step"], row[name]) for row in rows if row["phase"] == phase and name in row]
@@ -94,7 +102,7 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
       if axes.lines:
         axes.legend(fontsize=7)
 
-  _figure(path, (10, 7), draw)
+  _figure(path, (10, 3.5 * max(1, -(-len(curves) // 2))), draw)
 
 
 def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:

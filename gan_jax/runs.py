@@ -31,6 +31,11 @@ from gan_jax.types import InputError, Json, LabelSplit
 console = Console(stderr=True, highlight=False)
 
 
+def say(text: str) -> None:
+  """Prints a plain sentence."""
+  console.print(text, markup=False, soft_wrap=True)
+
+
 @dataclass(frozen=True)
 class Config:
   """The flags that all experiments share."""
@@ -250,6 +255,33 @@ def _check_workdir(path: Path, config: Config) -> None:
     raise InputError(f"--workdir {path} holds other files: name an empty or a new folder")
 
 
+def run_inside(
+  run: Run, name: str, main: Callable[[Any], Json], config_class: type[Config], **changes: Any
+) -> Json:
+  """Another experiment as a part of this run, in a folder of its own; resumed with this run.
+
+  Args:
+    run: the open run. Its flags hold for the part, as far as the part has them.
+    name: of the folder.
+    main, config_class: the experiment.
+    changes: flags of its own.
+
+  Returns:
+    The part's result: where it was complete, the one that it had.
+  """
+  folder = run.path / name
+  resume = run.config.resume and (folder / "config.json").exists()
+  if resume and (folder / "result.json").exists():
+    result = json.loads((folder / "result.json").read_text())
+    if not result["interrupted"]:
+      return result
+  say(f"--- {name}")
+  shared = {field.name for field in dataclasses.fields(config_class)} & set(vars(run.config))
+  flags = {field: getattr(run.config, field) for field in shared}
+  own = {"workdir": str(folder), "resume": resume, "overwrite": not resume}
+  return main(config_class(**{**flags, **changes, **own}))
+
+
 def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk, at most 1 GB: a second start does not compile again."""
   root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -326,5 +358,5 @@ def finish(
   console.print(rich_table)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
-  console.print(f"written to {run.path}", markup=False, soft_wrap=True)
+  say(f"written to {run.path}")
   return result

@@ -73,7 +73,7 @@ def fit(
   observe_every = max(1, num_steps // 20)
   done, pending, to_first = first, None, None
 
-  with _MetricsLog(run, phase, first) as log, _progress(phase, first, num_steps) as show:
+  with _MetricsLog(run, phase, first, num_steps) as log, _progress(phase, first, num_steps) as show:
     with _stop_on_interrupt() as stop:
       while done < num_steps and not stop.is_set:
         # The very first update goes alone: it tells when the run began to move.
@@ -108,11 +108,11 @@ class _MetricsLog:
   Lines of the same phase after `first`, the update that the run goes on from, are dropped.
   """
 
-  def __init__(self, run: runs.Run, phase: str, first: int):
+  def __init__(self, run: runs.Run, phase: str, first: int, num_steps: int):
     rows = report.read_metrics(run.metrics_path)
     rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
     report.write_bytes(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    self._phase = phase
+    self._phase, self._num_steps, self._class_names = phase, num_steps, run.dataset.class_names
     self._rows = [row for row in rows if row["phase"] == phase]
     self.alarms: tuple[str, ...] = ()
     self._before = max((row["seconds"] for row in rows if row["phase"] == phase), default=0.0)
@@ -154,7 +154,10 @@ class _MetricsLog:
 
   def _watch(self) -> None:
     """Prints the alarms that were not there before."""
-    before, self.alarms = self.alarms, tuple(watch.alarms(self._rows))
+    before, self.alarms = (
+      self.alarms,
+      tuple(watch.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)),
+    )
     for alarm in set(self.alarms) - set(before):
       runs.console.print(f"watch: {alarm}", style="yellow", markup=False, soft_wrap=True)
 

@@ -1,0 +1,79 @@
+"""A class-conditional GAN from all labels or from few: images of the class that is asked for.
+
+The generator takes (z, y), the discriminator's reading is the logit of y: one realness logit a class, as in
+Miyato & Koyama, 2018, https://arxiv.org/abs/1802.05637, with the class embedding as the last layer's
+columns. With few labels, cross-entropy and consistency teach D the classes of the rest.
+
+  python -m experiments.mnist_conditional                            every label
+  python -m experiments.mnist_conditional --labels-per-class 10      100 labels, the rest without
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments import _gan
+from gan_jax import augment, metrics, objectives, report, runs
+from gan_jax.types import InputError, Json
+
+
+@dataclass(frozen=True)
+class Config(_gan.Config):
+  """The flags of this experiment."""
+
+  labels_per_class: int | None = None
+  """The label budget: so many labelled images of each class (default: every label)."""
+
+  def check(self) -> None:
+    super().check()
+    if self.loss == "relativistic":
+      raise InputError(
+        "--loss relativistic compares images pair by pair, of whatever classes: choose another"
+      )
+
+
+def main(config: Config) -> Json:
+  """Trains the conditional GAN and has an independent judge name its images; returns `result.json`."""
+  with runs.open_run(config, "mnist_conditional") as run:
+    judge = metrics.load_judge(run.dataset, say=runs.say)
+    num_classes, batch = run.dataset.num_classes, config.recipe().batch_size
+    if config.labels_per_class is None:
+      num_lab, num_unl, classifier = batch, 0, None
+    else:
+      num_lab, num_unl = batch // 4, batch - batch // 4
+      classifier = objectives.semi_supervised_gan(
+        adversarial=0.0,
+        consistency_weight=1.0,
+        weak=augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1),
+      )
+    objective = _gan.objective(config, run, labelled=True)
+    if classifier is not None:
+      objective = dataclasses.replace(objective, d={**objective.d, **classifier.d})
+    gan = _gan.train_gan(
+      run,
+      objective,
+      judge,
+      num_logits=num_classes,
+      conditional=True,
+      num_lab=num_lab,
+      num_unl=num_unl,
+    )
+
+    y = np.arange(config.num_scored) % num_classes
+    logits, _ = judge.predict(metrics.to_bytes(_gan.sample(gan, len(y), config.seed + 2, y)))
+    share = 100 - metrics.error_percent(logits, y)
+    counts = metrics.confusion_matrix(logits, y)
+    report.confusion(run.path / "confusion.png", counts, run.dataset.class_names)
+    return _gan.finish(
+      run,
+      gan,
+      judge,
+      _gan.sample(gan, 10 * num_classes, config.seed, np.repeat(np.arange(num_classes), 10)),
+      {"class_agreement": share},
+      [("images that the judge takes for the class asked for", f"{share:.2f} %")],
+    )
+
+
+if __name__ == "__main__":
+  runs.cli(main, Config)
