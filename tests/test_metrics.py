@@ -1,8 +1,19 @@
+import dataclasses
+import gzip
+import os
+from pathlib import Path
+
+import jax
 import numpy as np
+import pytest
+import scipy.linalg
 from sklearn.metrics import accuracy_score
 from sklearn.metrics import confusion_matrix as reference
 
-from gan_jax import metrics
+from experiments import feature_network as experiment
+from gan_jax import data, metrics
+from gan_jax.metrics import feature_network, judge
+from gan_jax.types import InputError
 
 
 def test_error_and_confusion_agree_with_scikit_learn():
@@ -26,3 +37,248 @@ def test_predict_goes_through_batches_of_one_size():
   np.testing.assert_allclose(logits[:, 0], np.arange(7) / 255, rtol=1e-6)
   np.testing.assert_allclose(features, 2 * logits)
   assert sizes == [3, 3, 3]
+
+
+# --- The Fréchet distance
+
+
+def gaussian(mean, cov):
+  return metrics.Moments(np.asarray(mean, np.float64), np.asarray(cov, np.float64), 1000)
+
+
+def random_moments(seed, *, num_features=12, rank=12):
+  rng = np.random.default_rng(seed)
+  return metrics.moments(rng.normal(size=(200, rank)) @ rng.normal(size=(rank, num_features)) + seed)
+
+
+def test_frechet_distance_has_its_closed_forms():
+  """Commuting covariances: |m_a - m_b|^2 + |sqrt(a) - sqrt(b)|^2 over the eigenvalues a, b."""
+  rng = np.random.default_rng(0)
+  a, b, shift = rng.uniform(0.1, 4, 5), rng.uniform(0.1, 4, 5), rng.normal(size=5)
+  turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+  expected = np.square(shift).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+  found = metrics.frechet_distance(
+    gaussian(np.zeros(5), turn * a @ turn.T), gaussian(shift, turn * b @ turn.T)
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  shifted = metrics.frechet_distance(gaussian(np.zeros(5), np.diag(a)), gaussian(shift, np.diag(a)))
+  np.testing.assert_allclose(shifted, np.square(shift).sum(), rtol=1e-12)
+
+
+def test_frechet_distance_agrees_with_the_root_of_the_product():
+  a, b = random_moments(0), random_moments(1)
+  assert not np.allclose(a.cov @ b.cov, b.cov @ a.cov)
+  root = scipy.linalg.sqrtm(a.cov @ b.cov)
+  expected = np.square(a.mean - b.mean).sum() + np.trace(a.cov + b.cov - 2 * root.real)
+  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [12, 5])
+def test_frechet_distance_is_a_distance(rank):
+  a, b = random_moments(0, rank=rank), random_moments(1, rank=rank)
+  assert np.linalg.matrix_rank(a.cov) == rank
+  assert 0 <= metrics.frechet_distance(a, a) < 1e-12 * np.trace(a.cov)
+  np.testing.assert_allclose(metrics.frechet_distance(a, b), metrics.frechet_distance(b, a), rtol=1e-12)
+  assert metrics.frechet_distance(a, b) > 1
+
+
+def test_frechet_distance_between_lines():
+  """Covariances of rank one, u u' and v v': the trace of the root is |u.v|."""
+  u, v = np.array([3.0, 0.0, 4.0]), np.array([1.0, 2.0, 2.0])
+  found = metrics.frechet_distance(gaussian(np.zeros(3), np.outer(u, u)), gaussian(u, np.outer(v, v)))
+  np.testing.assert_allclose(found, 25 + 25 + 9 - 2 * abs(u @ v), rtol=1e-7)
+
+
+def test_moments_are_those_of_numpy_and_need_enough_images():
+  features = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+  found = metrics.moments(features)
+  assert (found.mean.dtype, found.cov.dtype, found.n) == (np.float64, np.float64, 16)
+  centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+  np.testing.assert_allclose(found.cov, centred.T @ centred / 15, rtol=1e-12)
+  with pytest.raises(InputError, match="8 features needs at least 16 images, not 15"):
+    metrics.moments(features[:15])
+
+
+# --- Judges
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def cached(digits, tmp_path_factory):
+  """A judge of the digits after a few updates, and where it is kept."""
+  folder, said = tmp_path_factory.mktemp("judges"), []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(feature_network, "default_steps", lambda num_images: 40)
+    trained = metrics.load_judge(digits, cache_dir=folder, say=said.append)
+  assert len(said) == 1
+  assert "digits" in said[0]
+  return trained, folder
+
+
+def must_not_train(patch):
+  def refuse(*args, **kwargs):
+    raise AssertionError("a judge was to be trained")
+
+  patch.setattr(judge, "train_judge", refuse)
+
+
+def test_a_judge_is_trained_once(cached, digits, monkeypatch):
+  trained, folder = cached
+  must_not_train(monkeypatch)
+  again = metrics.load_judge(digits, cache_dir=folder)
+  assert again.name == trained.name
+  assert jax.tree.all(jax.tree.map(np.array_equal, again.params, trained.params))
+  order = np.random.default_rng(0).permutation(len(digits.x_train))
+  shuffled = dataclasses.replace(
+    digits, name="other", x_train=digits.x_train[order], y_train=digits.y_train[order]
+  )
+  assert metrics.load_judge(shuffled, cache_dir=folder).name == trained.name
+
+
+@pytest.mark.parametrize("what", ["a pixel", "a label", "a damaged file"])
+def test_a_judge_is_trained_anew(what, cached, digits, tmp_path, monkeypatch):
+  _, folder = cached
+  (file,) = folder.iterdir()
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= what == "a damaged file"
+  (tmp_path / file.name).write_bytes(content)
+  x, y = digits.x_test.copy(), digits.y_test.copy()
+  x[3, 2, 1, 0] ^= what == "a pixel"
+  y[3] ^= what == "a label"
+  must_not_train(monkeypatch)
+  with pytest.raises(AssertionError, match="was to be trained"):
+    metrics.load_judge(dataclasses.replace(digits, x_test=x, y_test=y), cache_dir=tmp_path)
+
+
+def test_a_damaged_judge_is_refused(tmp_path):
+  content = bytearray(judge.MNIST_PATH.read_bytes())
+  content[len(content) // 2] ^= 1
+  (tmp_path / "mnist.npz").write_bytes(content)
+  with pytest.raises(InputError, match="damaged"):
+    metrics.read_judge(tmp_path / "mnist.npz", judge.MNIST_SHA256)
+  with pytest.raises(InputError, match="cannot be read"):
+    metrics.read_judge(tmp_path / "none.npz", judge.MNIST_SHA256)
+
+
+def test_a_judge_tells_replayed_digits_from_noise(cached, digits):
+  trained, _ = cached
+  assert trained.test_accuracy > 80
+  assert (trained.train.n, trained.test.n) == (1198, 599)
+  replayed = metrics.replay_quality(trained, digits, 500)
+  key = f"frechet_{trained.name}_n500"
+  assert replayed.keys() == {key, "class_shares", "class_entropy", "classes_covered"}
+  noise = np.random.default_rng(0).uniform(size=(500, 8, 8, 1))
+  assert metrics.generator_quality(trained, noise)[key] > 10 * replayed[key]
+  assert metrics.replay_quality(trained, digits, 500) == replayed
+  assert metrics.replay_quality(trained, digits, 500, seed=1)[key] != replayed[key]
+  with pytest.raises(InputError, match="1198 training images, fewer than 1199"):
+    metrics.replay_quality(trained, digits, 1199)
+
+
+def test_the_test_images_are_at_no_distance(cached, digits):
+  """Through floats and back: the images are the bytes that the reference was taken over."""
+  trained, _ = cached
+  quality = metrics.generator_quality(trained, digits.x_test / np.float32(255))
+  assert quality[f"frechet_{trained.name}_n599"] < 1e-6
+
+
+def test_class_shares_count_the_judges_classes(cached, digits):
+  trained, _ = cached
+  predicted = trained.predict(digits.x_train)[0].argmax(axis=-1)
+  rows = np.concatenate([np.flatnonzero(predicted == 3)[:90], np.flatnonzero(predicted == 5)[:10]])
+  assert len(rows) == 100
+  quality = metrics.generator_quality(trained, np.repeat(digits.x_train[rows], 3, axis=0) / 255)
+  np.testing.assert_allclose(quality["class_shares"], [0, 0, 0, 0.9, 0, 0.1, 0, 0, 0, 0])
+  np.testing.assert_allclose(quality["class_entropy"], -0.9 * np.log(0.9) - 0.1 * np.log(0.1))
+  assert quality["classes_covered"] == 2
+
+
+@pytest.mark.parametrize(
+  ("x", "words"),
+  [
+    (np.zeros((255, 8, 8, 1)), "at least 256 images, not 255"),
+    (np.zeros((256, 8, 8, 3)), "8x8x1, not of 8x8x3"),
+    (np.full((256, 8, 8, 1), 1.01), r"in \[0, 1\]"),
+    (np.full((256, 8, 8, 1), np.nan), "finite"),
+  ],
+)
+def test_images_that_cannot_be_judged(x, words, cached):
+  with pytest.raises(InputError, match=words):
+    metrics.generator_quality(cached[0], x)
+
+
+def test_a_judge_needs_enough_real_images(tiny, tmp_path):
+  with pytest.raises(InputError, match="at least 256 images, not 60"):
+    metrics.load_judge(tiny.dataset, cache_dir=tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(8, 9, 3), (16, 18, 1)])
+def test_feature_network_sees_each_image_alone(shape, key):
+  network = feature_network.FeatureNetwork(4)
+  x = np.random.default_rng(0).uniform(size=(3, *shape)).astype(np.float32)
+  variables = jax.jit(network.init)(key, x[:2])
+  assert variables.keys() == {"params"}
+  apply = jax.jit(network.apply)
+  (logits, features), (_, beside_another) = apply(variables, x[:2]), apply(variables, x[::2])
+  assert (logits.shape, features.shape) == ((2, 4), (2, feature_network.NUM_FEATURES))
+  np.testing.assert_array_equal(features[0], beside_another[0])
+  assert (features[1] != beside_another[1]).any()
+
+
+def test_training_is_deterministic_and_has_a_seed(digits):
+  weights = [feature_network.train(digits, seed=seed, num_steps=2) for seed in (0, 0, 1)]
+  same = [jax.tree.map(np.array_equal, weights[0], other) for other in weights[1:]]
+  assert jax.tree.all(same[0])
+  assert not any(same[1][f"Conv_{i}"]["kernel"] for i in range(3))
+
+
+def test_the_experiment_writes_a_judge(digits, tmp_path, monkeypatch):
+  monkeypatch.setattr(feature_network, "default_steps", lambda num_images: 2)
+  result = experiment.main(experiment.Config(dataset="digits", out=tmp_path / "judges" / "digits.npz"))
+  written = metrics.read_judge(tmp_path / "judges" / "digits.npz", result["sha256"])
+  assert (result["judge"], result["bytes"] < 3e6) == (written.name, True)
+  assert result["fingerprint"] == judge.fingerprint(digits)
+  assert f"frechet_{written.name}_n1198" in result
+
+
+def read_idx(path, offset):
+  with gzip.open(path) as file:
+    return np.frombuffer(file.read(), np.uint8, offset=offset)
+
+
+REAL = os.environ.get("GAN_JAX_MNIST_DIR")
+if REAL:
+
+  @pytest.fixture(scope="module")
+  def mnist():
+    parts = []
+    for part in ("train", "t10k"):
+      x = read_idx(Path(REAL) / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
+      parts += [x, read_idx(Path(REAL) / f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int64)]
+    return data.Dataset("anything", *parts, tuple("0123456789"))
+
+  def test_the_bundled_judge_of_real_mnist(mnist, tmp_path, monkeypatch):
+    """Known by its content, in the order of the original files; its stored moments are those found."""
+    must_not_train(monkeypatch)
+    bundled = metrics.load_judge(mnist, cache_dir=tmp_path)
+    assert bundled.name == f"mnist-{judge.MNIST_SHA256[:8]}"
+    assert (bundled.image_shape, bundled.num_classes) == ((28, 28, 1), 10)
+    assert bundled.test_accuracy >= 99.4
+    logits, features = bundled.predict(mnist.x_test)
+    np.testing.assert_allclose(
+      100 - metrics.error_percent(logits, mnist.y_test), bundled.test_accuracy, atol=0.011
+    )
+    found = metrics.moments(features)
+    assert found.n == bundled.test.n
+    np.testing.assert_allclose(found.mean, bundled.test.mean, atol=1e-4)
+    np.testing.assert_allclose(found.cov, bundled.test.cov, atol=1e-4)
+    again, _ = bundled.predict(mnist.x_test[:2000])
+    np.testing.assert_array_equal(again, logits[:2000])
+    changed = mnist.x_test.copy()
+    changed[0, 0, 0] ^= 1
+    assert judge.fingerprint(dataclasses.replace(mnist, x_test=changed)) != judge.MNIST_FINGERPRINT

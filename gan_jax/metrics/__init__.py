@@ -1,0 +1,21 @@
+"""How good is a classifier, and how good is a generator."""
+
+from gan_jax.metrics.classification import confusion_matrix, error_percent, predict
+from gan_jax.metrics.frechet import Moments, frechet_distance, moments
+from gan_jax.metrics.generator import generator_quality, replay_quality
+from gan_jax.metrics.judge import Judge, load_judge, read_judge, train_judge
+
+__all__ = [
+  "Judge",
+  "Moments",
+  "confusion_matrix",
+  "error_percent",
+  "frechet_distance",
+  "generator_quality",
+  "load_judge",
+  "moments",
+  "predict",
+  "read_judge",
+  "replay_quality",
+  "train_judge",
+]

@@ -1,0 +1,63 @@
+"""How close generated images come to the real ones, in the eyes of a judge."""
+
+import numpy as np
+from jaxtyping import Float
+
+from gan_jax import data
+from gan_jax.metrics import frechet
+from gan_jax.metrics.judge import Judge
+from gan_jax.types import InputError, Json
+
+
+def generator_quality(judge: Judge, x: Float[np.ndarray, "n h w c"]) -> Json:
+  """What a judge makes of generated images.
+
+  The images are rounded to bytes first. Real images are stored so, and so are generated ones once they
+  are saved: the measure must neither see what a file would not hold, nor change by saving.
+
+  Args:
+    judge: from `load_judge`.
+    x: images in [0, 1], `[N, H, W, C]`, N at least 256.
+
+  Returns:
+    A flat dictionary:
+      `frechet_<judge>_n<N>`: Fréchet distance of the features to those of the test images. It is not the
+        FID that is computed on Inception features, and no number with another name compares with it.
+      `class_shares`: share of the images in each class, by the judge.
+      `class_entropy`: entropy of these shares in nats; ln K where all K classes are equally frequent.
+      `classes_covered`: how many classes have at least a tenth of the share 1/K.
+
+  Raises:
+    InputError: too few images, another shape, values outside [0, 1].
+
+  References:
+    Heusel et al., 2017, https://arxiv.org/abs/1706.08500 (the distance, on Inception features).
+  """
+  frechet.check_num_images(len(x), len(judge.test.mean))
+  if not (x.min() >= 0 and x.max() <= 1):  # written such that NaN is refused
+    raise InputError("the images to be judged must be finite and in [0, 1]")
+  logits, features = judge.predict(np.round(255 * x).astype(np.uint8))
+  counts = np.bincount(logits.argmax(axis=-1), minlength=judge.num_classes)
+  shares = counts / len(x)
+  seen = shares[shares > 0]
+  return {
+    f"frechet_{judge.name}_n{len(x)}": frechet.frechet_distance(frechet.moments(features), judge.test),
+    "class_shares": shares.tolist(),
+    "class_entropy": -float((seen * np.log(seen)).sum()),
+    "classes_covered": int((shares >= 0.1 / judge.num_classes).sum()),
+  }
+
+
+def replay_quality(judge: Judge, dataset: data.Dataset, num: int, *, seed: int = 0) -> Json:
+  """The same for a generator that replays the training set: `num` random images of it, each once.
+
+  The row to read the others against: what `num` real images score, and no merit, because a replayed
+  image is not a new one.
+
+  Raises:
+    InputError: fewer than `num` training images.
+  """
+  if num > len(dataset.x_train):
+    raise InputError(f"{dataset.name} has {len(dataset.x_train)} training images, fewer than {num}")
+  rows = np.random.default_rng(seed).choice(len(dataset.x_train), num, replace=False)
+  return generator_quality(judge, dataset.x_train[rows] / np.float32(255))

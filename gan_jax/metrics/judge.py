@@ -1,0 +1,168 @@
+"""A judge of generated images: a frozen feature network and what it sees in the real ones."""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float, UInt8
+
+from gan_jax import data, networks, report
+from gan_jax.metrics import classification, feature_network, frechet
+from gan_jax.types import InputError, Params
+
+# The bundled judge, made by experiments/feature_network.py, which prints both.
+MNIST_FINGERPRINT = "d91755e07adcedc4f662134604c85fdf9d6e3536fbd5bdf7f0d9bdb0970a5c2f"
+MNIST_SHA256 = "5e89338e7b29846c7dc120e2a27434b1ef1e2719e5e7cde7656277f5e1adf1a2"
+MNIST_PATH = Path(__file__).with_name("mnist.npz")
+
+
+@dataclass(frozen=True)
+class Judge:
+  """A trained feature network, and the moments of its features over the real images."""
+
+  name: str
+  """The data set and the first eight digits of the file's SHA-256: numbers of two names do not compare."""
+  image_shape: tuple[int, int, int]
+  """Height, width, channels of the images that it looks at."""
+  num_classes: int
+  params: Params
+  """The weights of `feature_network.FeatureNetwork`."""
+  train: frechet.Moments
+  """Over the training images, which it was trained on."""
+  test: frechet.Moments
+  """Over the test images: the reference of every distance."""
+  test_accuracy: float
+  """Of its own classes on the test images, in percent."""
+
+  def predict(
+    self, x: UInt8[np.ndarray, "n h w c"]
+  ) -> tuple[Float[np.ndarray, "n k"], Float[np.ndarray, "n f"]]:
+    """Logits and features of images as bytes. The same images give the same bits.
+
+    Raises:
+      InputError: images of another shape.
+    """
+    if x.shape[1:] != self.image_shape:
+      wanted, found = ("x".join(map(str, shape)) for shape in (self.image_shape, x.shape[1:]))
+      raise InputError(f"the judge {self.name} looks at images of {wanted}, not of {found}")
+    return _predict(self.num_classes, self.params, x)
+
+
+def load_judge(
+  dataset: data.Dataset, *, cache_dir: str | Path | None = None, say: Callable[[str], None] = print
+) -> Judge:
+  """The judge of a data set: the bundled one for MNIST, else one that is trained once and kept.
+
+  A data set is known by its content, so the name and the order of the images make no difference.
+
+  Args:
+    dataset: whose judge it is.
+    cache_dir: where trained judges are kept (default: `gan_jax/judges` in `$XDG_CACHE_HOME`, else in
+      `~/.cache`). A damaged file there is made again, and a folder that cannot be written is no error.
+    say: told in one sentence that training begins, which takes up to some minutes.
+
+  Raises:
+    InputError: images too small or too few, or a damaged bundled file.
+  """
+  known_as = fingerprint(dataset)
+  if known_as == MNIST_FINGERPRINT:
+    return read_judge(MNIST_PATH, MNIST_SHA256)
+  root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  folder = Path(cache_dir or Path(root) / "gan_jax" / "judges")
+  for path in sorted(folder.glob(f"{known_as}-*.npz")):
+    with contextlib.suppress(InputError):
+      return read_judge(path, path.stem.removeprefix(f"{known_as}-"))
+  say(f"training a judge of generated images for {dataset.name}, once: it is kept in {folder}")
+  content = train_judge(dataset)
+  with contextlib.suppress(OSError):
+    report.write_bytes(folder / f"{known_as}-{_sha256(content)}.npz", content)
+  return _decode(content)
+
+
+def read_judge(path: Path, sha256: str) -> Judge:
+  """Reads the file of a judge; `InputError` where it cannot be read or has another SHA-256."""
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise InputError(f"{path} cannot be read ({error.strerror}): install gan-jax again") from error
+  if _sha256(content) != sha256:
+    raise InputError(f"{path} is damaged, its SHA-256 is not {sha256[:8]}...: install gan-jax again")
+  return _decode(content)
+
+
+def train_judge(dataset: data.Dataset, *, seed: int = 0, num_steps: int | None = None) -> bytes:
+  """Trains a feature network, takes its moments over both parts of the data, and gives the file.
+
+  Raises:
+    InputError: images below 8x8, or fewer than 256 in either part.
+  """
+  networks.check_image_shape(dataset.image_shape)
+  for x in (dataset.x_train, dataset.x_test):
+    frechet.check_num_images(len(x), feature_network.NUM_FEATURES)
+  params = feature_network.train(dataset, seed=seed, num_steps=num_steps)
+  _, features_train = _predict(dataset.num_classes, params, dataset.x_train)
+  logits, features_test = _predict(dataset.num_classes, params, dataset.x_test)
+  arrays = {
+    "dataset": np.array(dataset.name),
+    "image_shape": np.array(dataset.image_shape),
+    "num_classes": np.array(dataset.num_classes),
+    "test_accuracy": np.array(100 - classification.error_percent(logits, dataset.y_test)),
+  }
+  for part, features in (("train", features_train), ("test", features_test)):
+    for name, value in frechet.moments(features)._asdict().items():
+      arrays[f"{part}/{name}"] = np.asarray(value)
+  for name, value in traverse_util.flatten_dict({"params": params}, sep="/").items():
+    arrays[name] = np.asarray(value)
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)  # pyright: ignore
+  return buffer.getvalue()
+
+
+def fingerprint(dataset: data.Dataset) -> str:
+  """SHA-256 of what a judge is made from: the images with their classes, in any order, and the recipe."""
+  digest = hashlib.sha256(f"{feature_network.RECIPE} {dataset.num_classes}".encode())
+  for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
+    digest.update(f" {x.shape} ".encode())
+    rows = np.hstack([x.reshape(len(x), -1), y.astype("<i8")[:, None].view(np.uint8)])
+    digest.update(b"".join(sorted(hashlib.sha256(row).digest() for row in rows)))
+  return digest.hexdigest()
+
+
+def _decode(content: bytes) -> Judge:
+  with np.load(io.BytesIO(content)) as file:
+    arrays = {name: file[name] for name in file}
+  tree: dict[str, Any] = traverse_util.unflatten_dict(arrays, sep="/")
+  train, test = (
+    frechet.Moments(part["mean"], part["cov"], int(part["n"])) for part in (tree["train"], tree["test"])
+  )
+  return Judge(
+    name=f"{tree['dataset']}-{_sha256(content)[:8]}",
+    image_shape=tuple(tree["image_shape"].tolist()),
+    num_classes=int(tree["num_classes"]),
+    params=tree["params"],
+    train=train,
+    test=test,
+    test_accuracy=float(tree["test_accuracy"]),
+  )
+
+
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
+
+
+def _predict(num_classes: int, params: Params, x: UInt8[np.ndarray, "n h w c"]):
+  return classification.predict(partial(_apply, num_classes, params), x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(num_classes: int, params: Params, x: Float[Array, "b h w c"]):
+  return feature_network.FeatureNetwork(num_classes).apply({"params": params}, x)
