@@ -269,7 +269,7 @@ def train_gan(
   step = steps.make_step(
     g, d, g_tx=g_tx, d_tx=d_tx, objective=objective, augment=seen, ema_decay=recipe.ema_decay
   )
-  observe = watch.make_observe(g, d, lambda x: judge.classify(x))
+  observe = watch.make_observe(g, d, judge.classify)
 
   def observe_data(state, data_on_device):
     x_train, x_held_out = (
@@ -297,7 +297,7 @@ def sample(gan: Gan, num: int, seed: int, y: np.ndarray | None = None) -> Float[
   draw = jax.jit(steps.make_sampler(gan.g), static_argnums=2)
   batch, key, rows = min(num, 500), jax.random.key(seed), []
   for i in range(-(-num // batch)):
-    classes = () if y is None else (jnp.resize(y[i * batch : (i + 1) * batch], batch),)
+    classes = () if y is None else (jnp.resize(y[i * batch : (i + 1) * batch], (batch,)),)
     rows.append(np.asarray(draw(gan.fit.state, jax.random.fold_in(key, i), batch, *classes)))
   return np.concatenate(rows)[:num]
 

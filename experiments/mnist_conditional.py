@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments import _gan
-from gan_jax import augment, metrics, objectives, report, runs
+from gan_jax import augment, data, metrics, objectives, report, runs
 from gan_jax.types import InputError, Json
 
 
@@ -61,7 +61,7 @@ def main(config: Config) -> Json:
     )
 
     y = np.arange(config.num_scored) % num_classes
-    logits, _ = judge.predict(metrics.to_bytes(_gan.sample(gan, len(y), config.seed + 2, y)))
+    logits, _ = judge.predict(data.to_bytes(_gan.sample(gan, len(y), config.seed + 2, y)))
     share = 100 - metrics.error_percent(logits, y)
     counts = metrics.confusion_matrix(logits, y)
     report.confusion(run.path / "confusion.png", counts, run.dataset.class_names)

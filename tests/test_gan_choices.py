@@ -16,7 +16,8 @@ from gan_jax.types import InputError
 
 
 def choices(flag: str) -> list[str]:
-  found = [get_args(t) or (t,) for t in (get_type_hints(mnist_gan.Config)[flag],)][0]
+  option = get_type_hints(mnist_gan.Config)[flag]
+  found = get_args(option) or (option,)
   values = [value for option in found for value in (get_args(option) or (option,))]
   return [value for value in values if isinstance(value, str)]
 
@@ -33,7 +34,7 @@ def accepted(loss, penalty, norm) -> bool:
 
 
 def test_the_command_line_knows_every_loss():
-  assert LOSSES == list(_gan.LOSSES)
+  assert list(_gan.LOSSES) == LOSSES
   assert (len(LOSSES), len(PENALTIES), len(NORMS)) == (6, 5, 5)
 
 

@@ -36,7 +36,7 @@ def generator_quality(judge: Judge, x: Float[np.ndarray, "n h w c"]) -> Json:
   frechet.check_num_images(len(x), len(judge.test.mean))
   if not (x.min() >= 0 and x.max() <= 1):  # written such that NaN is refused
     raise InputError("the images to be judged must be finite and in [0, 1]")
-  logits, features = judge.predict(np.round(255 * x).astype(np.uint8))
+  logits, features = judge.predict(data.to_bytes(x))
   counts = np.bincount(logits.argmax(axis=-1), minlength=judge.num_classes)
   shares = counts / len(x)
   seen = shares[shares > 0]

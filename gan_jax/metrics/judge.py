@@ -43,6 +43,10 @@ class Judge:
   test_accuracy: float
   """Of its own classes on the test images, in percent."""
 
+  def classify(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
+    """Logits of images in [0, 1]: a pure function, for use inside others."""
+    return _apply(self.num_classes, self.params, x)[0]
+
   def predict(
     self, x: UInt8[np.ndarray, "n h w c"]
   ) -> tuple[Float[np.ndarray, "n k"], Float[np.ndarray, "n f"]]:
