@@ -275,7 +275,8 @@ def train_gan(
     x_train, x_held_out = (
       data.to_float(x[:500]) for x in (data_on_device.x_unl, data_on_device.x_held_out)
     )
-    return observe(state, jax.random.fold_in(state.key, -1), x_train, x_held_out)
+    key = jax.random.fold_in(state.key, 2**32 - 1)  # no update has this number: latents of the watch's own
+    return observe(state, key, x_train, x_held_out)
 
   with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
     fit = train.fit(
