@@ -1,9 +1,13 @@
 """The whole TrainState on disk, through Orbax. A checkpoint is there entirely or not at all."""
 
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gan_jax.types import InputError, TrainState
 
@@ -14,14 +18,15 @@ class Checkpoints:
   A context manager: leaving it waits until what was saved is on disk.
   """
 
-  def __init__(self, directory: Path):
+  def __init__(self, directory: Path, *, cleanup: bool = True):
+    """`cleanup` removes what a killed process left half written; without it, only `save` writes."""
     ocp = _orbax()
     self.directory = directory
     self._checkpointer = ocp.training.Checkpointer(
       directory.absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=ocp.training.preservation_policies.LatestN(2),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=cleanup,
     )
 
   def __enter__(self) -> "Checkpoints":
@@ -52,24 +57,98 @@ class Checkpoints:
       InputError: the checkpoint is of another model, or damaged.
     """
     packed = _pack(like)
-    damaged = f"{self.directory / str(self.latest_step)} is damaged: remove it or start anew"
-    try:
-      saved = self._checkpointer.metadata(self.latest_step).metadata
-    except Exception as error:  # whatever Orbax and its storage raise
-      raise InputError(damaged) from error
-    expected, found = (_shapes(tree) for tree in (packed, saved))
+    expected, found = (_shapes(tree) for tree in (packed, self.metadata()))
     if expected != found:
       name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
       raise InputError(
         f"{self.directory} is a checkpoint of another model, or damaged: {name} is"
         f" {found.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
       )
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), packed)
-    try:
-      restored: Any = self._checkpointer.load(self.latest_step, abstract)
-    except Exception as error:
-      raise InputError(damaged) from error
+    restored = self.load(jax.tree.map(_abstract, packed))
     return restored.replace(key=jax.random.wrap_key_data(restored.key))
+
+  def metadata(self) -> Any:
+    """The newest state as nested dicts whose leaves have a shape; `InputError` where it is damaged."""
+    try:
+      return self._checkpointer.metadata(self.latest_step).metadata
+    except Exception as error:  # whatever Orbax and its storage raise
+      raise self._damaged() from error
+
+  def load(self, abstract: Any) -> Any:
+    """The newest state, but for the leaves that are `...`; `InputError` where it is damaged."""
+    try:
+      return self._checkpointer.load(self.latest_step, abstract)
+    except Exception as error:
+      raise self._damaged() from error
+
+  def _damaged(self) -> InputError:
+    return InputError(f"{self.directory / str(self.latest_step)} is damaged: remove it or start anew")
+
+
+_HEADS = {"head": "classes", "aux_head": "outputs"}
+"""The layers of D that belong to a task, and what they have one output each for."""
+
+
+def transfer(
+  state: TrainState, run_dir: str | Path, *, parts: Sequence[str] = ("g", "d")
+) -> tuple[TrainState, list[str]]:
+  """Starts networks from the averaged ones of another run's newest checkpoint.
+
+  Both the parameters and their averages become the averages stored there; `model_state` comes along.
+  Steps, key, and optimizers stay fresh, and so does a head of D that is of another size there.
+
+  Args:
+    state: a fresh state.
+    run_dir: the directory of the other run. Nothing in it is changed.
+    parts: "g", "d", or both.
+
+  Returns:
+    The state, and a sentence for each head of D that was not taken.
+
+  Raises:
+    InputError: no checkpoint, a damaged one, or networks of another kind or image size.
+  """
+  directory = Path(run_dir) / "checkpoints"
+  if not directory.is_dir():  # Orbax would make it
+    raise InputError(f"{run_dir} holds no checkpoint to start from")
+  with Checkpoints(directory, cleanup=False) as checkpoints:
+    if checkpoints.latest_step is None:
+      raise InputError(f"{run_dir} holds no checkpoint to start from")
+    saved = checkpoints.metadata()
+    here, there = _shapes(_pack(state)), _shapes(saved)
+    wanted, notes = set(), []
+    for part in parts:
+      network = re.compile(rf"(?:ema/{part}|{part}/model_state/[^/]+)/([^/]+)")
+      layers = {path: found[1] for path in sorted(here | there) if (found := network.match(path))}
+      differing = {path: layer for path, layer in layers.items() if here.get(path) != there.get(path)}
+      heads = set(differing.values()) & set(_HEADS) if part == "d" else set()
+      for path, layer in differing.items():
+        if layer not in heads:
+          raise InputError(
+            f"{run_dir} holds networks of another kind or for images of another size: {path} is"
+            f" {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
+          )
+      notes += [_new_head(name, here, there) for name in _HEADS if name in heads]
+      wanted |= {path for path, layer in layers.items() if layer not in heads}
+    likes = {path: _abstract(leaf) for path, leaf in _leaves(_pack(state)).items() if path in wanted}
+    loaded = _leaves(checkpoints.load(_map(lambda path, _: likes.get(path, ...), saved)))
+  taken = {path: loaded[path] for path in wanted}
+  for path in wanted:
+    if path.startswith("ema/"):  # copies: a donated state must not hold one buffer twice
+      _, part, layer = path.split("/", 2)
+      taken[f"{part}/params/{layer}"] = jnp.copy(loaded[path])
+  return _map(taken.get, state), notes
+
+
+def _new_head(name: str, here: dict, there: dict) -> str:
+  def outputs(shapes: dict[str, tuple[int, ...]]) -> int | None:
+    kernels = (s for path, s in shapes.items() if re.match(rf"ema/d/{name}/(.*/)?kernel$", path))
+    return next((shape[-1] for shape in kernels), None)
+
+  ours, theirs = outputs(here), outputs(there)
+  if ours is None:
+    return f"D's {name} is left behind: none here, {theirs} {_HEADS[name]} there"
+  return f"D's {name} is new: {ours} {_HEADS[name]} here, {'none' if theirs is None else theirs} there"
 
 
 def _orbax() -> Any:
@@ -84,8 +163,21 @@ def _pack(state: TrainState) -> TrainState:
   return state.replace(key=jax.random.key_data(state.key))
 
 
+def _abstract(a: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+
+
+def _map(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+  """`fn(path, leaf)` for every leaf; a path is like `d/params/head/kernel`."""
+  keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(keystr(path), leaf), tree)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+  leaves = {}
+  _map(leaves.setdefault, tree)
+  return leaves
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves
-  }
+  return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import jax
@@ -73,6 +73,13 @@ class Config:
   """Replace the run that --workdir holds."""
   checkpoint_every: int = 1000
   """Updates between checkpoints."""
+  init_from: str | None = None
+  """Start from the averaged networks of the run in this folder. Another number of classes gives D a new
+  head."""
+  init_parts: Literal["both", "g", "d"] = "both"
+  """Which networks --init-from gives: both, the generator, or the discriminator."""
+  freeze_d: int = 0
+  """Leave so many layers of the discriminator, from the image on, as --init-from gave them (FreezeD)."""
   tensorboard: bool = False
   """Write the metrics for TensorBoard as well."""
 
@@ -92,6 +99,20 @@ class Config:
       raise InputError("--resume needs --workdir, the run to continue")
     if self.resume and self.overwrite:
       raise InputError("--resume continues a run and --overwrite replaces it: choose one")
+    if self.freeze_d < 0:
+      raise InputError("--freeze-d must not be negative")
+    if not self.resume:  # else these were checked when the run began, and its source may be gone by now
+      self._check_source()
+
+  def _check_source(self) -> None:
+    if self.init_from is None and self.init_parts != "both":
+      raise InputError("--init-parts needs --init-from, the run to start from")
+    if self.freeze_d and (self.init_from is None or self.init_parts == "g"):
+      raise InputError("--freeze-d needs a discriminator from --init-from: it would freeze random layers")
+    if self.init_from is not None and not (Path(self.init_from) / "config.json").is_file():
+      raise InputError(f"--init-from {self.init_from} is not the folder of a run: it has no config.json")
+    if self.init_from and self.workdir and Path(self.init_from).resolve() == Path(self.workdir).resolve():
+      raise InputError("--init-from and --workdir are the same folder: name a new one for this run")
 
 
 # --- The command line

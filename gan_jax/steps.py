@@ -22,6 +22,7 @@ from gan_jax.types import (
   Batch,
   ClassLatents,
   Generator,
+  InputError,
   Latents,
   Metrics,
   NetState,
@@ -217,6 +218,35 @@ def descend(
   params = optax.apply_updates(net.params, updates)
   norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
   return NetState(params, model_state, opt_state), {"loss": loss, **metrics, **norms}
+
+
+def freeze_first(tx: optax.GradientTransformation, num_layers: int) -> optax.GradientTransformation:
+  """FreezeD: `tx` that leaves the first `num_layers` layers of D as they are.
+
+  The layers are its `Block`s, counted from the image; the heads always learn. What a normalisation
+  keeps beside the parameters, such as running averages, still follows the batches.
+
+  Args:
+    tx: optimizer of the other layers; it does not see the frozen ones.
+    num_layers: 0 gives back `tx` itself.
+
+  Raises:
+    InputError: from `init`, where D has fewer layers.
+
+  References:
+    Mo et al., 2020, https://arxiv.org/abs/2002.10964.
+  """
+  if num_layers == 0:
+    return tx
+
+  def labels(params: Params) -> dict[str, str]:
+    num_blocks = sum(name.startswith("Block_") for name in params)
+    if num_layers > num_blocks:
+      raise InputError(f"D has {num_blocks} layers before its head: {num_layers} cannot be frozen")
+    frozen = {f"Block_{i}" for i in range(num_layers)}
+    return {name: "frozen" if name in frozen else "trained" for name in params}
+
+  return optax.partition({"frozen": optax.set_to_zero(), "trained": tx}, labels)
 
 
 def make_updates(

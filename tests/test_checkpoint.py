@@ -1,8 +1,11 @@
+import os
+
+import jax
 import jax.numpy as jnp
 import pytest
 from conftest import leaves_equal
 
-from gan_jax import checkpoint
+from gan_jax import checkpoint, networks
 from gan_jax.types import InputError
 
 
@@ -44,3 +47,121 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, monkeypatch, call):
     monkeypatch.setattr(checkpoints._checkpointer, call, fail)
     with pytest.raises(InputError, match=r"c/0 is damaged"):
       checkpoints.restore(tiny.state())
+
+
+# --- Starting from another run
+
+
+@pytest.fixture
+def source(make_tiny, tmp_path):
+  """Saves a run whose averages are far from its parameters; gives its state and its folder."""
+
+  def save(**kwargs):
+    tiny = make_tiny(seed=5, **kwargs)
+    first = tiny.state()
+    later = lambda tree: jax.tree.map(lambda a: a + 1, tree)
+    g, d = (net.replace(model_state=later(net.model_state)) for net in (first.g, first.d))
+    state = first.replace(step=later(first.step), g=g, d=d, ema=later(first.ema))
+    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+      checkpoints.save(first)
+      checkpoints.save(state)
+    return state, tmp_path / "run"
+
+  return save
+
+
+def averaged(state, part):
+  return {"params": state.ema[part], **getattr(state, part).model_state}
+
+
+def started(state, part):
+  net = getattr(state, part)
+  return {"params": net.params, **net.model_state}
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+@pytest.mark.parametrize("parts", [("g", "d"), ("g",), ("d",)])
+def test_a_state_starts_from_the_averages_of_another_run(source, make_tiny, network, parts):
+  trained, folder = source(network=network)
+  fresh = make_tiny(network=network).state()
+  state, notes = checkpoint.transfer(fresh, folder, parts=parts)
+  assert notes == []
+  for part in ("g", "d"):
+    expected = averaged(trained if part in parts else fresh, part)
+    assert all(leaves_equal(started(state, part), expected))
+    assert all(leaves_equal(averaged(state, part), expected))
+    assert all(leaves_equal(getattr(state, part).opt_state, getattr(fresh, part).opt_state))
+  assert all(leaves_equal([state.step, state.key], [fresh.step, fresh.key]))
+  buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.ema, state.g, state.d))]
+  assert len(set(buffers)) == len(buffers)  # else it could not be donated
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+def test_a_new_head_is_said(source, make_tiny, network):
+  trained, folder = source(network=network)
+  tiny = make_tiny(network=network)
+  tiny.d = tiny.d.clone(num_classes=5, num_aux=2)
+  fresh = tiny.state()
+  state, notes = checkpoint.transfer(fresh, folder)
+  assert notes == [
+    "D's head is new: 5 classes here, 3 there",
+    "D's aux_head is new: 2 outputs here, none there",
+  ]
+  for params in (state.d.params, state.ema["d"]):
+    for name, layer in params.items():
+      origin = fresh if name in ("head", "aux_head") else trained
+      assert all(leaves_equal(layer, origin.ema["d"][name])), name
+
+
+def test_a_head_that_is_not_here_is_left_behind(make_tiny, tmp_path):
+  """Spectral norm: what a head keeps beside its parameters is left as well."""
+  tiny, like = make_tiny(), make_tiny(seed=1)
+  like.d = tiny.d.clone(norm="spectral")
+  tiny.d = tiny.d.clone(norm="spectral", num_aux=2)
+  with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    checkpoints.save(tiny.state())
+  state, notes = checkpoint.transfer(like.state(), tmp_path, parts=("d",))
+  assert notes == ["D's aux_head is left behind: none here, 2 outputs there"]
+  expected = averaged(tiny.state(), "d")
+  for collection in expected.values():
+    collection.pop("aux_head")
+  assert all(leaves_equal(averaged(state, "d"), expected))
+
+
+def test_networks_of_another_kind_or_size_are_refused(source, make_tiny):
+  _, folder = source()
+  with pytest.raises(InputError, match=r"of another kind .*: .* is .* there and .* here"):
+    checkpoint.transfer(make_tiny(network="mlp").state(), folder)
+  other = make_tiny()
+  other.g = networks.ConvGenerator((16, 16, 1), width=8, latent_size=4)
+  with pytest.raises(
+    InputError, match=r"size: ema/g/Linear_0/.*kernel is \(4, 32\) there and \(4, 128\) here"
+  ):
+    checkpoint.transfer(other.state(), folder)
+  state, notes = checkpoint.transfer(other.state(), folder, parts=("d",))
+  assert notes == []
+  assert all(leaves_equal(state.g, other.state().g))
+
+
+def test_a_run_without_a_checkpoint_is_refused(tiny, tmp_path):
+  for folder in ("nowhere", "empty"):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(InputError, match=f"{folder} holds no checkpoint to start from"):
+      checkpoint.transfer(tiny.state(), tmp_path / folder)
+  assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_other_run_is_left_as_it_is(source, make_tiny):
+  """Half-written checkpoints too: it may be under way."""
+  _, folder = source()
+  half = folder / "checkpoints" / "7.orbax-checkpoint-tmp-1"
+  half.mkdir()
+  (half / "data").write_text("half")
+
+  def snapshot():
+    paths = sorted(folder.rglob("*"))
+    return [(p, os.stat(p).st_mtime_ns, p.is_file() and p.read_bytes()) for p in (folder, *paths)]
+
+  before = snapshot()
+  checkpoint.transfer(make_tiny().state(), folder)
+  assert snapshot() == before

@@ -16,6 +16,11 @@ BAD_CONFIGS = [
   ({"split_seed": -1}, "must not be negative"),
   ({"resume": True}, "--resume needs --workdir"),
   ({"resume": True, "overwrite": True, "workdir": "x"}, "choose one"),
+  ({"freeze_d": -1}, "--freeze-d must not be negative"),
+  ({"freeze_d": 1}, "it would freeze random layers"),
+  ({"freeze_d": 1, "init_from": "x", "init_parts": "g"}, "it would freeze random layers"),
+  ({"init_parts": "g"}, "--init-parts needs --init-from"),
+  ({"init_from": "x"}, "--init-from x is not the folder of a run"),
 ]
 
 
@@ -91,6 +96,21 @@ def test_resume_takes_the_stored_flags_and_refuses_others(monkeypatch):
     runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume", "--labels-per-class", "6"])
   with pytest.raises(InputError, match="holds no run"):
     runs.resumed_config(runs.Config, run.path / "nowhere", [])
+
+
+def test_what_a_run_starts_from_is_part_of_its_recipe():
+  source = open_run(workdir="source")
+  with pytest.raises(InputError, match="are the same folder"):
+    open_run(workdir="./source", init_from="source", overwrite=True)
+  assert (source.path / "labels.json").exists()
+  run = open_run(workdir="here", init_from="source", freeze_d=2)
+  (source.path / "config.json").unlink()  # a run that has begun does without its source
+  config = runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume"])
+  config.check()
+  assert (config.init_from, config.freeze_d) == ("source", 2)
+  for flag, value in (("--init-from", "elsewhere"), ("--init-parts", "d"), ("--freeze-d", "1")):
+    with pytest.raises(InputError, match=f"begun with {flag} .*, not {value}"):
+      runs.resumed_config(runs.Config, run.path, ["--resume", flag, value])
 
 
 def test_environment_names_device_and_versions():

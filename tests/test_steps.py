@@ -9,7 +9,8 @@ import optax
 import pytest
 from conftest import leaves_equal
 
-from gan_jax import augment, losses, objectives, steps
+from gan_jax import augment, checkpoint, losses, objectives, steps
+from gan_jax.types import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "steps.json"
 WEAK = augment.affine(shift=0.05)
@@ -95,6 +96,44 @@ def test_no_key_is_used_twice(make_tiny):
     updates = steps.make_updates(tiny.step(augment=WEAK), tiny.draw, max_updates=2)
     with jax.debug_key_reuse(True):
       jax.jit(updates)(tiny.state(), tiny.data, 2)
+
+
+FINE_TUNES = [("conv", objectives.supervised_only()), ("mlp", objectives.Objective(d=FULL.d))]
+
+
+@pytest.mark.parametrize(("network", "objective"), FINE_TUNES)
+def test_frozen_layers_do_not_move(network, objective, make_tiny, tmp_path):
+  """Nor by weight decay; all others move. What the optimizer keeps goes through a checkpoint."""
+  tiny = make_tiny(network=network, objective=objective, tx=optax.adamw(1e-2))
+  num = 2 if network == "conv" else 1
+  tiny.txs["d_tx"] = steps.freeze_first(tiny.txs["d_tx"], num)
+  before = tiny.state()
+  after, _ = jax.jit(steps.make_updates(tiny.step(), tiny.draw, max_updates=3))(before, tiny.data, 3)
+  for name in before.d.params:
+    still = leaves_equal(before.d.params[name], after.d.params[name])
+    assert all(still) if name in [f"Block_{i}" for i in range(num)] else not any(still), name
+  with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+    checkpoints.save(after)
+    assert all(leaves_equal(checkpoints.restore(before), after))
+
+
+def test_unfrozen_layers_are_trained_as_ever(tiny):
+  plain = tiny.txs["d_tx"]
+  assert steps.freeze_first(plain, 0) is plain
+  params = tiny.state().d.params
+  grads = jax.tree.map(jnp.ones_like, params)
+  found, expected = (
+    tx.update(grads, tx.init(params), params)[0] for tx in (steps.freeze_first(plain, 1), plain)
+  )
+  assert not any(leaves_equal(found.pop("Block_0"), expected.pop("Block_0")))
+  assert all(leaves_equal(found, expected))
+
+
+def test_more_layers_than_d_has_cannot_be_frozen(tiny):
+  steps.freeze_first(tiny.txs["d_tx"], 3).init(tiny.state().d.params)
+  tiny.txs["d_tx"] = steps.freeze_first(tiny.txs["d_tx"], 4)
+  with pytest.raises(InputError, match="D has 3 layers before its head: 4 cannot be frozen"):
+    tiny.state()
 
 
 def test_updates_are_steps(make_tiny):
