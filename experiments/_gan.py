@@ -24,7 +24,6 @@ from gan_jax import (
   runs,
   steps,
   train,
-  watch,
 )
 from gan_jax.types import Generator, InputError, Json, Network
 
@@ -254,7 +253,8 @@ def train_gan(
     falling = optax.linear_schedule(peak, 0.0, max(1, recipe.steps - half), transition_begin=half)
     return optax.adam(falling if recipe.decay else peak, b1=recipe.b1, b2=recipe.b2)
 
-  g_tx, d_tx = adam(recipe.g_learning_rate), adam(recipe.d_learning_rate)
+  g_tx = adam(recipe.g_learning_rate)
+  d_tx = steps.freeze_first(adam(recipe.d_learning_rate), config.freeze_d)
   seen = augmentation(config, run, num_lab + num_unl)
   train_data = data.to_device(run.dataset, run.split, exclude_labelled=config.exclude_labelled)
   state = steps.init_state(
@@ -266,18 +266,10 @@ def train_gan(
     x_init=data.to_float(train_data.x_unl[:500]),
     aux=seen.init() if isinstance(seen, augment.Adaptive) else None,
   )
+  state = train.transferred(run, state)
   step = steps.make_step(
     g, d, g_tx=g_tx, d_tx=d_tx, objective=objective, augment=seen, ema_decay=recipe.ema_decay
   )
-  observe = watch.make_observe(g, d, judge.classify)
-
-  def observe_data(state, data_on_device):
-    x_train, x_held_out = (
-      data.to_float(x[:500]) for x in (data_on_device.x_unl, data_on_device.x_held_out)
-    )
-    key = jax.random.fold_in(state.key, 2**32 - 1)  # no update has this number: latents of the watch's own
-    return observe(state, key, x_train, x_held_out)
-
   with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
     fit = train.fit(
       run,
@@ -288,7 +280,7 @@ def train_gan(
       train_data,
       num_steps=recipe.steps,
       checkpoints=checkpoints,
-      observe=observe_data,
+      observe=train.observer(g, d, judge.classify),
     )
   return Gan(g, d, train_data, fit)
 

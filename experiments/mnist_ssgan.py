@@ -48,6 +48,8 @@ class Config(runs.Config):
   """Weight of the consistency term; 0 gives the pure GAN (default: the recipe's)."""
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
+  judge: bool = False
+  """Judge the generated images as well: their Frechet distance to the test set."""
 
 
 WEAK = augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1)
@@ -119,10 +121,13 @@ def main(config: Config) -> Json:
       "conv": (networks.ConvGenerator(shape), networks.ConvDiscriminator(num_classes)),
       "mlp": (networks.MLPGenerator(shape), networks.MLPDiscriminator(num_classes)),
     }[config.network]
-    g_tx, d_tx = _adam(recipe, recipe.g_learning_rate), _adam(recipe, recipe.learning_rate)
+    g_tx = _adam(recipe, recipe.g_learning_rate)
     train_data = data.to_device(run.dataset, run.split, exclude_labelled=config.exclude_labelled)
 
-    def train_phase(phase: str, objective: objectives.Objective, *, num_unl: int, num_fake: int, **kwargs):
+    def train_phase(
+      phase: str, objective: objectives.Objective, *, num_unl: int, num_fake: int, control: bool, **kwargs
+    ):
+      d_tx = steps.freeze_first(_adam(recipe, recipe.learning_rate), 0 if control else config.freeze_d)
       step = steps.make_step(
         g,
         d,
@@ -134,6 +139,8 @@ def main(config: Config) -> Json:
       )
       key, x_init = jax.random.key(config.seed), data.to_float(train_data.x_unl[:500])
       state = steps.init_state(key, g, d, g_tx=g_tx, d_tx=d_tx, x_init=x_init)
+      if not control:
+        state = train.transferred(run, state)
       draw = data.make_draw(recipe.batch_lab, num_unl, num_fake)
       return train.fit(run, phase, state, step, draw, train_data, num_steps=recipe.steps, **kwargs)
 
@@ -147,13 +154,15 @@ def main(config: Config) -> Json:
       fit = train_phase(
         "semi-supervised",
         gan,
-        num_unl=recipe.batch_unl,
+        num_unl=recipe.batch_unl if recipe.adversarial or recipe.consistency else 0,
         num_fake=recipe.batch_fake if recipe.adversarial else 0,
+        control=False,
         checkpoints=checkpoints,
+        observe=train.observer(g, d) if recipe.adversarial else None,
       )
     control = None
     if not fit.interrupted:
-      control = train_phase("supervised", objectives.supervised_only(), num_unl=0, num_fake=0)
+      control = train_phase("supervised", objectives.supervised_only(), num_unl=0, num_fake=0, control=True)
 
     classify = jax.jit(steps.make_classifier(d))
     read = partial(metrics.predict, partial(classify, fit.state))
@@ -178,6 +187,11 @@ def main(config: Config) -> Json:
     counts = metrics.confusion_matrix(logits, y_test)
     report.confusion(run.path / "confusion.png", counts, run.dataset.class_names)
 
+    quality = {}
+    if config.judge:
+      judge = metrics.load_judge(run.dataset, say=runs.say)
+      quality = metrics.generator_quality(judge, np.asarray(sample(fit.state, jax.random.key(1), 10_000)))
+
     result = {
       "interrupted": interrupted,
       "network": config.network,
@@ -189,6 +203,8 @@ def main(config: Config) -> Json:
       "updates_per_second": round(int(fit.state.step) / fit.seconds_train, 2),
       "supervised_seconds_train": control and round(control.seconds_train, 1),
       **errors,
+      **quality,
+      "alarms": list(fit.alarms),
     }
     names = {
       "test_error": "semi-supervised: few labels and all images",
@@ -199,6 +215,12 @@ def main(config: Config) -> Json:
       (f"test error, {names[key]}", "not run" if error is None else f"{error:.2f} %")
       for key, error in errors.items()
     ]
+    table += [
+      (f"{key}: distance to the test set", f"{value:.2f}")
+      for key, value in quality.items()
+      if "frechet" in key
+    ]
+    table += [("watch", alarm) for alarm in fit.alarms]
     pictures = [
       ("Generated images", "samples/last.png"),
       ("Learning curves", "learning_curves.png"),

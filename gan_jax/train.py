@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gan_jax
 from gan_jax import checkpoint, data, report, runs, steps, watch
-from gan_jax.types import InputError, Json, Metrics, Step, TrainState
+from gan_jax.types import Generator, InputError, Json, Metrics, Network, Step, TrainState
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,35 @@ def fit(
     return Fit(state, log.seconds, seconds_compile, to_first, done < num_steps, log.alarms)
 
 
+def transferred(run: runs.Run, state: TrainState) -> TrainState:
+  """A fresh state as --init-from would have it; says what could not be taken.
+
+  A resumed run has left that state behind, and the run that it came from may be gone.
+  """
+  config = run.config
+  if config.init_from is None or (config.resume and (run.path / "checkpoints").is_dir()):
+    return state
+  parts = {"both": ("g", "d"), "g": ("g",), "d": ("d",)}[config.init_parts]
+  state, notes = checkpoint.transfer(state, config.init_from, parts=parts)
+  for note in notes:
+    runs.say(f"--init-from: {note}")
+  return state
+
+
+def observer(
+  g: Generator, d: Network, classify: watch.Classify | None = None
+) -> Callable[[TrainState, data.DeviceData], Metrics]:
+  """`watch.make_observe` on 500 training and as many held-out images; for `fit`."""
+  observe = watch.make_observe(g, d, classify)
+
+  def observe_data(state: TrainState, device_data: data.DeviceData) -> Metrics:
+    x_train, x_held_out = (data.to_float(x[:500]) for x in (device_data.x_unl, device_data.x_held_out))
+    # No update has this number, so the watch has latents of its own, the same every time.
+    return observe(state, jax.random.fold_in(state.key, 2**32 - 1), x_train, x_held_out)
+
+  return observe_data
+
+
 class _MetricsLog:
   """Appends to `metrics.jsonl`, a line a dispatch: the mean of every metric over its updates.
 
@@ -115,6 +144,7 @@ class _MetricsLog:
     self._phase, self._num_steps, self._class_names = phase, num_steps, run.dataset.class_names
     self._rows = [row for row in rows if row["phase"] == phase]
     self.alarms: tuple[str, ...] = ()
+    self._said: set[str] = set()
     self._before = max((row["seconds"] for row in rows if row["phase"] == phase), default=0.0)
     self._begin = time.perf_counter()
     self._file = open(run.metrics_path, "a", buffering=1)  # noqa: SIM115
@@ -153,13 +183,12 @@ class _MetricsLog:
     return row
 
   def _watch(self) -> None:
-    """Prints the alarms that were not there before."""
-    before, self.alarms = (
-      self.alarms,
-      tuple(watch.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)),
-    )
-    for alarm in set(self.alarms) - set(before):
-      runs.console.print(f"watch: {alarm}", style="yellow", markup=False, soft_wrap=True)
+    """Prints each kind of alarm when it first appears."""
+    found = watch.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)
+    self.alarms = tuple(found.values())
+    for kind in set(found) - self._said:
+      runs.console.print(f"watch: {found[kind]}", style="yellow", markup=False, soft_wrap=True)
+    self._said |= set(found)
 
 
 def _tensorboard(path: Path) -> Any:

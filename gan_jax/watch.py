@@ -105,8 +105,8 @@ def make_observe(g: Generator, d: Network, classify: Classify | None = None) -> 
   return observe
 
 
-def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] = ()) -> list[str]:
-  """What is going wrong now, a plain sentence each: what it is, the evidence, what to try.
+def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] = ()) -> dict[str, str]:
+  """What is going wrong now: kind -> a plain sentence of what it is, the evidence, and what to try.
 
   Only the latest part of training counts, so what was recovered from is forgotten, and the first tenth
   never does. No alarm means that none of these was seen, not that the samples are good. The classes are
@@ -122,16 +122,16 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
   stuck = {name: text for name in ("d/loss", "g/loss") if (text := _stuck(rows, name))}
   seen = [row for row in rows if "watch/spread" in row][-NUM_OBSERVATIONS:]
   if len(seen) < 3:
-    return list(stuck.values())
+    return stuck
 
   def median(name: str) -> float:
     return float(np.median([row.get(f"watch/{name}", np.nan) for row in seen]))
 
-  found = []
+  found = {}
   r_v, train_right, fake_right = median("memorisation"), median("train_right"), median("fake_right")
   # A D that says "real" to everything has a small denominator in r_v, and so a large r_v by chance.
   if r_v > MEMORISED and train_right > MEMORISED_RIGHT and fake_right > 50:
-    found.append(
+    found["memorisation"] = (
       f"the discriminator memorises its training images: it takes {train_right:.0f} % of them for real, and"
       f" sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try stronger or"
       " adaptive augmentation, more images, a gradient penalty, or fewer updates"
@@ -144,13 +144,13 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
     names = [class_names[k] if class_names else str(k) for k in missing]
     listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     most = 100 * max(shares[k] for k in missing)
-    found.append(
+    found["lost classes"] = (
       f"the generator has lost {len(names)} of {num_classes} classes ({listed}): each is at most"
       f" {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
       " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
     )
   if median("spread") < IDENTICAL:
-    found.append(
+    found["same image"] = (
       "the generator draws nearly the same image every time: the variance of its pixels is"
       f" {median('spread'):.2g} of the data's, where 1 is right; try feature matching, a lower learning"
       " rate of the generator, or larger batches"
@@ -160,13 +160,13 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
   no_loss = bool(d_loss) and abs(float(np.median(d_loss))) < WON_LOSS
   if min(train_right, fake_right) > WON_RIGHT and (no_loss or "g/loss" in stuck):
     why = f"its loss is {np.median(d_loss):.2g}" if no_loss else "the generator's loss does not move"
-    found.append(
+    found["discriminator won"] = (
       f"the discriminator has won: it judges {train_right:.1f} % of the training images and"
       f" {fake_right:.1f} % of the generated ones rightly, and {why}; try a lower learning rate of the"
       " discriminator, a gradient penalty, stronger augmentation, or feature matching"
     )
     stuck = {}
-  return found + list(stuck.values())
+  return found | stuck
 
 
 def _stuck(rows: Sequence[Json], name: str) -> str | None:

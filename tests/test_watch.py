@@ -55,6 +55,10 @@ class DenseG(nn.Module):
     return nn.sigmoid(nn.Dense(64)(z)).reshape(-1, 8, 8, 1)
 
 
+def sentences(rows, **kwargs) -> list[str]:
+  return list(watch.alarms(rows, **kwargs).values())
+
+
 def noise(key, num):
   return jax.random.uniform(key, (num, 8, 8, 1))
 
@@ -176,7 +180,7 @@ def d_alone(pool, x_held_out, change=lambda params: params):
   state, *functions = compiled_d_alone()
   state = state.replace(d=state.d.replace(params=change(state.d.params)))
   rows = train(state, *functions, pool, pool[:12], x_held_out, every=40)
-  return rows, watch.alarms(rows, num_steps=600)
+  return rows, sentences(rows, num_steps=600)
 
 
 def test_d_that_learns_twelve_images_by_heart_is_told_from_one_that_cannot():
@@ -226,9 +230,9 @@ def observed_rows(g, x, classify=None, change=lambda state: state):
 def test_generator_with_zero_parameters_draws_one_image(key):
   zero = lambda state: state.replace(ema={**state.ema, "g": jax.tree.map(jnp.zeros_like, state.ema["g"])})
   x = noise(key, 30)
-  (found,) = watch.alarms(observed_rows(DenseG(), x, change=zero), num_steps=1000)
+  (found,) = sentences(observed_rows(DenseG(), x, change=zero), num_steps=1000)
   assert "nearly the same image every time: the variance of its pixels is 0 of the data's" in found
-  assert watch.alarms(observed_rows(DenseG(), x), num_steps=1000) == []
+  assert sentences(observed_rows(DenseG(), x), num_steps=1000) == []
 
 
 def test_generator_of_one_class_lacks_the_others_by_name(tiny):
@@ -237,12 +241,12 @@ def test_generator_of_one_class_lacks_the_others_by_name(tiny):
   judge = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
   one = Images(lambda key, num: x[jax.random.randint(key, (num,), 20, 40)])
   rows = observed_rows(one, x, judge)
-  (found,) = watch.alarms(rows, num_steps=1000, class_names=tiny.dataset.class_names)
+  (found,) = sentences(rows, num_steps=1000, class_names=tiny.dataset.class_names)
   assert "lost 2 of 3 classes (a, c)" in found
-  (found,) = watch.alarms(rows, num_steps=1000)
+  (found,) = sentences(rows, num_steps=1000)
   assert "(0, 2)" in found
   every = Images(lambda key, num: x[jax.random.randint(key, (num,), 0, 60)])
-  assert watch.alarms(observed_rows(every, x, judge), num_steps=1000) == []
+  assert sentences(observed_rows(every, x, judge), num_steps=1000) == []
 
 
 def test_healthy_gan_raises_no_alarm(make_tiny):
@@ -253,7 +257,7 @@ def test_healthy_gan_raises_no_alarm(make_tiny):
   updates = jax.jit(steps.make_updates(tiny.step(), data.make_draw(6, 32, 32), max_updates=10))
   observe = jax.jit(watch.make_observe(tiny.g, tiny.d, lambda x: x[:, 1:6:2].mean(axis=(2, 3))))
   rows = train(tiny.state(), updates, observe, tiny.data, x, x_held_out, every=10)
-  assert watch.alarms(rows, num_steps=150) == []
+  assert sentences(rows, num_steps=150) == []
 
 
 GOOD = {f"watch/share_{k}": 0.05 for k in range(20)} | {
@@ -274,28 +278,26 @@ def made_up(*parts):
 
 def test_what_was_recovered_from_and_the_first_tenth_do_not_count():
   bad = {"watch/memorisation": 0.9, "watch/spread": 0.1, "watch/share_7": 0.0, "d/loss": 0.5}
-  assert len(watch.alarms(made_up((20, {}), (20, bad)), num_steps=40)) == 4
-  assert watch.alarms(made_up((20, bad), (20, {})), num_steps=40) == []
-  assert watch.alarms(made_up((20, bad)), num_steps=200) == []
-  assert watch.alarms(made_up((18, {}), (2, bad)), num_steps=20) == []  # a minority of the latest five
+  assert len(sentences(made_up((20, {}), (20, bad)), num_steps=40)) == 4
+  assert sentences(made_up((20, bad), (20, {})), num_steps=40) == []
+  assert sentences(made_up((20, bad)), num_steps=200) == []
+  assert sentences(made_up((18, {}), (2, bad)), num_steps=20) == []  # a minority of the latest five
   unseen = [{k: v for k, v in row.items() if "watch" not in k} for row in made_up((18, bad))]
-  assert (
-    len(watch.alarms(unseen + made_up((2, {})), num_steps=20)) == 1
-  )  # the loss; two are too few to judge
-  assert watch.alarms([], num_steps=20) == []
+  assert len(sentences(unseen + made_up((2, {})), num_steps=20)) == 1  # the loss; two are too few to judge
+  assert sentences([], num_steps=20) == []
 
 
 def test_a_generator_that_stands_still_against_a_d_that_is_always_right():
   """One alarm that says why, not a second one for the loss that stands still."""
   still = {"d/loss": 0.5, "g/loss": 3.0}
-  (found,) = watch.alarms(made_up((20, still)), num_steps=20)
+  (found,) = sentences(made_up((20, still)), num_steps=20)
   assert "has won" in found
   assert "the generator's loss does not move" in found
-  found = watch.alarms(made_up((20, still | {"watch/fake_right": 90.0})), num_steps=20)
+  found = sentences(made_up((20, still | {"watch/fake_right": 90.0})), num_steps=20)
   assert [text[:15] for text in found] == ["d/loss is stuck", "g/loss is stuck"]
-  assert watch.alarms(made_up((20, {})), num_steps=20) == []
+  assert sentences(made_up((20, {})), num_steps=20) == []
 
 
 def test_many_missing_classes_are_cut_short():
-  (found,) = watch.alarms(made_up((20, {f"watch/share_{k}": 0.0 for k in range(1, 20)})), num_steps=20)
+  (found,) = sentences(made_up((20, {f"watch/share_{k}": 0.0 for k in range(1, 20)})), num_steps=20)
   assert "lost 19 of 20 classes (1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 9 more)" in found
