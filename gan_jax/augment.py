@@ -128,7 +128,7 @@ def brightness_contrast(*, brightness: float = 0.0, contrast: float = 0.0) -> Au
 
 
 def flip(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """Mirrors half of the images left to right. Not for digits: see `data.Dataset.mirrored`."""
+  """Mirrors half of the images left to right. Not for digits: see `data.Dataset.of_objects`."""
   mirrored = jax.random.bernoulli(key, shape=(len(x), 1, 1, 1))
   return jnp.where(mirrored, x[:, :, ::-1], x)
 
@@ -178,6 +178,8 @@ class Adaptive:
 
   def at(self, aux: dict[str, Float[Array, ""]]) -> Augment:
     """The augmentation at the present strength."""
+    if "strength" not in aux:
+      raise ValueError("adaptive augmentation has a state: pass aux=augment.init() to steps.init_state")
     return chain(*(sometimes(augment, aux["strength"]) for augment in self.augments))
 
   def update(

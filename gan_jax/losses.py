@@ -16,6 +16,7 @@ Every loss is element-wise and returns one value an example; the caller takes th
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -120,11 +121,16 @@ References:
 
 
 def _relativistic_d(real: Array, fake: Array) -> tuple[Array, Array]:
-  pairs = jax.nn.softplus(fake - real)
-  return pairs, jnp.zeros_like(fake)
+  chex.assert_equal_shape([real, fake])
+  return jax.nn.softplus(fake - real), jnp.zeros_like(fake)
 
 
-relativistic = Adversarial(d=_relativistic_d, g=lambda real, fake: jax.nn.softplus(real - fake))
+def _relativistic_g(real: Array, fake: Array) -> Array:
+  chex.assert_equal_shape([real, fake])
+  return jax.nn.softplus(real - fake)
+
+
+relativistic = Adversarial(d=_relativistic_d, g=_relativistic_g)
 """Each generated image against one real image: D minimises `softplus(f - r)`, G `softplus(r - f)`.
 
 The i-th real and the i-th generated image are a pair, so both batches must be of one size; the pair's

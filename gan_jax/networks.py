@@ -156,7 +156,8 @@ def conv(
 
   XLA's CPU backend runs the gradients of a convolution in a loop body with a naive kernel, 4 to 60
   times slower than outside (https://github.com/jax-ml/jax/issues/12868). There the gradients are
-  written such that the naive kernel is never met; elsewhere this is `lax.conv_general_dilated`.
+  written such that the naive kernel is never met, in reverse mode alone; elsewhere this is
+  `lax.conv_general_dilated`.
   """
   fn = _conv if jax.default_backend() == "cpu" else _lax_conv
   return fn(x, w, (strides[0], strides[1]))
@@ -340,11 +341,16 @@ def _latents(
   return ClassLatents(z, jax.random.randint(key_y, (num,), 0, g.num_classes))
 
 
-def _enter(z: Float[Array, "n z"] | ClassLatents, num_classes: int) -> Float[Array, "n zy"]:
-  """The latents as one vector: the class as a one-hot code, as long as the typical z."""
+def _enter(
+  g: "MLPGenerator | ConvGenerator", z: Float[Array, "n z"] | ClassLatents
+) -> Float[Array, "n zy"]:
+  """The latents as one vector: the class as a one-hot code, about as long as z."""
   if not isinstance(z, ClassLatents):
     return z
-  code = jax.nn.one_hot(z.y, num_classes) * jnp.sqrt(z.z.shape[-1])
+  if g.norm == "shift":
+    # In a batch of one class the code is a constant, and the batch's mean takes it away.
+    raise InputError("norm='shift' hides the class from a class-conditional generator; use norm='batch'")
+  code = jax.nn.one_hot(z.y, g.num_classes) * jnp.sqrt(z.z.shape[-1])
   return jnp.concatenate([z.z, code], axis=-1)
 
 
@@ -362,13 +368,13 @@ class MLPGenerator(nn.Module):
   norm: Norm = "shift"
   activation: Callable[[Array], Array] = nn.softplus
   num_classes: int = 0
-  """Classes that it makes images of; 0: it is not asked for a class."""
+  """Classes that it makes images of, with any `norm` but "shift"; 0: it is not asked for a class."""
 
   latents = _latents
 
   @nn.compact
   def __call__(self, z: Float[Array, "n z"] | ClassLatents, *, train: bool) -> Float[Array, "n h w c"]:
-    h, published = _enter(z, self.num_classes), self.norm == "shift"
+    h, published = _enter(self, z), self.norm == "shift"
     for width in self.widths:
       init = nn.initializers.normal(0.05) if published else nn.linear.default_kernel_init
       h = Block(width, norm=self.norm, activation=self.activation, kernel_init=init)(h, train=train)
@@ -392,7 +398,7 @@ class ConvGenerator(nn.Module):
   latent: Literal["uniform", "normal"] = "normal"
   norm: Norm = "shift"
   num_classes: int = 0
-  """Classes that it makes images of; 0: it is not asked for a class."""
+  """Classes that it makes images of, with any `norm` but "shift"; 0: it is not asked for a class."""
   fine: bool = False
 
   latents = _latents
@@ -404,9 +410,7 @@ class ConvGenerator(nn.Module):
     doublings = max(0, math.ceil(math.log2(max(height, width) / 32)))
     base = [math.ceil(side / (4 * 2**doublings)) for side in (height, width)]
     block = partial(Block, self.width, norm=self.norm)
-    h = Linear(math.prod(base) * self.width, use_bias=self.norm == "none")(
-      _enter(z, self.num_classes), train=train
-    )
+    h = Linear(math.prod(base) * self.width, use_bias=self.norm == "none")(_enter(self, z), train=train)
     h = nn.relu(_normalise(h.reshape(-1, *base, self.width), self.norm, train))
     for _ in range(doublings):
       h = block(3, depth_to_space=2)(h, train=train)

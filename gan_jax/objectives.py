@@ -201,7 +201,10 @@ def rotation(part: Callable[[View], Part]) -> Term:
     key_turns, key_d = jax.random.split(view.key)
     x = part(view).x
     turns = jax.random.randint(key_turns, (len(x),), 0, 4)
-    return losses.cross_entropy(view.d_fn(augment.quarter_turns(x, turns), key_d)[2], turns).mean()
+    out = view.d_fn(augment.quarter_turns(x, turns), key_d)
+    if len(out) < 3 or out[2].shape[-1] != 4:
+      raise ValueError("the rotation task needs a discriminator with a head of its own: num_aux=4")
+    return losses.cross_entropy(out[2], turns).mean()
 
   return term
 

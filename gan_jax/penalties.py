@@ -7,6 +7,7 @@ gradient of every example.
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -50,6 +51,7 @@ def wgan_gp(
   References:
     Gulrajani et al., 2017, https://arxiv.org/abs/1704.00028, equation 3.
   """
+  chex.assert_equal_shape([x_real, x_fake])
   share = jax.random.uniform(key, (len(x_real),) + (1,) * (x_real.ndim - 1))
   squared = squared_gradient_norm(realness_fn, share * x_real + (1 - share) * x_fake)
   # The root has no gradient at zero: a tiny constant keeps it finite for a D that is flat.

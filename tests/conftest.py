@@ -54,9 +54,9 @@ class Tiny:
     self.draw = data.make_draw(4, 6, 6)
     self.seed = seed
 
-  def state(self):
+  def state(self, aux=None):
     x_init = data.to_float(self.data.x_unl)
-    return steps.init_state(jax.random.key(self.seed), self.g, self.d, **self.txs, x_init=x_init)
+    return steps.init_state(jax.random.key(self.seed), self.g, self.d, **self.txs, x_init=x_init, aux=aux)
 
   def step(self, **kwargs):
     return steps.make_step(self.g, self.d, **self.txs, objective=self.objective, **kwargs)

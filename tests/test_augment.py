@@ -57,3 +57,110 @@ def test_linear_in_the_image(fn, key):
   x = jax.random.uniform(key, (3, 8, 8, 1))
   y, tangent = jax.jvp(lambda x: fn(key, x), (x,), (x,))
   np.testing.assert_allclose(y, tangent, atol=1e-5)
+
+
+def test_translation_is_a_numpy_shift(key):
+  """By whole pixels, up to the share of each side, every shift drawn; zeros move in."""
+  x = np.asarray(jax.random.uniform(key, (300, 8, 4, 2), minval=0.1))
+  y = np.asarray(augment.translate(0.25)(jax.random.key(1), jnp.array(x)))
+  found = set()
+  for image, moved in zip(x, y, strict=True):
+    padded = np.pad(image, ((2, 2), (1, 1), (0, 0)))
+    windows = {(2 - i, 1 - j): padded[i : i + 8, j : j + 4] for i in range(5) for j in range(3)}
+    shifts = [shift for shift, window in windows.items() if np.array_equal(window, moved)]
+    assert len(shifts) == 1
+    found |= set(shifts)
+  assert len(found) == 15
+
+
+def test_brightness_and_contrast_follow_their_formula(key, monkeypatch):
+  x = jax.random.uniform(key, (2, 3, 3, 2))
+  draws = jnp.array([[0.5, -1.0], [1.0, -0.5]]).reshape(2, 2, 1, 1, 1)
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: draws)
+  y = augment.brightness_contrast(brightness=0.2, contrast=0.8)(key, x)
+  for image, found, c, b in zip(np.asarray(x), np.asarray(y), (1.4, 0.2), (0.2, -0.1), strict=True):
+    expected = np.clip((image - image.mean()) * c + image.mean() + b, 0, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_brightness_alone_moves_the_mean_by_a_uniform_amount(key):
+  moved = augment.brightness_contrast(brightness=0.3)(key, jnp.full((2000, 2, 2, 1), 0.5)) - 0.5
+  assert (jnp.ptp(moved, axis=(1, 2, 3)) < 1e-6).all()
+  shifts = moved[:, 0, 0, 0]
+  assert -0.3 <= shifts.min() < -0.29
+  assert 0.29 < shifts.max() <= 0.3
+  assert abs(shifts.mean()) < 6 * 0.3 / np.sqrt(3 * 2000)
+
+
+def within_six_standard_errors(share, prob, num):
+  return abs(share - prob) < 6 * np.sqrt(prob * (1 - prob) / num)
+
+
+def test_half_of_the_images_are_flipped_and_twice_is_not_at_all(key):
+  x = jax.random.uniform(key, (1000, 1, 3, 2))
+  y = augment.flip(jax.random.key(1), x)
+  np.testing.assert_array_equal(augment.flip(jax.random.key(1), y), x)
+  flipped = (y == x[:, :, ::-1]).all(axis=(1, 2, 3))
+  assert (flipped | (y == x).all(axis=(1, 2, 3))).all()
+  assert within_six_standard_errors(flipped.mean(), 0.5, 1000)
+
+
+def test_quarter_turns_are_those_of_numpy(key):
+  x, turns = jax.random.uniform(key, (5, 4, 4, 2)), jnp.array([3, 0, 2, 1, 1])
+  y = augment.quarter_turns(x, turns)
+  for image, found, k in zip(np.asarray(x), y, turns, strict=True):
+    np.testing.assert_array_equal(found, np.rot90(image, k))
+  with pytest.raises(ValueError, match="not 4x3"):
+    augment.quarter_turns(x[:, :, :3], turns)
+
+
+def test_sometimes_is_never_half_of_the_time_or_always(key):
+  x = jnp.zeros((1000, 1, 1, 1))
+  for prob in (0.0, 0.5, 1.0):
+    share = augment.sometimes(lambda key, x: x + 1, prob)(key, x).mean()
+    assert share == prob if prob != 0.5 else within_six_standard_errors(share, prob, 1000)
+
+
+NEW = [
+  augment.translate(0.2),
+  augment.brightness_contrast(brightness=0.1, contrast=0.2),
+  augment.flip,
+  augment.sometimes(augment.translate(0.2), 0.5),
+  augment.Adaptive((augment.flip, augment.translate(0.2))).at({"strength": jnp.float32(0.5)}),
+]
+
+
+@pytest.mark.parametrize("fn", NEW)
+def test_differentiable_with_one_draw_an_image(fn, key):
+  """`fn(k, x) = J x + b` where nothing is clipped, with one brightness b an image."""
+  x = jnp.broadcast_to(jax.random.uniform(key, (1, 10, 10, 1), minval=0.4, maxval=0.6), (8, 10, 10, 1))
+  y, tangent = jax.jvp(lambda x: fn(key, x), (x,), (x,))
+  shifts = (y - tangent).reshape(8, -1)
+  np.testing.assert_allclose(shifts, jnp.broadcast_to(shifts[:, :1], shifts.shape), atol=1e-6)
+  assert abs(shifts).max() <= 0.1 + 1e-6
+  assert len({image.tobytes() for image in np.asarray(y)}) >= 2
+
+
+def test_adaptive_strength_at_its_documented_rate():
+  """From 0 to 1 over `num_images` real images while the average r is above the target; then back."""
+  adaptive = augment.Adaptive((), target=0.6, num_images=1000, horizon=10)
+  aux, history = adaptive.init(), []
+  update = jax.jit(lambda aux, sign: adaptive.update(aux, sign, 50))
+  r, strength = 0.0, 0.0
+  for sign in [1.0] * 50 + [-1.0] * 40:
+    aux = update(aux, jnp.float32(sign))
+    r += (sign - r) / 10
+    strength = min(1.0, max(0.0, strength + np.sign(r - 0.6) * 50 / 1000))
+    np.testing.assert_allclose([aux["overfitting"], aux["strength"]], [r, strength], atol=1e-5)
+    history.append(float(aux["strength"]))
+  # r passes the target after nine updates; 20 later p is 1, and stays there until r falls again.
+  assert history[7] == 0 < history[8]
+  assert history[26] < history[27] == 1 == history[49]
+  assert history[-1] == 0
+
+
+def test_adaptive_strength_zero_is_the_identity_and_one_is_the_chain(key):
+  x = jax.random.uniform(key, (4, 6, 6, 1))
+  adaptive = augment.Adaptive((lambda key, x: x / 2, lambda key, x: x + 1))
+  np.testing.assert_array_equal(adaptive.at(adaptive.init())(key, x), x)
+  np.testing.assert_allclose(adaptive.at({"strength": jnp.float32(1)})(key, x), x / 2 + 1, rtol=1e-6)

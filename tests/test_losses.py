@@ -78,3 +78,90 @@ def test_consistency_counts_the_confident_and_stops_the_gradient_of_the_target()
   assert not grads[0].any()
   assert grads[1][0].any()
   assert not grads[1][1].any()
+
+
+R = np.array([-2.0, 0.0, 0.3, 1.5, 4.0])
+F = np.array([1.0, -3.0, 0.0, 2.5, 0.7])
+SIGMOID = lambda r: 1 / (1 + np.exp(-r))
+# Each pair as its paper writes it: D's loss of real and of fake images, G's loss of fake ones.
+PAIRS = {
+  "min_max": (-np.log(SIGMOID(R)), -np.log(1 - SIGMOID(F)), np.log(1 - SIGMOID(F))),
+  "non_saturating": (-np.log(SIGMOID(R)), -np.log(1 - SIGMOID(F)), -np.log(SIGMOID(F))),
+  "least_squares": ((R - 1) ** 2 / 2, F**2 / 2, (F - 1) ** 2 / 2),
+  "hinge": (np.maximum(0, 1 - R), np.maximum(0, 1 + F), -F),
+  "wasserstein": (-R, F, -F),
+  "relativistic": (-np.log(SIGMOID(R - F)), 0 * F, -np.log(SIGMOID(F - R))),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_adversarial_pairs_by_hand(name):
+  pair, (of_real, of_fake, of_g) = getattr(losses, name), PAIRS[name]
+  found_real, found_fake = pair.d(jnp.array(R), jnp.array(F))
+  np.testing.assert_allclose(found_real, of_real, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found_fake, of_fake, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(pair.g(jnp.array(R), jnp.array(F)), of_g, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_adversarial_pairs_pull_apart_and_are_finite_far_out(name):
+  """D's descent raises real and lowers fake realness, G's raises that of fakes; nowhere infinite."""
+  pair, far = getattr(losses, name), jnp.array([-1e4, 0.0, 1e4])
+  real, fake = (a.ravel() for a in jnp.meshgrid(far, far))
+  d = lambda r, f: sum(loss.sum() for loss in pair.d(r, f))
+  g = lambda r, f: pair.g(r, f).sum()
+  for r, f in ((real, fake), (jnp.array(R), jnp.array(F))):
+    (d_loss, (d_real, d_fake)) = jax.value_and_grad(d, argnums=(0, 1))(r, f)
+    g_loss, g_fake = jax.value_and_grad(g, argnums=1)(r, f)
+    assert np.isfinite(jnp.concatenate([d_real, d_fake, g_fake, jnp.stack([d_loss, g_loss])])).all()
+  # Least squares pulls to its targets, 1 and 0; between them all losses agree on the signs.
+  between = jnp.linspace(0.1, 0.9, 5)
+  d_real, d_fake = jax.grad(d, argnums=(0, 1))(between, between)
+  assert (d_real < 0).all()
+  assert (d_fake > 0).all()
+  assert (jax.grad(g, argnums=1)(between, between) < 0).all()
+  if name != "least_squares":
+    assert (jax.grad(g, argnums=1)(jnp.array(R), jnp.array(F)) < 0).all()
+
+
+def test_min_max_and_non_saturating_share_the_fixed_point():
+  """The same D, and where D cannot tell (realness 0) the same gradient of G; elsewhere another."""
+  r = jnp.array([-3.0, 0.0, 3.0])
+  for a, b in zip(losses.min_max.d(r, r), losses.non_saturating.d(r, r), strict=True):
+    np.testing.assert_array_equal(a, b)
+  saturating, not_so = (
+    jax.grad(lambda f, pair=pair: pair.g(f, f).sum())(r) for pair in (losses.min_max, losses.non_saturating)
+  )
+  np.testing.assert_allclose(saturating, -SIGMOID(np.array([-3.0, 0.0, 3.0])), rtol=1e-5)
+  np.testing.assert_allclose(not_so, -SIGMOID(np.array([3.0, 0.0, -3.0])), rtol=1e-5)
+  assert saturating[1] == not_so[1] == -0.5
+
+
+def test_relativistic_depends_on_differences_only():
+  r, f = jnp.array(R), jnp.array(F)
+  for fn in (losses.relativistic.g, lambda r, f: losses.relativistic.d(r, f)[0]):
+    np.testing.assert_allclose(fn(r + 7, f + 7), fn(r, f), rtol=1e-5)
+    assert not np.allclose(fn(r + 7, f), fn(r, f))
+
+
+def test_smoothing_is_a_softer_target():
+  """Cross-entropy against 0.9; squares around 0.9, but for a constant. Fakes and G as they were."""
+  r, f = jnp.array(R), jnp.array(F)
+  soft = losses.smooth(losses.non_saturating, 0.9)
+  expected = -0.9 * np.log(SIGMOID(R)) - 0.1 * np.log(1 - SIGMOID(R))
+  np.testing.assert_allclose(soft.d(r, f)[0], expected, rtol=1e-5)
+  np.testing.assert_allclose(soft.d(r, f)[1], losses.non_saturating.d(r, f)[1])
+  np.testing.assert_allclose(soft.g(r, f), losses.non_saturating.g(r, f))
+  # The target's log-odds are where D comes to rest.
+  rest = jnp.log(jnp.array([0.9 / 0.1]))
+  np.testing.assert_allclose(jax.grad(lambda r: soft.d(r, f)[0].sum())(rest), 0, atol=1e-6)
+  squares = losses.smooth(losses.least_squares, 0.9).d(r, f)[0]
+  np.testing.assert_allclose(squares, (R - 0.9) ** 2 / 2 + 0.9 * 0.1 / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_known_realness_reads_the_class_where_it_is_known():
+  y = jnp.array([2, -1, 0])
+  expected = [2.0, np.log(3), -3.0]
+  np.testing.assert_allclose(losses.known_realness(LOGITS, y), expected, rtol=1e-6)
+  grads = jax.grad(lambda logits: losses.known_realness(logits, y).sum())(LOGITS)
+  np.testing.assert_allclose(grads, [[0, 0, 1], [1 / 3] * 3, [1, 0, 0]], rtol=1e-6)

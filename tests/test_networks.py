@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import leaves_equal
 
-from gan_jax import networks
+from gan_jax import networks, types
 from gan_jax.types import InputError
 
 SHAPES = [(8, 8, 1), (20, 13, 2), (28, 28, 1), (32, 32, 3), (64, 48, 3)]
@@ -71,6 +72,122 @@ def test_weight_norm_starts_normalised_and_follows_its_equation(key):
   np.testing.assert_allclose(layer.apply(longer, x, train=True), y, rtol=1e-4, atol=1e-4)
 
 
+TINY_D = {
+  "conv": networks.ConvDiscriminator(3, width=4, num_features=6),
+  "mlp": networks.MLPDiscriminator(3, widths=(6,)),
+}
+
+
+def matrices(tree):
+  """Kernels as matrices of inputs by outputs."""
+  return [leaf.reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+
+
+@pytest.mark.parametrize("norm", ["none", "weight", "spectral", "layer", "batch"])
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+def test_every_norm_of_a_discriminator(kind, norm, key):
+  """Gradient reaches every parameter, and what is not a parameter moves in training only."""
+  d = TINY_D[kind].clone(norm=norm, num_aux=4)
+  x = jax.random.uniform(key, (8, 8, 8, 1))
+
+  @jax.jit
+  def learn(params, state):
+    def loss(params):
+      out, moved = see(params, state, True)
+      weights = [jnp.cos(jnp.arange(a.size, dtype=jnp.float32)).reshape(a.shape) for a in out]
+      return sum((w * a).sum() for w, a in zip(weights, out, strict=True)), moved
+
+    return *jax.grad(loss, has_aux=True)(params), see(params, state, False)
+
+  def see(params, state, train):
+    variables = {"params": params, **state}
+    return d.apply(variables, x, train=train, rngs={"noise": key}, mutable=list(state))
+
+  state = jax.jit(lambda key: d.init({"params": key, "noise": key}, x, train=True))(key)
+  params = state.pop("params")
+  grads, moved, (out, calm) = learn(params, state)
+  dead = [jax.tree_util.keystr(p) for p, v in jax.tree_util.tree_leaves_with_path(grads) if not v.any()]
+  assert dead == []
+  assert [a.shape for a in out] == [(8, 3), (8, 6), (8, 4)]
+  assert all(leaves_equal(calm, state))
+  assert set(state) == {"weight": {"frozen"}, "spectral": {"batch_stats"}, "batch": {"batch_stats"}}.get(
+    norm, set()
+  )
+  changed = not all(leaves_equal(moved, state))
+  assert changed == (norm in ("spectral", "batch"))
+  if norm == "spectral":
+    for _ in range(60):
+      _, state, (out, _) = learn(params, state)
+    sigmas = [np.linalg.svd(matrix, compute_uv=False)[0] for matrix in matrices(params)]
+    stored = [v for p, v in jax.tree_util.tree_leaves_with_path(state) if "sigma" in str(p)]
+    np.testing.assert_allclose(sorted(stored), sorted(sigmas), rtol=0.03)
+    longer = jax.tree.map(lambda p: 7 * p if p.ndim > 1 else p, params)  # all biases are zero as yet
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), learn(longer, state)[2][0], out
+    )
+
+
+@pytest.mark.parametrize("kernel", [None, 3])
+def test_spectral_norm_makes_the_largest_singular_value_one(kernel, key):
+  """Read from what the layer does to a basis of its inputs, after some power iterations."""
+  layer = networks.Linear(5, kernel, norm="spectral", use_bias=False)
+  # The pixel in the middle of a 3x3 image sees its whole neighbourhood, and so the whole kernel.
+  basis = jnp.eye(7) if kernel is None else jnp.eye(18).reshape(18, 3, 3, 2)
+  apply = jax.jit(lambda v: layer.apply(v, basis, train=True, mutable="batch_stats"))
+  variables = layer.init(key, basis, train=True)
+  for _ in range(60):
+    y, moved = apply(variables)
+    variables |= moved
+  matrix = y if kernel is None else y[:, 1, 1]
+  np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False)[0], 1, rtol=0.03)
+  (kernel,) = matrices(variables["params"])
+  np.testing.assert_allclose(matrix / matrix[0, 0], kernel / kernel[0, 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+def test_a_further_head_leaves_the_first_two_outputs_as_they_are(kind, key):
+  x = jax.ShapeDtypeStruct((5, 8, 8, 1), jnp.float32)
+  trees = []
+  for num_aux in (0, 4):
+    d = TINY_D[kind].clone(num_aux=num_aux)
+    init = lambda x, d=d: d.init_with_output({"params": key, "noise": key}, x, train=True)
+    trees.append(jax.eval_shape(init, x))
+  (without, few), (with_aux, more) = trees
+  assert with_aux[:2] == without
+  assert with_aux[2].shape == (5, 4)
+  more["params"].pop("aux_head")
+  assert more["params"] == few["params"]
+
+
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+def test_another_class_is_another_image(kind, key):
+  """Also where the whole batch is of one class, as when a user asks for ten sevens."""
+  g = {
+    "conv": networks.ConvGenerator((8, 8, 1), width=4, latent_size=4, norm="batch", num_classes=3),
+    "mlp": networks.MLPGenerator((8, 8, 1), widths=(8,), latent_size=4, norm="batch", num_classes=3),
+  }[kind]
+  latents = g.latents(key, 200)
+  assert latents.z.shape == (200, 4)
+  assert set(np.asarray(latents.y)) == {0, 1, 2}
+  z = types.ClassLatents(latents.z[:5], jnp.zeros(5, jnp.int32))
+  variables = jax.jit(lambda: g.init(key, z, train=True))()
+  sample = jax.jit(lambda y: g.apply(variables, z._replace(y=y), train=False))
+  zeros, ones, mixed = (sample(jnp.array(y)) for y in ([0] * 5, [1] * 5, [0, 1, 0, 1, 0]))
+  assert (jnp.abs(zeros - ones).max(axis=(1, 2, 3)) > 1e-3).all()
+  which = jnp.array([0, 1, 0, 1, 0]).reshape(5, 1, 1, 1)
+  np.testing.assert_allclose(mixed, jnp.where(which, ones, zeros), atol=1e-5)
+
+
+def test_batch_statistics_would_take_the_class_away(key):
+  """In a batch of one class its code is a constant, which the batch's mean removes."""
+  for g in (
+    networks.ConvGenerator((8, 8, 1), num_classes=3),
+    networks.MLPGenerator((8, 8, 1), num_classes=3),
+  ):
+    with pytest.raises(InputError, match="norm='batch'"):
+      g.init(key, g.latents(key, 2), train=True)
+
+
 CONVS = [
   ((9, 7, 2), (3, 3), (2, 2)),
   ((8, 8, 1), (5, 5), (2, 2)),
@@ -104,6 +221,22 @@ def test_conv_in_loops_differentiates_twice(key):
 
   stock, ours = (jax.grad(penalty)(w, fn) for fn in (networks._lax_conv, networks._conv))
   np.testing.assert_allclose(stock, ours, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kernel", "channels"), [((3, 2), 2), ((2, 3), 1)])
+def test_conv_in_loops_has_the_stock_convolutions_third_derivatives(kernel, channels, key):
+  """All mixed ones at once, with odd and even kernels, each at strides 1 and 2."""
+  x, w = jax.random.normal(key, (2, 5, 6, channels)), jax.random.normal(key, (*kernel, channels, 2))
+
+  def nest(fn):
+    return lambda x, w: sum(jnp.sin(g).sum() for g in jax.grad(fn, argnums=(0, 1))(x, w))
+
+  def third(conv):
+    fn = nest(nest(lambda x, w: jnp.sin(conv(x, w, (1, 2))).sum()))
+    return jax.jit(jax.grad(fn, argnums=(0, 1)))(x, w)
+
+  for stock, ours in zip(third(networks._lax_conv), third(networks._conv), strict=True):
+    np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-3 * jnp.abs(stock).max())
 
 
 def test_depth_to_space():

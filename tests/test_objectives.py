@@ -1,11 +1,12 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from gan_jax import objectives
+from gan_jax import losses, objectives
 
 
 def test_a_weight_of_zero_removes_its_term():
@@ -36,3 +37,75 @@ def test_without_an_adversarial_weight_there_is_no_generator():
 def test_consistency_needs_the_weak_augmentation():
   with pytest.raises(ValueError, match="weak augmentation"):
     objectives.semi_supervised_gan(consistency_weight=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """The part of a view that a term reads."""
+
+  key: object = None
+  step: object = None
+  lab: object = None
+  unl: object = None
+  fake: object = None
+  d_fn: object = None
+
+
+def part(logits, y):
+  logits = jnp.array(logits)
+  return objectives.Part(x=logits, logits=logits, features=logits, y=jnp.array(y))
+
+
+def test_a_lazy_term_is_heavier_and_rare():
+  """Value, metric and gradient: n times the term where n divides the step, else zero."""
+  term = lambda view: jnp.square(view.unl)
+  assert objectives.lazily(term, 1) is term
+  terms = {"r1": (0.5, objectives.lazily(term, 3))}
+
+  @jax.jit
+  def run(w, step):
+    loss = lambda w: objectives.total(terms, View(key=jax.random.key(0), step=step, unl=w))
+    return jax.value_and_grad(loss, has_aux=True)(w)
+
+  for step in range(5):
+    (loss, values), grad = run(jnp.float32(2.0), jnp.int32(step))
+    found = float(loss), float(values["r1"]), float(grad)
+    assert found == ((6.0, 12.0, 6.0) if step % 3 == 0 else (0.0, 0.0, 0.0))
+
+
+def test_conditional_gan_judges_by_the_class_where_it_is_known():
+  """Labelled and generated images by their class's logit, unlabelled ones by the logsumexp."""
+  a, b = [2.0, -1.0], [0.5, 0.0]
+  view = View(jax.random.key(0), jnp.int32(0), part([a], [1]), part([b], [-1]), part([a, b, a], [0, 1, 1]))
+  objective = objectives.conditional_gan(losses.wasserstein)
+  logsumexp_b = np.log(np.exp(0.5) + 1)
+  expected = (2.0 + 0.0 - 1.0) / 3 - (-1.0 + logsumexp_b) / 2
+  np.testing.assert_allclose(objective.d["realness"][1](view), expected, rtol=1e-6)
+  np.testing.assert_allclose(objective.g["realness"][1](view), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
+
+
+def test_the_rotation_term_asks_for_the_turns_of_each_image(key):
+  """A D that finds the bright corner is right but for its doubt; it needs its further head."""
+  x = jnp.zeros((40, 5, 5, 1)).at[:, 0, 0].set(1.0)
+
+  def d_fn(x, key):
+    corners = x[:, 0, 0, 0], x[:, -1, 0, 0], x[:, -1, -1, 0], x[:, 0, -1, 0]  # counter-clockwise
+    return x[:, 0, :3, 0], x[:, 0, :, 0], 2 * jnp.stack(corners, axis=-1)
+
+  def loss(x, d_fn=d_fn):
+    pick = lambda view: view.fake
+    return objectives.rotation(pick)(View(key=key, fake=objectives.Part(x, x, x, x), d_fn=d_fn))
+
+  value, grad = jax.jit(jax.value_and_grad(loss))(x)
+  np.testing.assert_allclose(value, np.log(np.exp(2) + 3) - 2, rtol=1e-5)
+  corner = 2 * (np.exp(2) / (np.exp(2) + 3) - 1) / 40
+  np.testing.assert_allclose(grad[:, 0, 0, 0], np.full(40, corner), rtol=1e-4)
+  with pytest.raises(ValueError, match="num_aux=4"):
+    loss(x, lambda x, key: d_fn(x, key)[:2])
+
+
+def test_rotation_is_in_both_objectives_with_the_papers_weight_for_g():
+  objective = objectives.gan(rotation_weight=0.5)
+  assert objective.d["rotation"][0] == 0.5
+  assert objective.g["rotation"][0] == 0.1
+  assert "rotation" not in objectives.gan().d | objectives.gan().g
