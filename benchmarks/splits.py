@@ -8,11 +8,11 @@ A split whose run directory holds a result already is not run again.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks import _runs
 
 ERRORS = {
   "test_error": "semi-supervised",
@@ -26,27 +26,15 @@ def main() -> None:
   parser.add_argument("--name", required=True, help="name of the file of results")
   parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="split seeds")
   parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs go")
-  ours, flags = sys.argv[1:], []
-  if "--" in ours:
-    at = ours.index("--")
-    ours, flags = ours[:at], ours[at + 1 :]
+  ours, flags = _runs.arguments(sys.argv[1:])
   args = parser.parse_args(ours)
 
   results = []
   for split in args.splits:
     workdir = args.runs / args.name / f"split-{split}"
-    if not (workdir / "result.json").exists():
-      own = ["--split-seed", str(split), "--workdir", str(workdir), "--overwrite"]
-      process = subprocess.run([sys.executable, "-m", "experiments.mnist_ssgan", *flags, *own], check=False)
-      if process.returncode:
-        sys.exit(process.returncode)
-    results.append(json.loads((workdir / "result.json").read_text()))
-
-  path = Path(__file__).parent / "results" / f"{args.name}.jsonl"
-  path.parent.mkdir(exist_ok=True)
-  path.write_text("".join(json.dumps(result) + "\n" for result in results))
+    results.append(_runs.run("mnist_ssgan", [*flags, "--split-seed", str(split)], workdir))
+  _runs.write(args.name, results)
   print(table(results))
-  print(f"written to {path}")
 
 
 def table(results: list[dict]) -> str:
@@ -61,12 +49,11 @@ def table(results: list[dict]) -> str:
   seconds = [result["seconds_train"] for result in results]
   steps = "/".join(str(count) for count in sorted({result["steps"] for result in results}))
   first = results[0]
-  versions = first["versions"]
   lines += [
     "",
     f"n = {len(results)} splits, {first['num_labels']} labels, {steps} updates,"
     f" {min(seconds):.0f} to {max(seconds):.0f} s of training a split"
-    f" ({first['device']}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}),"
+    f" ({_runs.environment(first)}),"
     f" at most {max(result['peak_memory_mb'] for result in results)} MB",
   ]
   return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Strict switches for every test, and the small things that many tests share."""
 
+import os
 import tempfile
 
 import jax
@@ -10,11 +11,13 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
-# Tests compile much and compute little: compile in a hurry, and the same program once a process.
-_cache = tempfile.TemporaryDirectory()
+# Tests compile much and compute little: compile in a hurry, and the same program once for all workers.
+if "GAN_JAX_TEST_CACHE" not in os.environ:
+  _cache = tempfile.TemporaryDirectory()
+  os.environ["GAN_JAX_TEST_CACHE"] = _cache.name
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_compilation_cache_dir", os.environ["GAN_JAX_TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 from gan_jax import data, networks, objectives, steps  # noqa: E402
 

@@ -47,6 +47,45 @@ def test_impossible_budgets(per_class, words):
     data.split_labels(np.arange(40) % 4, per_class, seed=0)
 
 
+def test_images_and_held_out_ones_come_from_the_same_permutation():
+  labels = np.arange(40) % 4
+  whole = data.split_labels(labels, 3, seed=1)
+  part = data.split_labels(labels, 3, seed=1, num_images=30, num_held_out=5)
+  assert whole.images == tuple(range(40))
+  assert whole.held_out == ()
+  assert part.indices == whole.indices  # what comes first does not depend on what is held out
+  assert (len(part.images), len(part.held_out)) == (30, 5)
+  assert set(part.indices) < set(part.images)
+  assert not set(part.images) & set(part.held_out)
+  every = data.split_labels(labels, None, seed=1, num_held_out=5)
+  assert every.indices == every.images
+  assert set(every.images) | set(every.held_out) == set(range(40))
+
+
+@pytest.mark.parametrize(("num_images", "num_held_out"), [(36, 5), (0, 0), (None, 40), (41, 0)])
+def test_more_images_than_there_are(num_images, num_held_out):
+  with pytest.raises(InputError, match="change --num-images or --hold-out"):
+    data.split_labels(np.arange(40) % 4, 1, seed=0, num_images=num_images, num_held_out=num_held_out)
+
+
+def test_held_out_images_are_on_the_device_and_nowhere_else_there(tiny):
+  split = data.split_labels(tiny.dataset.y_train, None, seed=0, num_images=40, num_held_out=10)
+  on_device = data.to_device(tiny.dataset, split)
+  held_out = {x.tobytes() for x in np.asarray(on_device.x_held_out)}
+  seen = {x.tobytes() for x in np.concatenate([on_device.x_unl, on_device.x_lab])}
+  assert (len(held_out), len(seen)) == (10, 40)
+  assert not held_out & seen
+
+
+def test_resized_images_keep_their_mean_and_have_another_name():
+  digits = data.load("digits")
+  resized = data.load("digits", image_size=16)
+  assert resized.image_shape == (16, 16, 1)
+  assert resized.name == "digits@16"
+  assert resized.x_test.dtype == np.uint8
+  np.testing.assert_allclose(resized.x_train.mean(), digits.x_train.mean(), rtol=0.05)
+
+
 def test_draw_gives_the_batch_asked_for(tiny):
   batch = data.make_draw(4, 5, 7)(jax.random.key(0), tiny.data)
   assert [len(a) for a in (batch.x_lab, batch.y_lab, batch.x_unl, batch.x_unl_g)] == [4, 4, 5, 7]

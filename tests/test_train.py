@@ -1,6 +1,8 @@
 import os
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import leaves_equal
@@ -83,3 +85,25 @@ def test_tensorboard(run, tiny):
   config = runs.Config(**{**run.config.__dict__, "tensorboard": True})
   fit(runs.Run(run.path, "tiny", config, run.dataset, run.split, {}, 0.0), tiny, 2)
   assert list((run.path / "tensorboard" / "main").glob("events*"))
+
+
+def test_what_is_observed_is_logged_and_alarms_reach_the_result(run, tiny, make_tiny, monkeypatch, capsys):
+  """A watch that always sees one class: the rows have its metrics, the alarm is said once, and returned."""
+  observed = {"watch/spread": 1.0, "watch/train_right": 60.0, "watch/fake_right": 60.0}
+  observed |= {"watch/share_0": 1.0, "watch/share_1": 0.0, "watch/share_2": 0.0}
+  observe = lambda state, device_data: {k: jnp.float32(v) for k, v in observed.items()}
+  result = fit(run, tiny, 20, dispatch=5, observe=observe)
+  rows = report.read_metrics(run.metrics_path)
+  assert [row["step"] for row in rows if "watch/spread" in row] == list(range(1, 21))
+  (alarm,) = result.alarms
+  assert "has lost 2 of 3 classes (b, c)" in alarm
+  assert capsys.readouterr().err.count("watch: the generator has lost") == 1
+
+
+def test_the_observer_sees_every_kind_of_image(tiny):
+  held_out = tiny.data.replace(x_held_out=tiny.data.x_unl[:7])
+  state = tiny.state()
+  metrics = jax.jit(train.observer(tiny.g, tiny.d))(state, held_out)
+  again = jax.jit(train.observer(tiny.g, tiny.d))(state, held_out)
+  assert {"watch/realness_gap", "watch/share_2", "watch/spread"} <= metrics.keys()
+  assert metrics == again  # the same latents every time

@@ -1,0 +1,40 @@
+"""What the benchmarks share: a run as a process of its own, and its result. Not a benchmark."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run(experiment: str, flags: Sequence[str], workdir: Path) -> dict:
+  """The `result.json` of `python -m experiments.EXPERIMENT FLAGS`; what is there already is not run again."""
+  if not (workdir / "result.json").exists():
+    command = [sys.executable, "-m", f"experiments.{experiment}", *flags]
+    process = subprocess.run([*command, "--workdir", str(workdir), "--overwrite"], check=False)
+    if process.returncode:
+      sys.exit(process.returncode)
+  return json.loads((workdir / "result.json").read_text())
+
+
+def write(name: str, results: Sequence[dict]) -> None:
+  """Writes `results/<name>.jsonl`, a line a run."""
+  RESULTS.mkdir(exist_ok=True)
+  path = RESULTS / f"{name}.jsonl"
+  path.write_text("".join(json.dumps(result) + "\n" for result in results))
+  print(f"written to {path}")
+
+
+def arguments(ours_and_theirs: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The flags before and after a bare `--`."""
+  flags = list(ours_and_theirs)
+  at = flags.index("--") if "--" in flags else len(flags)
+  return flags[:at], flags[at + 1 :]
+
+
+def environment(result: dict) -> str:
+  """Device and versions in a line."""
+  versions = result["versions"]
+  return f"{result['device']}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}"
