@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def run(experiment: str, flags: Sequence[str], workdir: Path) -> dict:
-  """The `result.json` of `python -m experiments.EXPERIMENT FLAGS`; what is there already is not run again."""
+  """The `result.json` of `python -m experiments.EXPERIMENT FLAGS`; where it is there, nothing is run."""
   if not (workdir / "result.json").exists():
     command = [sys.executable, "-m", f"experiments.{experiment}", *flags]
     process = subprocess.run([*command, "--workdir", str(workdir), "--overwrite"], check=False)

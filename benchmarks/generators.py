@@ -59,6 +59,9 @@ def table(results: list[dict]) -> str:
       f"| {ROWS[result['row']][1]} | {distance:.2f} | {result['classes_covered']} | {asked}"
       f" | {result['probe_test_error']:.2f} % | {result['steps']:,} | {result['seconds_train']:.0f} s |"
     )
+  replayed = [r["frechet_replayed_training_set"] for r in results if "frechet_replayed_training_set" in r]
+  lines += [f"| *training images, replayed* | {value:.2f} | 10 | | | | |" for value in replayed[:1]]
+  lines.append("| *the test set itself* | 0.00 | 10 | | | | |")
   return "\n".join([*lines, "", _runs.environment(results[0])])
 
 
