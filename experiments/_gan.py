@@ -1,6 +1,7 @@
 """What the experiments with generators share: their flags, training, and judging. Not an experiment."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -158,13 +159,15 @@ class Gan:
   fit: train.Fit
 
 
-def objective(config: Config, run: runs.Run, **kwargs) -> objectives.Objective:
-  """The flags as an objective; `kwargs` go to `objectives.gan`."""
+def objective(
+  config: Config, run: runs.Run, make: Callable[..., objectives.Objective] = objectives.gan, **kwargs
+) -> objectives.Objective:
+  """The flags as an objective of the family `make`; `kwargs` are its own."""
   recipe = config.recipe()
   loss = LOSSES[config.loss]
   if config.real_label < 1:
     loss = losses.smooth(loss, config.real_label)
-  return objectives.gan(
+  return make(
     loss,
     penalty=recipe.penalty,
     gamma=recipe.gamma,
@@ -310,11 +313,15 @@ def finish(
   classify = jax.jit(steps.make_classifier(gan.d))
   read = partial(metrics.predict, partial(classify, gan.fit.state))
   _, features_lab = read(np.asarray(gan.data.x_lab))
-  _, features_test = read(run.dataset.x_test)
+  logits_test, features_test = read(run.dataset.x_test)
   num_classes = run.dataset.num_classes
   linear = probe.fit_linear(jnp.asarray(features_lab), gan.data.y_lab, num_classes=num_classes)
   probe_logits = np.asarray(linear.logits(jnp.asarray(features_test)))
   probe_error = metrics.error_percent(probe_logits, run.dataset.y_test)
+  test_error = None
+  if logits_test.shape[-1] == num_classes:  # D was taught the classes
+    test_error = metrics.error_percent(logits_test, run.dataset.y_test)
+    table = [*table, ("test error of the discriminator as a classifier", f"{test_error:.2f} %")]
 
   report.sample_grid(run.path / "samples" / "last.png", grid)
   report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
@@ -333,7 +340,7 @@ def finish(
     "seconds_train": round(fit.seconds_train, 1),
     "seconds_compile": round(fit.seconds_compile, 1),
     "updates_per_second": round(int(fit.state.step) / fit.seconds_train, 2),
-    "test_error": None,
+    "test_error": test_error,
     "supervised_test_error": None,
     "probe_test_error": probe_error,
     **quality,
