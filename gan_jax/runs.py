@@ -139,6 +139,9 @@ def cli(main: Callable[[Any], Json], config_class: type[Config]) -> None:
   except InputError as error:
     console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     sys.exit(2)
+  except KeyboardInterrupt:  # outside of the updates, or for the second time
+    say("stopped at once")
+    sys.exit(130)
   sys.exit(130 if result.get("interrupted") else 0)
 
 
@@ -146,7 +149,7 @@ def resumed_config(config_class: type[Config], path: Path, flags: Sequence[str])
   """The configuration of the run in `path`; `InputError` where a flag contradicts it."""
   try:
     stored = json.loads((path / "config.json").read_text())["config"]
-    stored = config_class(**stored)
+    stored = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
   except FileNotFoundError as error:
     raise InputError(f"{path} holds no run to resume: it has no config.json") from error
   except (ValueError, TypeError, KeyError) as error:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -6,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from gan_jax import runs
+from gan_jax import report, runs
 from gan_jax.types import InputError
 
 BAD_CONFIGS = [
@@ -117,3 +118,22 @@ def test_environment_names_device_and_versions():
   found = runs.environment()
   assert found["device"].startswith("cpu")
   assert found["versions"]["jax"] == jax.__version__
+
+
+def test_a_resumed_run_knows_its_flags_of_many_values(tmp_path):
+  from experiments import mnist_low_data
+
+  config = mnist_low_data.Config(percents=(5.0, 50.0), augments=("fixed",))
+  report.write_json(tmp_path / "config.json", {"config": dataclasses.asdict(config)})
+  assert runs.resumed_config(mnist_low_data.Config, tmp_path, []) == config
+
+
+def test_ctrl_c_outside_of_training_is_a_sentence(monkeypatch, capsys):
+  def main(config):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, "argv", ["test"])
+  with pytest.raises(SystemExit) as stopped:
+    runs.cli(main, runs.Config)
+  assert stopped.value.code == 130
+  assert capsys.readouterr().err == "stopped at once\n"
