@@ -58,8 +58,9 @@ class Config(runs.Config):
   """Normalisation in D (default: the recipe's)."""
   real_label: float = 1.0
   """One-sided label smoothing: the probability with which D is to call real images real."""
-  augment: Literal["none", "fixed", "adaptive"] = "none"
-  """Augmentation of all that D sees: none, always, or as often as D overfits (ADA)."""
+  augment: Literal["none", "affine", "fixed", "adaptive"] | None = "none"
+  """Augmentation of all that D sees: none, a gentle affine map, that and more always (fixed), or as often
+  as D overfits (adaptive: ADA)."""
   rotation: float | None = None
   """Weight of the rotation task (default: 1 for images of objects, 0 for signs such as digits)."""
   num_scored: int = 10_000
@@ -85,6 +86,10 @@ class Config(runs.Config):
       raise InputError(f"--real-label is a target, which --loss {self.loss} has not: leave it at 1")
     if self.num_scored < 256:
       raise InputError(f"--num-scored must be at least 256, and it is {self.num_scored}")
+
+  def augmentation(self) -> str:
+    """The kind of augmentation that this run has."""
+    return self.augment or "none"
 
   def recipe(self) -> "Recipe":
     """What the flags that were given make of the network's recipe."""
@@ -189,17 +194,19 @@ def rotation_weight(config: Config, run: runs.Run) -> float:
 
 def augmentation(config: Config, run: runs.Run, num_real: int) -> augment.Adaptive | augment.Augment | None:
   """`--augment` for this dataset; mirrors only where they keep the class."""
+  affine = augment.affine(shift=0.06, rotate=12.5, scale=0.1, shear=0.15)
   policy = (
     augment.translate(0.125),
-    augment.affine(rotate=10, scale=0.1, shear=0.1),
+    affine,
     augment.brightness_contrast(brightness=0.2, contrast=0.5),
     augment.cutout(0.3),
   )
   if run.dataset.of_objects:
     policy = (augment.flip, *policy)
-  if config.augment == "none":
-    return None
-  if config.augment == "fixed":
+  kind = config.augmentation()
+  if kind in ("none", "affine"):
+    return affine if kind == "affine" else None
+  if kind == "fixed":
     return augment.chain(*policy)
   # The probability may cross its whole range in a quarter of the run.
   return augment.Adaptive(policy, num_images=max(1, config.recipe().steps * num_real // 4))
@@ -248,7 +255,7 @@ def train_gan(
       num_aux=num_aux,
     )
   else:
-    g = networks.ConvGenerator(shape, norm="layer", num_classes=num_classes, fine=True)
+    g = networks.ConvGenerator(shape, width=32, norm="layer", num_classes=num_classes, fine=True)
     d = networks.ConvDiscriminator(num_logits, norm=recipe.norm, num_aux=num_aux)
 
   def adam(peak: float) -> optax.GradientTransformation:
@@ -335,7 +342,9 @@ def finish(
     "network": config.network,
     "steps": int(fit.state.step),
     "recipe": dataclasses.asdict(config.recipe()),
-    **{key: getattr(config, key) for key in ("loss", "real_label", "augment")},
+    "loss": config.loss,
+    "real_label": config.real_label,
+    "augment": config.augmentation(),
     "rotation": rotation_weight(config, run),
     "seconds_train": round(fit.seconds_train, 1),
     "seconds_compile": round(fit.seconds_compile, 1),

@@ -9,6 +9,7 @@ columns. With few labels, cross-entropy and consistency teach D the classes of t
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import optax
@@ -24,6 +25,11 @@ class Config(_gan.Config):
 
   labels_per_class: int | None = None
   """The label budget: so many labelled images of each class (default: every label)."""
+  augment: Literal["none", "affine", "fixed", "adaptive"] | None = None
+  """As in mnist_gan (default: affine with few labels, else none)."""
+
+  def augmentation(self) -> str:
+    return self.augment or ("none" if self.labels_per_class is None else "affine")
 
   def check(self) -> None:
     super().check()

@@ -6,6 +6,7 @@ Mo et al., 2020, https://arxiv.org/abs/2002.10964 (FreezeD: the first layers sta
   python -m experiments.transfer --source mnist --dataset digits
 """
 
+import dataclasses
 import statistics
 from dataclasses import dataclass
 
@@ -30,7 +31,12 @@ class Config(runs.Config):
   """Label splits: --split-seed and those after it."""
 
   def check(self) -> None:
-    super().check()
+    # What is frozen here are layers that the pre-trained part gives.
+    runs.Config.check(dataclasses.replace(self, freeze_d=0))
+    if self.init_from is not None:
+      raise InputError("--init-from is what this experiment makes itself: use --source")
+    if self.freeze_d < 0:
+      raise InputError(f"--freeze-d must not be negative, and it is {self.freeze_d}")
     for name in ("splits", "pretrain_steps"):
       if getattr(self, name) < 1:
         raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -48,6 +54,7 @@ def main(config: Config) -> Json:
       steps=config.pretrain_steps,
       norm="layer",  # that of the discriminator which is fine-tuned
       hold_out=None,
+      freeze_d=0,
       num_images=None,
     )
     pairs: list[Json] = []

@@ -95,7 +95,7 @@ def adversarial_d(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
   """
 
   def term(view: View) -> Float[Array, ""]:
-    real, fake = loss.d(_realness(_real(view, labelled)), _realness(view.fake))
+    real, fake = loss.d(_realness(_real(view, labelled)), _realness(_fake(view)))
     return real.mean() + fake.mean()
 
   return term
@@ -115,9 +115,24 @@ def _realness(part: Part) -> Float[Array, "b"]:
 
 
 def _real(view: View, labelled: bool) -> Part:
+  """The real images of an adversarial loss; with their classes only where all of them have one.
+
+  Some images with a class and some without would leave D a way out: a logit that answers for labelled
+  images and for generated ones of its class, and beside it any logit at all for an unlabelled image.
+  """
   if not labelled:
     return view.unl
-  return Part(*(jnp.concatenate(pair) for pair in zip(view.lab, view.unl, strict=True)))
+  real = Part(*(jnp.concatenate(pair) for pair in zip(view.lab, view.unl, strict=True)))
+  return _without_class(real) if len(view.unl.x) else real
+
+
+def _fake(view: View) -> Part:
+  """The generated images as D's own update judges them: by their class only beside real ones that are."""
+  return _without_class(view.fake) if len(view.unl.x) else view.fake
+
+
+def _without_class(part: Part) -> Part:
+  return part._replace(y=jnp.full_like(part.y, -1))
 
 
 def feature_matching(view: View) -> Float[Array, ""]:
@@ -146,7 +161,7 @@ def r1(*, labelled: bool = False) -> Term:
 
 def r2(view: View) -> Float[Array, ""]:
   """The same at generated images."""
-  return _penalty(view, view.fake).mean() / 2
+  return _penalty(view, _fake(view)).mean() / 2
 
 
 def wgan_gp(*, labelled: bool = False) -> Term:
@@ -157,9 +172,9 @@ def wgan_gp(*, labelled: bool = False) -> Term:
 
   def term(view: View) -> Float[Array, ""]:
     key_share, key_d = jax.random.split(view.key)
-    real = _real(view, labelled)
-    y = jnp.where(real.y == view.fake.y, real.y, -1)
-    return penalties.wgan_gp(key_share, _realness_fn(view, y, key_d), real.x, view.fake.x).mean()
+    real, fake = _real(view, labelled), _fake(view)
+    y = jnp.where(real.y == fake.y, real.y, -1)
+    return penalties.wgan_gp(key_share, _realness_fn(view, y, key_d), real.x, fake.x).mean()
 
   return term
 
@@ -305,11 +320,11 @@ def conditional_gan(
 ) -> Objective:
   """A class-conditional GAN from any number of labels, over the same K logits.
 
-  A generated image is judged by the logit of the class that it was asked to be, a labelled image by the
-  logit of its class, an unlabelled one by the logsumexp of all. With every image labelled and
-  `supervised_weight=0` this is the usual conditional GAN with one realness logit a class. With few
-  labels, cross-entropy and consistency teach D which logit an unlabelled image raises, and so G what a
-  class looks like.
+  G is always judged by the logit `l_y` of the class that it was asked for. In a batch of labelled images,
+  so is D: a real image by the logit of its class, a generated one by that of the class asked for. With
+  unlabelled images in the batch D's question is only "is it real?", by the logsumexp of all logits, and
+  cross-entropy and consistency teach it which logit an image raises. Then
+  `l_y = logsumexp(l) + log p(y | x, real)` asks of G both to look real and to look like y.
 
   Args:
     loss: the pair.

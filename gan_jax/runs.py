@@ -148,8 +148,9 @@ def cli(main: Callable[[Any], Json], config_class: type[Config]) -> None:
 def resumed_config(config_class: type[Config], path: Path, flags: Sequence[str]) -> Config:
   """The configuration of the run in `path`; `InputError` where a flag contradicts it."""
   try:
-    stored = json.loads((path / "config.json").read_text())["config"]
-    stored = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    fields = json.loads((path / "config.json").read_text())["config"]
+    kwargs: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    stored = config_class(**kwargs)
   except FileNotFoundError as error:
     raise InputError(f"{path} holds no run to resume: it has no config.json") from error
   except (ValueError, TypeError, KeyError) as error:

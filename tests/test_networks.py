@@ -7,7 +7,7 @@ from conftest import leaves_equal
 from gan_jax import networks, types
 from gan_jax.types import InputError
 
-SHAPES = [(8, 8, 1), (20, 13, 2), (28, 28, 1), (32, 32, 3), (64, 48, 3)]
+SHAPES = [(8, 8, 1), (28, 13, 2), (64, 48, 3)]
 
 
 def pair(kind, shape):

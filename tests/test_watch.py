@@ -152,7 +152,7 @@ def test_observing_agrees_with_the_networks_themselves(key):
 def compiled_d_alone():
   """D alone against generated noise: state, forty updates and an observation as compiled functions."""
   g, d = Images(noise), DenseD()
-  objective = objectives.Objective(d={"realness": (1.0, objectives.realness_d(losses.non_saturating))})
+  objective = objectives.Objective(d={"realness": (1.0, objectives.adversarial_d(losses.non_saturating))})
 
   def draw(key, pool):
     x = pool[jax.random.randint(key, (12,), 0, len(pool))]
