@@ -73,15 +73,23 @@ def test_a_lazy_term_is_heavier_and_rare():
     assert found == ((6.0, 12.0, 6.0) if step % 3 == 0 else (0.0, 0.0, 0.0))
 
 
-def test_conditional_gan_judges_by_the_class_where_it_is_known():
-  """Labelled and generated images by their class's logit, unlabelled ones by the logsumexp."""
+def test_conditional_gan_judges_by_the_class_where_all_are_known():
+  """D by the logits of the classes or, with unlabelled images, by the logsumexp; G always by the class."""
   a, b = [2.0, -1.0], [0.5, 0.0]
-  view = View(jax.random.key(0), jnp.int32(0), part([a], [1]), part([b], [-1]), part([a, b, a], [0, 1, 1]))
+  view = View(
+    *(jax.random.key(0), jnp.int32(0)),
+    lab=part([a], [1]),
+    unl=part(jnp.zeros((0, 2)), jnp.zeros(0, int)),
+    fake=part([a, b, a], [0, 1, 1]),
+  )
   objective = objectives.conditional_gan(losses.wasserstein)
-  logsumexp_b = np.log(np.exp(0.5) + 1)
-  expected = (2.0 + 0.0 - 1.0) / 3 - (-1.0 + logsumexp_b) / 2
-  np.testing.assert_allclose(objective.d["realness"][1](view), expected, rtol=1e-6)
-  np.testing.assert_allclose(objective.g["realness"][1](view), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
+  d, g = objective.d["realness"][1], objective.g["realness"][1]
+  np.testing.assert_allclose(d(view), (2.0 + 0.0 - 1.0) / 3 - (-1.0), rtol=1e-6)
+  np.testing.assert_allclose(g(view), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
+  lse_a, lse_b = (np.log(np.exp(row).sum()) for row in (a, b))
+  some = dataclasses.replace(view, unl=part([b], [-1]))
+  np.testing.assert_allclose(d(some), (2 * lse_a + lse_b) / 3 - (lse_a + lse_b) / 2, rtol=1e-6)
+  np.testing.assert_allclose(g(some), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
 
 
 def test_the_rotation_term_asks_for_the_turns_of_each_image(key):
