@@ -8,6 +8,7 @@ columns. With few labels, cross-entropy and consistency teach D the classes of t
   python -m experiments.mnist_conditional --labels-per-class 10      100 labels, the rest without
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,12 @@ class Config(_gan.Config):
 
   def augmentation(self) -> str:
     return self.augment or ("none" if self.labels_per_class is None else "affine")
+
+  def recipe(self) -> _gan.Recipe:
+    recipe = super().recipe()
+    if self.labels_per_class is None or self.network == "mlp" or self.norm is not None:
+      return recipe
+    return dataclasses.replace(recipe, norm="layer")  # the better classifier from few labels
 
   def check(self) -> None:
     super().check()

@@ -264,6 +264,7 @@ def make_updates(
     program serves every length. Each metric is `[max_updates]`, of which the first `num` are set.
   """
 
+  @jax.jit  # the shapes of the metrics and the loop's body share one trace
   def one(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
     key_batch, _ = update_keys(state)
     return step(state, draw(key_batch, data))
