@@ -35,6 +35,10 @@ def _isolated(tmp_path, monkeypatch):
   monkeypatch.setattr("gan_jax.runs.enable_compilation_cache", lambda: None)
 
 
+# One object for all tests: `init_state` is compiled once for each optimizer that it is given.
+ADAM = optax.adam(1e-2, b1=0.5)
+
+
 class Tiny:
   """A small problem with everything in it: 8x8 images, 3 classes, the conv pair."""
 
@@ -51,7 +55,7 @@ class Tiny:
     if network == "mlp":
       self.g = networks.MLPGenerator((8, 8, 1), widths=(8,), latent_size=4)
       self.d = networks.MLPDiscriminator(3, widths=(8, 8))
-    tx = tx or optax.adam(1e-2, b1=0.5)
+    tx = tx or ADAM
     self.txs = {"g_tx": tx, "d_tx": tx}
     self.objective = objective or objectives.semi_supervised_gan()
     self.draw = data.make_draw(4, 6, 6)
