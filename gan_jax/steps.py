@@ -98,14 +98,16 @@ def make_step(
     g, d: networks, see `init_state`.
     g_tx, d_tx: optimizers, those that the state was made with.
     objective: the terms of both networks.
-    augment: applied to all that D sees, real and generated alike, in D's update and in G's.
+    augment: applied to all that D sees, real and generated alike, in D's update and in G's. With
+      `Adaptive` the state must have been made with `aux=augment.init()`.
     ema_decay: decay of the parameter averages; early in training `(1 + t) / (10 + t)` where that is
       smaller, so that the first parameters are soon forgotten.
 
   Returns:
     `step(state, batch) -> (state, metrics)`. Metrics are scalars: `d/loss`, each term under its name
-    (`d/supervised`, `g/feature_matching`), mean realness, error on the labelled batch in percent,
-    norms of gradients and updates.
+    (`d/supervised`, `g/feature_matching`), mean realness (`d/realness_real`, `d/realness_fake`) and mean
+    sign of the realness of real images (`d/real_sign`), error on the labelled batch in percent, norms of
+    gradients and updates, and with `Adaptive` its state (`d/strength`, `d/overfitting`).
   """
 
   def apply(net: Network, params: Params, model_state: PyTree, x: Latents, key: Array):
