@@ -144,7 +144,7 @@ def make_step(
       parts = (objectives.Part(*part) for part in zip(*columns, strict=True))
       view = objectives.View(*parts, batch=batch, key=key_terms, d_fn=d_fn, step=state.step)
       loss, values = objectives.total(objective.d, view)
-      for name, part in (("real", view.unl), ("fake", view.fake)):
+      for name, part in (("real", view.unl if len(view.unl.x) else view.lab), ("fake", view.fake)):
         if len(part.x):
           values[f"realness_{name}"] = losses.realness(part.logits).mean()
       if len(view.lab.x):
