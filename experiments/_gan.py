@@ -64,7 +64,7 @@ class Config(runs.Config):
   rotation: float | None = None
   """Weight of the rotation task (default: 1 for images of objects, 0 for signs such as digits)."""
   num_scored: int = 10_000
-  """Generated images that are judged at the end."""
+  """Generated images that are judged at the end; 0: none, and no judge has to be trained."""
 
   def check(self) -> None:
     super().check()
@@ -84,8 +84,8 @@ class Config(runs.Config):
       raise InputError(f"--real-label must be above 0.5 and at most 1, and it is {self.real_label}")
     if self.real_label < 1 and self.loss not in ("min_max", "non_saturating", "least_squares"):
       raise InputError(f"--real-label is a target, which --loss {self.loss} has not: leave it at 1")
-    if self.num_scored < 256:
-      raise InputError(f"--num-scored must be at least 256, and it is {self.num_scored}")
+    if self.num_scored and self.num_scored < 256:
+      raise InputError(f"--num-scored must be at least 256, or 0, and it is {self.num_scored}")
 
   def augmentation(self) -> str:
     """The kind of augmentation that this run has."""
@@ -213,10 +213,16 @@ def augmentation(config: Config, run: runs.Run, num_real: int) -> augment.Adapti
   return augment.Adaptive(policy, num_images=max(1, config.recipe().steps * num_real // 4))
 
 
+def load_judge(run: runs.Run) -> metrics.Judge | None:
+  """The judge of the run's dataset, where it is needed."""
+  config: Config = run.config  # pyright: ignore[reportAssignmentType]
+  return metrics.load_judge(run.dataset, say=runs.say) if config.num_scored else None
+
+
 def train_gan(
   run: runs.Run,
   objective: objectives.Objective,
-  judge: metrics.Judge,
+  judge: metrics.Judge | None,
   *,
   num_logits: int = 1,
   conditional: bool = False,
@@ -291,7 +297,7 @@ def train_gan(
       train_data,
       num_steps=recipe.steps,
       checkpoints=checkpoints,
-      observe=train.observer(g, d, judge.classify),
+      observe=train.observer(g, d, judge.classify if judge else None),
     )
   return Gan(g, d, train_data, fit)
 
@@ -309,15 +315,13 @@ def sample(gan: Gan, num: int, seed: int, y: np.ndarray | None = None) -> Float[
 def finish(
   run: runs.Run,
   gan: Gan,
-  judge: metrics.Judge,
+  judge: metrics.Judge | None,
   grid: Float[np.ndarray, "n h w c"],
   result: Json,
   table: list[tuple[str, str]],
 ) -> Json:
   """Judges the generator, probes the discriminator, writes the pictures and completes the result."""
   config: Config = run.config  # pyright: ignore[reportAssignmentType]
-  quality = metrics.generator_quality(judge, sample(gan, config.num_scored, config.seed + 1))
-  replayed = metrics.replay_quality(judge, run.dataset, min(config.num_scored, len(run.dataset.x_train)))
   classify = jax.jit(steps.make_classifier(gan.d))
   read = partial(metrics.predict, partial(classify, gan.fit.state))
   _, features_lab = read(np.asarray(gan.data.x_lab))
@@ -333,10 +337,20 @@ def finish(
 
   report.sample_grid(run.path / "samples" / "last.png", grid)
   report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
-  (name, distance), (_, replay) = (
-    next((key, value) for key, value in found.items() if key.startswith("frechet_"))
-    for found in (quality, replayed)
-  )
+  if judge is not None:
+    quality = metrics.generator_quality(judge, sample(gan, config.num_scored, config.seed + 1))
+    replayed = metrics.replay_quality(judge, run.dataset, min(config.num_scored, len(run.dataset.x_train)))
+    (name, distance), (_, replay) = (
+      next((key, value) for key, value in found.items() if key.startswith("frechet_"))
+      for found in (quality, replayed)
+    )
+    result = {**quality, "frechet": distance, "frechet_replayed_training_set": replay, **result}
+    table = [
+      (f"{name}: distance to the test set", f"{distance:.2f}"),
+      ("the same of the replayed training set", f"{replay:.2f}"),
+      ("classes covered", f"{quality['classes_covered']} of {num_classes}"),
+      *table,
+    ]
   fit = gan.fit
   result = {
     "interrupted": fit.interrupted,
@@ -353,16 +367,10 @@ def finish(
     "test_error": test_error,
     "supervised_test_error": None,
     "probe_test_error": probe_error,
-    **quality,
-    "frechet": distance,
-    "frechet_replayed_training_set": replay,
     "alarms": list(fit.alarms),
     **result,
   }
   table = [
-    (f"{name}: distance to the test set", f"{distance:.2f}"),
-    ("the same of the replayed training set", f"{replay:.2f}"),
-    ("classes covered", f"{quality['classes_covered']} of {num_classes}"),
     *table,
     ("test error, linear probe on the discriminator's features", f"{probe_error:.2f} %"),
     *(("watch", alarm) for alarm in fit.alarms),

@@ -49,7 +49,7 @@ class Config(_gan.Config):
 def main(config: Config) -> Json:
   """Trains the conditional GAN and has an independent judge name its images; returns `result.json`."""
   with runs.open_run(config, "mnist_conditional") as run:
-    judge = metrics.load_judge(run.dataset, say=runs.say)
+    judge = _gan.load_judge(run)
     num_classes, batch = run.dataset.num_classes, config.recipe().batch_size
     # With every label there is no image without: then there is nothing to be consistent on.
     few = config.labels_per_class is not None
@@ -72,18 +72,22 @@ def main(config: Config) -> Json:
       num_unl=batch - num_lab,
     )
 
-    y = np.arange(config.num_scored) % num_classes
-    logits, _ = judge.predict(data.to_bytes(_gan.sample(gan, len(y), config.seed + 2, y)))
-    share = 100 - metrics.error_percent(logits, y)
-    counts = metrics.confusion_matrix(logits, y)
-    report.confusion(run.path / "confusion.png", counts, run.dataset.class_names)
+    result, table = {}, []
+    if judge is not None:
+      y = np.arange(config.num_scored) % num_classes
+      logits, _ = judge.predict(data.to_bytes(_gan.sample(gan, len(y), config.seed + 2, y)))
+      result["class_agreement"] = 100 - metrics.error_percent(logits, y)
+      share = f"{result['class_agreement']:.2f} %"
+      table = [("images that the judge takes for the class asked for", share)]
+      counts = metrics.confusion_matrix(logits, y)
+      report.confusion(run.path / "confusion.png", counts, run.dataset.class_names)
     return _gan.finish(
       run,
       gan,
       judge,
       _gan.sample(gan, 10 * num_classes, config.seed, np.repeat(np.arange(num_classes), 10)),
-      {"class_agreement": share},
-      [("images that the judge takes for the class asked for", f"{share:.2f} %")],
+      result,
+      table,
     )
 
 

@@ -9,7 +9,7 @@ Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661.
 from dataclasses import dataclass
 
 from experiments import _gan
-from gan_jax import metrics, runs
+from gan_jax import runs
 from gan_jax.types import Json
 
 
@@ -21,7 +21,7 @@ class Config(_gan.Config):
 def main(config: Config) -> Json:
   """Trains the GAN, judges its generator and probes its discriminator; returns what `result.json` holds."""
   with runs.open_run(config, "mnist_gan") as run:
-    judge = metrics.load_judge(run.dataset, say=runs.say)
+    judge = _gan.load_judge(run)
     objective = _gan.objective(config, run)
     gan = _gan.train_gan(run, objective, judge, num_unl=config.recipe().batch_size)
     return _gan.finish(run, gan, judge, _gan.sample(gan, 100, config.seed), {}, [])

@@ -29,6 +29,8 @@ class Config(_gan.Config):
       raise InputError("--percents must be above 0 and at most 100, and at least one")
     if not self.augments:
       raise InputError("--augments must name at least one")
+    if not self.num_scored:
+      raise InputError("the table is about generated images: leave --num-scored above 0")
     if self.num_images is not None or self.augment != "none":
       raise InputError("the table chooses images and augmentation: use --percents and --augments")
 

@@ -55,6 +55,7 @@ def main(config: Config) -> Json:
       norm="layer",  # that of the discriminator which is fine-tuned
       hold_out=None,
       freeze_d=0,
+      num_scored=0,  # the discriminator is what is wanted
       num_images=None,
     )
     pairs: list[Json] = []
