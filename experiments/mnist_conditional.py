@@ -1,11 +1,16 @@
 """A class-conditional GAN from all labels or from few: images of the class that is asked for.
 
-The generator takes (z, y), the discriminator's reading is the logit of y: one realness logit a class, as in
-Miyato & Koyama, 2018, https://arxiv.org/abs/1802.05637, with the class embedding as the last layer's
-columns. With few labels, cross-entropy and consistency teach D the classes of the rest.
+The generator takes (z, y), the discriminator's reading is the logit of y: one realness logit a class, the
+projection discriminator of Miyato & Koyama, 2018, https://arxiv.org/abs/1802.05637, without its
+unconditional part. With few labels, cross-entropy and consistency teach D the classes of the rest.
 
   python -m experiments.mnist_conditional                            every label
   python -m experiments.mnist_conditional --labels-per-class 10      100 labels, the rest without
+
+MNIST, 4,000 updates, split 0: an independent classifier finds 99.97 % of 10,000 images to be of the class
+asked for (100 labels: 99.82 %). Frechet distance to the test set 0.27 (0.55), where replayed training images
+have 0.11. The discriminator as a classifier errs on 0.87 % (3.82 %) of the test images. 489 s (544 s) on one
+CPU core.
 """
 
 import dataclasses

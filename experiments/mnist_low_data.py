@@ -3,7 +3,14 @@
 Zhao et al., 2020, https://arxiv.org/abs/2006.10738 (DiffAugment), and Karras et al., 2020,
 https://arxiv.org/abs/2006.06676 (ADA).
 
-  python -m experiments.mnist_low_data
+  python -m experiments.mnist_low_data --dataset mnist --steps 1200
+
+Frechet distance to MNIST's test set after 1,200 updates, nine runs in 27 minutes on one CPU core:
+
+               none    fixed   adaptive
+  590 images   2.38     6.28       2.29
+  5,900        1.74     6.31       1.74
+  59,000       1.94     5.96       1.94
 """
 
 from dataclasses import dataclass
