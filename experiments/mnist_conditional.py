@@ -8,9 +8,9 @@ unconditional part. With few labels, cross-entropy and consistency teach D the c
   python -m experiments.mnist_conditional --labels-per-class 10      100 labels, the rest without
 
 MNIST, 4,000 updates, split 0: an independent classifier finds 99.97 % of 10,000 images to be of the class
-asked for (100 labels: 99.82 %). Frechet distance to the test set 0.27 (0.55), where replayed training images
-have 0.11. The discriminator as a classifier errs on 0.87 % (3.82 %) of the test images. 489 s (544 s) on one
-CPU core.
+asked for (100 labels: 99.82 %). Frechet distance to the test set 0.27 (0.55), where replayed training
+images have 0.11. The discriminator as a classifier errs on 0.87 % (3.82 %) of the test images. 489 s
+(544 s) on one CPU core.
 """
 
 import dataclasses
