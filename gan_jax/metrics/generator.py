@@ -43,7 +43,7 @@ def generator_quality(judge: Judge, x: Float[np.ndarray, "n h w c"]) -> Json:
   return {
     f"frechet_{judge.name}_n{len(x)}": frechet.frechet_distance(frechet.moments(features), judge.test),
     "class_shares": shares.tolist(),
-    "class_entropy": -float((seen * np.log(seen)).sum()),
+    "class_entropy": float((seen * np.log(1 / seen)).sum()),
     "classes_covered": int((shares >= 0.1 / judge.num_classes).sum()),
   }
 
