@@ -4,6 +4,9 @@ Mo et al., 2020, https://arxiv.org/abs/2002.10964 (FreezeD: the first layers sta
 
   python -m experiments.transfer --source digits --dataset mnist
   python -m experiments.transfer --source mnist --dataset digits
+
+100 labels, five splits, test error transferred and from scratch: digits to MNIST 6.70 and 7.42 %, MNIST to
+digits 4.14 and 5.28 %. 6 to 7 minutes on one CPU core.
 """
 
 import dataclasses
