@@ -6,8 +6,8 @@ Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661.
   python -m experiments.mnist_gan                   a convolutional pair with R1
 
 MNIST, Frechet distance of 10,000 images to the test set, where replayed training images have 0.11: mlp 39.2
-and 6 of 10 classes (with --loss min_max 113 and one class, with --penalty r1 5.50 and all), 62 s of training
-on two CPU cores; conv 0.60, 428 s on one core.
+and 6 of 10 classes (with --loss min_max 113 and one class, with --penalty r1 5.50 and all ten), 62 s of
+training on two CPU cores; conv 0.60, 428 s on one core.
 """
 
 from dataclasses import dataclass
