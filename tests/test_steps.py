@@ -93,11 +93,11 @@ def test_a_second_call_neither_traces_nor_changes_types(make_tiny):
 
 
 def test_no_key_is_used_twice(make_tiny):
-  for network in ("conv", "mlp"):
-    tiny = make_tiny(objective=FULL, network=network)
-    updates = steps.make_updates(tiny.step(augment=WEAK), tiny.draw, max_updates=2)
-    with jax.debug_key_reuse(True):
-      jax.jit(updates)(tiny.state(), tiny.data, 2)
+  """With the MLP, whose D is noisy: it uses every key that there is."""
+  tiny = make_tiny(objective=FULL, network="mlp")
+  updates = steps.make_updates(tiny.step(augment=WEAK), tiny.draw, max_updates=2)
+  with jax.debug_key_reuse(True):
+    jax.jit(updates)(tiny.state(), tiny.data, 2)
 
 
 FINE_TUNES = [("conv", objectives.supervised_only()), ("mlp", objectives.Objective(d=FULL.d))]
