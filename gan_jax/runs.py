@@ -241,17 +241,28 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
         if stored != labels:
           raise InputError(f"{path / 'labels.json'} is not the split that this run would use")
       else:
-        for name in _RUN_FILES:
-          target = path / name
-          shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        _remove_run(path)
         report.write_json(path / "labels.json", labels)
         report.write_json(
           path / "config.json",
           {**named, "config": dataclasses.asdict(config), **found},
         )
-      yield Run(path, experiment, config, dataset, split, found, time.time())
+      try:
+        yield Run(path, experiment, config, dataset, split, found, time.time())
+      except InputError:
+        # A mistake that showed before any training: the next try shall find no run here.
+        before_training = {".lock", *_RUN_FILES} - {"metrics.jsonl"}
+        if not config.resume and set(os.listdir(path)) <= before_training:
+          _remove_run(path)
+        raise
   except filelock.Timeout as error:
     raise InputError(f"--workdir {path} is in use by another run") from error
+
+
+def _remove_run(path: Path) -> None:
+  for name in _RUN_FILES:
+    target = path / name
+    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
 
 _RUN_FILES = (

@@ -137,3 +137,19 @@ def test_ctrl_c_outside_of_training_is_a_sentence(monkeypatch, capsys):
     runs.cli(main, runs.Config)
   assert stopped.value.code == 130
   assert capsys.readouterr().err == "stopped at once\n"
+
+
+def test_a_mistake_that_shows_before_training_leaves_no_run_behind():
+  """So the next try needs no --overwrite; once there are metrics, or parts of its own, a run stays."""
+  config = runs.Config(dataset="digits", workdir="here")
+
+  def fail(leave=None):
+    with pytest.raises(InputError, match="too small"), runs.open_run(config, "test") as run:
+      if leave:
+        (run.path / leave).mkdir()
+      raise InputError("too small")
+
+  fail()
+  assert os.listdir("here") == [".lock"]
+  fail(leave="pretrained")
+  assert os.path.exists("here/config.json")
