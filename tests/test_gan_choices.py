@@ -58,6 +58,7 @@ def test_what_makes_no_sense_is_refused():
     ({"gamma": -1.0}, "--gamma must not be negative"),
     ({"real_label": 0.4}, "above 0.5"),
     ({"loss": "hinge", "real_label": 0.9}, "is a target, which --loss hinge has not"),
+    ({"rotation": -1.0}, "--rotation must not be negative"),
     ({"num_scored": 5}, "at least 256, or 0"),
   ],
 )

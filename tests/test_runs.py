@@ -143,11 +143,14 @@ def test_a_mistake_that_shows_before_training_leaves_no_run_behind():
   """So the next try needs no --overwrite; once there are metrics, or parts of its own, a run stays."""
   config = runs.Config(dataset="digits", workdir="here")
 
+  def fail_in(path, leave):
+    if leave:
+      (path / leave).mkdir()
+    raise InputError("too small")
+
   def fail(leave=None):
     with pytest.raises(InputError, match="too small"), runs.open_run(config, "test") as run:
-      if leave:
-        (run.path / leave).mkdir()
-      raise InputError("too small")
+      fail_in(run.path, leave)
 
   fail()
   assert os.listdir("here") == [".lock"]
