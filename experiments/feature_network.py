@@ -42,6 +42,8 @@ class Config:
 
 def main(config: Config) -> Json:
   """Trains, writes the file, and returns what it prints."""
+  if config.out.is_dir() or config.out.parent.is_file():  # known now, and not after minutes of training
+    raise InputError(f"--out {config.out} cannot be a file: name another")
   dataset = data.load(config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir)
   start = time.perf_counter()
   content = metrics.train_judge(dataset)

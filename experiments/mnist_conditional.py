@@ -45,6 +45,8 @@ class Config(_gan.Config):
 
   def check(self) -> None:
     super().check()
+    if self.labels_per_class is not None and self.recipe().batch_size < 4:
+      raise InputError("--batch-size must be at least 4: a quarter of it are labelled images")
     if self.loss == "relativistic":
       raise InputError(
         "--loss relativistic compares images pair by pair, of whatever classes: choose another"

@@ -67,6 +67,12 @@ def test_refusals_are_sentences(flags, sentence):
     mnist_gan.Config(**flags).check()
 
 
+def test_few_labels_need_room_in_the_batch():
+  with pytest.raises(InputError, match="at least 4"):
+    mnist_conditional.Config(labels_per_class=5, batch_size=3).check()
+  mnist_conditional.Config(batch_size=3).check()
+
+
 def test_a_conditional_gan_has_no_pairs():
   with pytest.raises(InputError, match="pair by pair"):
     mnist_conditional.Config(loss="relativistic").check()

@@ -282,3 +282,8 @@ if REAL:
     changed = mnist.x_test.copy()
     changed[0, 0, 0] ^= 1
     assert judge.fingerprint(dataclasses.replace(mnist, x_test=changed)) != judge.MNIST_FINGERPRINT
+
+
+def test_a_place_that_cannot_be_a_file_is_refused_before_training(tmp_path):
+  with pytest.raises(InputError, match="cannot be a file"):
+    experiment.main(experiment.Config(out=tmp_path, dataset="digits"))
