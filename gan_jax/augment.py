@@ -53,16 +53,18 @@ def sample(
   top, left = jnp.floor(rows), jnp.floor(columns)
   down, right = (rows - top)[..., None], (columns - left)[..., None]
   # A border of zeros, to which every position outside is clipped.
-  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(batch, -1, channels)
+  width = width + 4
+  padded = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))).reshape(-1, channels)
+  row = jnp.clip(top, -2, height).astype(jnp.int32) + 2
+  column = jnp.clip(left, -2, width - 4).astype(jnp.int32) + 2
+  first = jnp.arange(batch)[:, None, None] * (height + 4) * width
+  index = jax.lax.optimization_barrier(first + row * width + column)
 
-  def pixel(row: Array, column: Array) -> Array:
-    row = jnp.clip(row, -1, height).astype(jnp.int32) + 1
-    column = jnp.clip(column, -1, width).astype(jnp.int32) + 1
-    index = (row * (width + 2) + column).reshape(batch, -1, 1)
-    return jnp.take_along_axis(padded, index, axis=1).reshape(*rows.shape, channels)
+  def pixel(offset: int) -> Array:
+    return padded.at[index + offset].get(mode="promise_in_bounds")
 
-  upper = (1 - right) * pixel(top, left) + right * pixel(top, left + 1)
-  lower = (1 - right) * pixel(top + 1, left) + right * pixel(top + 1, left + 1)
+  upper = (1 - right) * pixel(0) + right * pixel(1)
+  lower = (1 - right) * pixel(width) + right * pixel(width + 1)
   return (1 - down) * upper + down * lower
 
 

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from gan_jax import kernels
 from gan_jax.types import ClassLatents, InputError
 
 Norm = Literal["none", "weight", "spectral", "layer", "batch", "shift"]
 """How a layer is normalised: its weights (`weight`, `spectral`) or its outputs. See `Block`."""
-
-_DIMS = ("NHWC", "HWIO", "NHWC")
 
 
 # --- Layers
@@ -64,7 +63,7 @@ class Linear(nn.Module):
         self.strides,
         use_bias=self.use_bias,
         kernel_init=self.kernel_init,
-        conv_general_dilated=conv,
+        conv_general_dilated=kernels.conv,
       )
     return nn.SpectralNorm(layer)(x, update_stats=train) if self.norm == "spectral" else layer(x)
 
@@ -73,10 +72,14 @@ class Linear(nn.Module):
     if self.kernel is not None:
       shape = (self.kernel, self.kernel, *shape)
     v = self.param("kernel", nn.initializers.normal(0.1), shape)
-    inputs = tuple(range(v.ndim - 1))
-    w = v / jnp.sqrt(jnp.square(v).sum(axis=inputs, keepdims=True))
-    y = x @ w if self.kernel is None else conv(x, w, (self.strides, self.strides))
+    # The columns of the product are scaled and not those of v, which in a dense layer is much larger.
+    y = x @ v if self.kernel is None else kernels.conv(x, v, (self.strides, self.strides))
     axes = tuple(range(y.ndim - 1))
+
+    def each(value: Array) -> Array:
+      return value.reshape((1,) * len(axes) + (-1,))
+
+    y = y * each(jax.lax.rsqrt(jnp.square(v).sum(axis=tuple(range(v.ndim - 1)))))
 
     def init_scale(*_) -> Array:
       return jax.lax.rsqrt(y.var(axis=axes) + 1e-8) if self.init_from_data else jnp.ones(self.features)
@@ -89,7 +92,7 @@ class Linear(nn.Module):
     else:
       scale = self.variable("frozen", "scale", init_scale).value
     bias = self.param("bias", init_bias)
-    return y * scale.reshape((1,) * len(axes) + (-1,)) + bias.reshape((1,) * len(axes) + (-1,))
+    return y * each(scale) + each(bias)
 
 
 class BatchNormShift(nn.Module):
@@ -144,99 +147,6 @@ def leaky_relu(x: Array) -> Array:
   return nn.leaky_relu(x, 0.1)
 
 
-def conv(
-  x: Float[Array, "b h w c"],
-  w: Float[Array, "kh kw c f"],
-  strides: Sequence[int],
-  padding: Literal["SAME"] = "SAME",
-  **_,
-) -> Float[Array, "b oh ow f"]:
-  """Convolution with "SAME" padding, fast inside loops on every backend, any number of times
-  differentiable.
-
-  XLA's CPU backend runs the gradients of a convolution in a loop body with a naive kernel, 4 to 60
-  times slower than outside (https://github.com/jax-ml/jax/issues/12868). There the gradients are
-  written such that the naive kernel is never met, in reverse mode alone; elsewhere this is
-  `lax.conv_general_dilated`.
-  """
-  fn = _conv if jax.default_backend() == "cpu" else _lax_conv
-  return fn(x, w, (strides[0], strides[1]))
-
-
-def _lax_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
-  return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=_DIMS)
-
-
-# A convolution is linear in the image and in the kernel. So three maps are all that any derivative of it
-# needs: y(x, w), its transpose in the image dx(dy, w), and its transpose in the kernel dw(x, dy). Each is
-# linear in two of {x, w, dy}, and its own transposes are the other two.
-
-_conv = jax.custom_vjp(_lax_conv, nondiff_argnums=(2,))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv_dx(dy: Array, w: Array, strides: tuple[int, int], size: tuple[int, int]) -> Array:
-  """A dilated convolution with the flipped kernel. `size` is that of the image."""
-  kernel, out = w.shape[:2], dy.shape[1:3]
-  pads = jax.lax.padtype_to_pads(size, kernel, strides, "SAME")
-  dx_pads = [
-    (k - 1 - low, side + low - 1 - (num - 1) * s)
-    for k, (low, _), side, num, s in zip(kernel, pads, size, out, strides, strict=True)
-  ]
-  w_flipped = w[::-1, ::-1].swapaxes(2, 3)
-  return jax.lax.conv_general_dilated(
-    dy, w_flipped, (1, 1), dx_pads, lhs_dilation=strides, dimension_numbers=_DIMS
-  )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv_dw(x: Array, dy: Array, strides: tuple[int, int], kernel: tuple[int, int]) -> Array:
-  """Products with shifted images."""
-  c, f, (kh, kw) = x.shape[-1], dy.shape[-1], kernel
-  patches = _patches(x, kernel, strides, dy.shape[1:3])
-  if c == 1:  # one matrix product of width kh * kw, where kh * kw products would have width 1
-    dw = jnp.concatenate(patches, axis=-1).reshape(-1, kh * kw).T @ dy.reshape(-1, f)
-  else:
-    dw = jnp.stack([patch.reshape(-1, c).T @ dy.reshape(-1, f) for patch in patches])
-  return dw.reshape(kh, kw, c, f)
-
-
-_conv.defvjp(
-  lambda x, w, strides: (_conv(x, w, strides), (x, w)),
-  lambda strides, saved, dy: (
-    _conv_dx(dy, saved[1], strides, saved[0].shape[1:3]),
-    _conv_dw(saved[0], dy, strides, saved[1].shape[:2]),
-  ),
-)
-_conv_dx.defvjp(
-  lambda dy, w, strides, size: (_conv_dx(dy, w, strides, size), (dy, w)),
-  lambda strides, size, saved, x: (
-    _conv(x, saved[1], strides),
-    _conv_dw(x, saved[0], strides, saved[1].shape[:2]),
-  ),
-)
-_conv_dw.defvjp(
-  lambda x, dy, strides, kernel: (_conv_dw(x, dy, strides, kernel), (x, dy)),
-  lambda strides, kernel, saved, w: (
-    _conv_dx(saved[1], w, strides, saved[0].shape[1:3]),
-    _conv(saved[0], w, strides),
-  ),
-)
-
-
-def _patches(x: Array, kernel, strides, out) -> list[Array]:
-  """The input of each of the kernel's `kh * kw` weights at every output position, `[B, OH, OW, C]`."""
-  pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel, strides, "SAME")
-  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-  return [
-    x[:, i : i + (out[0] - 1) * strides[0] + 1 : strides[0]][
-      :, :, j : j + (out[1] - 1) * strides[1] + 1 : strides[1]
-    ]
-    for i in range(kernel[0])
-    for j in range(kernel[1])
-  ]
-
-
 def depth_to_space(x: Float[Array, "b h w cc"], factor: int) -> Float[Array, "b hh ww c"]:
   """Moves channels into `factor x factor` blocks of pixels: `[B, H, W, f*f*C]` to `[B, f*H, f*W, C]`."""
   b, h, w, c = x.shape
@@ -270,7 +180,7 @@ class MLPDiscriminator(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
     def noisy(x: Array, std: float) -> Array:
-      return x + std * jax.random.normal(self.make_rng("noise"), x.shape) if train and std else x
+      return x + std * kernels.normal(self.make_rng("noise"), x.shape) if train and std else x
 
     features = x.reshape(len(x), -1)
     h = noisy(features, self.noise_in)
@@ -333,7 +243,7 @@ def _latents(
   g: "MLPGenerator | ConvGenerator", key: Key[Array, ""], num: int
 ) -> Float[Array, "n z"] | ClassLatents:
   """`[num, Z]` from G's distribution and, for a class-conditional G, uniform classes beside it."""
-  draw = jax.random.uniform if g.latent == "uniform" else jax.random.normal
+  draw = jax.random.uniform if g.latent == "uniform" else kernels.normal
   if not g.num_classes:
     return draw(key, (num, g.latent_size))
   key_z, key_y = jax.random.split(key)

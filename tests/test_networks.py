@@ -187,57 +187,6 @@ def test_batch_statistics_would_take_the_class_away(key):
       g.init(key, g.latents(key, 2), train=True)
 
 
-CONVS = [
-  ((9, 7, 2), (3, 3), (2, 2)),
-  ((8, 8, 1), (5, 5), (2, 2)),
-  ((6, 6, 3), (3, 3), (1, 1)),
-  ((7, 8, 2), (4, 2), (3, 1)),
-]
-
-
-@pytest.mark.parametrize(("shape", "kernel", "strides"), CONVS)
-def test_conv_in_loops_has_the_gradients_of_the_stock_convolution(shape, kernel, strides, key):
-  x = jax.random.normal(key, (3, *shape))
-  w = jax.random.normal(key, (*kernel, shape[-1], 4))
-  fns = networks._lax_conv, networks._conv
-  # The two differ in how they compute: only one has a rule of its own.
-  jaxprs = [str(jax.make_jaxpr(lambda x, w, fn=fn: fn(x, w, strides))(x, w)) for fn in fns]
-  assert ["custom_vjp" in jaxpr for jaxpr in jaxprs] == [False, True]
-  stock, ours = (
-    jax.value_and_grad(lambda x, w, fn=fn: jnp.sin(fn(x, w, strides)).sum(), argnums=(0, 1))(x, w)
-    for fn in fns
-  )
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), stock, ours)
-
-
-def test_conv_in_loops_differentiates_twice(key):
-  """Gradient penalties need it."""
-  x, w = jax.random.normal(key, (2, 8, 8, 2)), jax.random.normal(key, (3, 3, 2, 4))
-
-  def penalty(w, fn):
-    grad = jax.grad(lambda x: jnp.sin(fn(x, w, (2, 2))).sum())(x)
-    return jnp.square(grad).sum()
-
-  stock, ours = (jax.grad(penalty)(w, fn) for fn in (networks._lax_conv, networks._conv))
-  np.testing.assert_allclose(stock, ours, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(("kernel", "channels"), [((3, 2), 2), ((2, 3), 1)])
-def test_conv_in_loops_has_the_stock_convolutions_third_derivatives(kernel, channels, key):
-  """All mixed ones at once, with odd and even kernels, each at strides 1 and 2."""
-  x, w = jax.random.normal(key, (2, 5, 6, channels)), jax.random.normal(key, (*kernel, channels, 2))
-
-  def nest(fn):
-    return lambda x, w: sum(jnp.sin(g).sum() for g in jax.grad(fn, argnums=(0, 1))(x, w))
-
-  def third(conv):
-    fn = nest(nest(lambda x, w: jnp.sin(conv(x, w, (1, 2))).sum()))
-    return jax.jit(jax.grad(fn, argnums=(0, 1)))(x, w)
-
-  for stock, ours in zip(third(networks._lax_conv), third(networks._conv), strict=True):
-    np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-3 * jnp.abs(stock).max())
-
-
 def test_depth_to_space():
   x = jnp.arange(2 * 3 * 4 * 8.0).reshape(2, 3, 4, 8)
   y = networks.depth_to_space(x, 2)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt8
 
-from gan_jax import augment, data, losses, networks, steps
+from gan_jax import augment, data, kernels, losses, networks, steps
 from gan_jax.types import NetState, Params
 
 RECIPE = 1
@@ -46,7 +46,7 @@ class FeatureNetwork(nn.Module):
     def block(layer: nn.Module, h: Array) -> Array:
       return nn.leaky_relu(nn.LayerNorm()(layer(h)), 0.1)
 
-    conv = partial(nn.Conv, use_bias=False, conv_general_dilated=networks.conv)
+    conv = partial(nn.Conv, use_bias=False, conv_general_dilated=kernels.conv)
     small = min(x.shape[1:3]) < 16
     h = block(conv(32, (3, 3), 1) if small else conv(32, (5, 5), 2), 2 * x - 1)
     while min(h.shape[1:3]) > 4:
