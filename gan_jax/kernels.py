@@ -48,10 +48,9 @@ def _patches(x: Array, kernel: Sequence[int], strides: Sequence[int], out: Seque
   """The input of each of the kernel's `kh * kw` weights at every output position, `[B, OH, OW, C]`."""
   pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel, strides, "SAME")
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  (h, w), (sh, sw), (b, c) = out, strides, (len(x), x.shape[-1])
   return [
-    x[:, i : i + (out[0] - 1) * strides[0] + 1 : strides[0]][
-      :, :, j : j + (out[1] - 1) * strides[1] + 1 : strides[1]
-    ]
+    jax.lax.slice(x, (0, i, j, 0), (b, i + (h - 1) * sh + 1, j + (w - 1) * sw + 1, c), (1, sh, sw, 1))
     for i in range(kernel[0])
     for j in range(kernel[1])
   ]

@@ -388,8 +388,8 @@ def test_r1_update_by_hand(make_tiny, monkeypatch):
   value, grads = jax.jit(jax.value_and_grad(loss))(state.d.params)
   assert len(stock) == 2
   np.testing.assert_allclose(metrics["d/r1"], value, rtol=1e-4)
-  shapes = [jnp.abs(g).max() for g in jax.tree.leaves(grads) if g.ndim > 1]
-  assert min(shapes) > 1e-4
+  largest = [jnp.abs(g).max() for g in jax.tree.leaves(grads) if g.ndim > 1]
+  assert min(largest) > 1e-4
   expected = jax.tree.map(lambda p, g: p - 0.7 * g, state.d.params, grads)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), after.d.params, expected
