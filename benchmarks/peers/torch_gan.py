@@ -166,7 +166,7 @@ class Gan:
     """Bytes on the device as the networks want them: mirrored NCHW, or flat."""
     a = np.asarray(x)
     if not self.conv:
-      return torch.tensor(a.reshape(len(a), -1)).to(self.device)
+      return torch.tensor(a.reshape(len(a), math.prod(a.shape[1:]))).to(self.device)
     return torch.tensor(a[:, ::-1, ::-1].transpose(0, 3, 1, 2).copy()).to(self.device)
 
   def _optimizer(self, net: Net) -> Adam | FusedAdam:
