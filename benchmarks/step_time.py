@@ -4,17 +4,17 @@ python -m benchmarks.step_time
 python -m benchmarks.step_time --updates article_gan --batch-sizes 32 256 4096 --pairs 7
 python -m benchmarks.step_time --contenders ours --replicates 1 4 16
 
-Each contender is a process of its own, which waits without using a processor while the others run. They run
-in turns: in each of `--pairs` rounds every contender runs for about `--seconds`, in random order, and a ratio
-is between two runs of the same round.
+Each contender is a process of its own, which waits without using a processor while the others run. They
+run in turns: in each of `--pairs` rounds every contender runs for about `--seconds`, in random order, and a
+ratio is between two runs of the same round.
 
   ours            many updates a dispatch, data on the device
   plain_jax       a jitted step, host batches from a NumPy iterator, the loss read after every update
   torch_eager     our own PyTorch version, fused optimizer, data on the device, nothing read back
   torch_compile   the same as one compiled program an update; on a GPU a CUDA graph
 
-`--batch-sizes` are unlabelled images an update (real images in article_gan and conditional_r1); labelled and
-generated ones grow in proportion. Images per second are rows of D's pass. With replicates every update is
+`--batch-sizes` are unlabelled images an update (real ones in conditional_r1); labelled and generated ones
+grow in proportion. Images per second are rows of D's pass. With replicates every update is
 one of each GAN, all in one program.
 """
 
@@ -47,7 +47,7 @@ class Worker:
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if task["contender"].startswith("torch"):
       environment["JAX_PLATFORMS"] = "cpu"  # it only gives the parameters to begin with
-    self._errors = tempfile.TemporaryFile("w+")
+    self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     self._process = subprocess.Popen(
       [sys.executable, "-m", "benchmarks._worker", json.dumps(task)],
       stdin=subprocess.PIPE,
@@ -128,7 +128,9 @@ def main() -> None:
 
 
 def parse(flags: Sequence[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   add = parser.add_argument
   add("--updates", nargs="+", choices=updates.NAMES, default=updates.NAMES, help="what to time")
   add("--batch-sizes", type=_positive, nargs="+", help="unlabelled images an update (the recipe's)")
@@ -250,8 +252,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def table(results: Sequence[dict]) -> str:
   """Markdown: a row a contender."""
   lines = [
-    "| update | rows | contender | updates/s (quartiles) | images/s | ours is faster by | first updates | memory |"
-    " of the matrix rate |",
+    "| update | rows | contender | updates/s (quartiles) | images/s | ours is faster by | first updates"
+    " | memory | of the matrix rate |",
     "|---" * 9 + "|",
   ]
   for line in results:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import optax
 
 from experiments import _gan, mnist_ssgan
@@ -168,17 +167,3 @@ _BUILDERS: dict[str, Callable[[tuple[int, int, int], int], Update]] = {
 }
 
 NAMES = tuple(_BUILDERS)
-
-
-def load(
-  name: str, dataset: data.Dataset, batch_size: int | None = None
-) -> tuple[Update, data.DeviceData]:
-  """The update `name` for a dataset, and its data on the device."""
-  update = make(name, dataset.image_shape, dataset.num_classes, batch_size)
-  return update, data.to_device(dataset, update.split(dataset))
-
-
-def rate_at(rate: float | optax.Schedule, step: int) -> float:
-  """A constant or a schedule, on the host."""
-  with jax.default_device(jax.devices("cpu")[0]):
-    return float(rate(step)) if callable(rate) else rate

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -251,7 +251,7 @@ def make_objective(recipe: Recipe) -> objectives.Objective:
   )
 
 
-ADAM = {"b1": 0.5, "b2": 0.999, "eps": 0.0, "eps_root": 1e-8}
+ADAM: dict[str, Any] = {"b1": 0.5, "b2": 0.999, "eps": 0.0, "eps_root": 1e-8}
 """Adam with epsilon under the root, as in Improved GAN's code: `m / sqrt(v + 1e-8)`.
 
 It lets the updates vanish with gradients below 1e-4, and without that the MLP's generator broke down after

@@ -10,8 +10,8 @@ nothing is read back. What was tried and kept is told where it is done; the rest
   of the consistency term are computed without a graph.
 - Metrics: those of `steps.make_step` but the norms of the updates, which fused optimizers do not tell.
 - Whole: with `compiled`, one program is an update from the drawing of its batch to the moving averages,
-  differentiated by `torch.func` (R1 twice), because `torch.autograd.grad` is not traced by default. On a GPU
-  it is captured as a CUDA graph. R1 comes once in `penalty_every` updates: with and without it are two
+  differentiated by `torch.func` (R1 twice): `torch.autograd.grad` is not traced by default. On a GPU it is
+  captured as a CUDA graph. R1 comes once in `penalty_every` updates: with and without it are two
   programs.
 """
 
@@ -59,13 +59,13 @@ class Adam:
   PyTorch's own has no `eps_root`. Where that is not asked for, the eager mode uses PyTorch's fused one.
   """
 
-  def __init__(self, params: Sequence[Tensor], *, b1: float, b2: float, eps: float, eps_root: float):
+  def __init__(self, params: list[Tensor], *, b1: float, b2: float, eps: float, eps_root: float):
     self.b1, self.b2, self.eps, self.eps_root = b1, b2, eps, eps_root
     self.params = params
     self.m = [torch.zeros_like(p) for p in params]
     self.v = [torch.zeros_like(p) for p in params]
 
-  def step(self, grads: Sequence[Tensor], rate: Any, correct_1: Any, correct_2: Any) -> None:
+  def step(self, grads: list[Tensor], rate: Any, correct_1: Any, correct_2: Any) -> None:
     """One update; `correct_i = 1 - b_i^t`. Numbers, or tensors without dimensions."""
     if isinstance(rate, Tensor):  # traced: the compiler fuses what is written leaf by leaf
       for p, m, v, g in zip(self.params, self.m, self.v, grads, strict=True):
@@ -88,11 +88,11 @@ class Adam:
 class FusedAdam:
   """PyTorch's own."""
 
-  def __init__(self, params: Sequence[Tensor], *, b1: float, b2: float, eps: float):
+  def __init__(self, params: list[Tensor], *, b1: float, b2: float, eps: float):
     self.params = params
     self.adam = torch.optim.Adam(params, betas=(b1, b2), eps=eps, fused=True)
 
-  def step(self, grads: Sequence[Tensor], rate: float, correct_1: float, correct_2: float) -> None:
+  def step(self, grads: list[Tensor], rate: float, correct_1: float, correct_2: float) -> None:
     del correct_1, correct_2
     for p, g in zip(self.params, grads, strict=True):
       p.grad = g
@@ -204,7 +204,7 @@ class Gan:
     return self._programs[due]
 
   def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Labelled images and their classes, and unlabelled ones for D and for G. Empty where there are none."""
+    """Labelled images, their classes, unlabelled images for D and for G. Empty where there are none."""
     rows, num_lab = self.update.rows, len(self.y_lab)
     x_lab, y_lab = self.x_lab, self.y_lab
     if rows.lab != num_lab:
@@ -231,7 +231,7 @@ class Gan:
       latents = self.latents(num_fake)
       x = torch.cat([x_lab, x_unl, self.generate(self.g.const, latents)])
       x = self.augment(x, self.update.strong)
-      weak = self.augment(x_unl, self.update.weak) if "consistency" in self.update.objective.d else None
+      weak = self.augment(x_unl, self.update.weak if "consistency" in self.update.objective.d else None)
 
     def d_loss(params: Params):
       logits, features = self.discriminate(params, x)
@@ -250,7 +250,9 @@ class Gan:
           terms[name] = self._r1(params, lab.x, y_lab) if due else logits.new_zeros(())
         else:
           raise NotImplementedError(name)
-      loss = sum(weight * term for weight, term in zip(weights, terms.values(), strict=True))
+      loss = logits.new_zeros(())
+      for weight, term in zip(weights, terms.values(), strict=True):
+        loss = loss + weight * term
       with torch.no_grad():
         seen = {"realness_real": _realness((unl if sizes[1] else lab).logits.detach())}
         seen["realness_fake"] = _realness(fake.logits.detach())
@@ -264,9 +266,11 @@ class Gan:
 
     with torch.no_grad():
       latents_g = self.latents(num_fake)
-      features_real = None
+      features_real = x_unl_g
       if len(x_unl_g):
-        features_real = self.discriminate(self.d.const, self.augment(x_unl_g, self.update.strong))[1].mean(0)
+        features_real = self.discriminate(self.d.const, self.augment(x_unl_g, self.update.strong))[1].mean(
+          0
+        )
 
     def g_loss(params: Params):
       x = self.augment(self.generate(params, latents_g), self.update.strong)
@@ -299,6 +303,9 @@ class Gan:
     else:
       loss, values = loss_fn(net.params)
       grads = torch.autograd.grad(loss, list(net.params.values()))
+      # The fused Adam takes for granted that a gradient lies in memory as its parameter does.
+      pairs = zip(grads, net.const.values(), strict=True)
+      grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
     with torch.no_grad():
       norms = torch._foreach_norm(grads)
       values["grad_norm"] = torch.linalg.vector_norm(torch.stack(norms))
@@ -344,7 +351,9 @@ class Gan:
     g: Any = self.update.g
     activation = F.softplus if g.norm == "shift" else _leaky
     for i in range(len(g.widths)):
-      h = activation(_normalise(F.linear(h, p[f"Block_{i}.kernel"], p.get(f"Block_{i}.bias")), p, f"Block_{i}"))
+      h = activation(
+        _normalise(F.linear(h, p[f"Block_{i}.kernel"], p.get(f"Block_{i}.bias")), p, f"Block_{i}")
+      )
     scale = p.get("Linear_0.scale")
     return torch.sigmoid(_linear(h, p["Linear_0.kernel"], p["Linear_0.bias"], scale))
 
@@ -448,7 +457,8 @@ def _realness(logits: Tensor) -> Tensor:
   return logits[:, 0] if logits.shape[1] == 1 else logits.logsumexp(1)
 
 
-def _class_realness(logits: Tensor, y: Tensor) -> Tensor:
+def _class_realness(logits: Tensor, y: Tensor | None) -> Tensor:
+  assert y is not None
   return logits.gather(1, y[:, None])[:, 0]
 
 
