@@ -32,6 +32,9 @@ from gan_jax.types import TrainState
 
 Params = dict[str, Tensor]
 
+# PyTorch's functions over lists of tensors have no public names.
+foreach: Any = torch
+
 # Longer runs stay at the last of the scheduled rates.
 _MAX_STEPS = 20_000
 
@@ -74,15 +77,15 @@ class Adam:
         root = torch.sqrt(v / correct_2 + self.eps_root) + self.eps
         p.sub_(rate / correct_1 * m / root)
       return
-    torch._foreach_lerp_(self.m, grads, 1 - self.b1)
-    torch._foreach_mul_(self.v, self.b2)
-    torch._foreach_addcmul_(self.v, grads, grads, 1 - self.b2)
+    foreach._foreach_lerp_(self.m, grads, 1 - self.b1)
+    foreach._foreach_mul_(self.v, self.b2)
+    foreach._foreach_addcmul_(self.v, grads, grads, 1 - self.b2)
     # m_hat / (sqrt(v_hat + r) + e) = c m / (sqrt(v + r c2) + e sqrt(c2)), with c = sqrt(c2) / c1
-    root = torch._foreach_add(self.v, self.eps_root * correct_2)
-    torch._foreach_sqrt_(root)
+    root = foreach._foreach_add(self.v, self.eps_root * correct_2)
+    foreach._foreach_sqrt_(root)
     if self.eps:
-      torch._foreach_add_(root, self.eps * math.sqrt(correct_2))
-    torch._foreach_addcdiv_(self.params, self.m, root, -rate * math.sqrt(correct_2) / correct_1)
+      foreach._foreach_add_(root, self.eps * math.sqrt(correct_2))
+    foreach._foreach_addcdiv_(self.params, self.m, root, -rate * math.sqrt(correct_2) / correct_1)
 
 
 class FusedAdam:
@@ -186,14 +189,8 @@ class Gan:
     if self.update.penalty_every == 1:
       due = True
     if due not in self._programs:
-
-      def whole() -> dict[str, Tensor]:
-        at = self.step_number.clamp(max=_MAX_STEPS - 1)
-        scalars = self.table.index_select(0, at.reshape(1))[0].unbind()
-        metrics = self.one(self.batch(), scalars, due=due)
-        self.step_number.add_(1)
-        return metrics
-
+      # The cache of compiled programs is the function's: without guards each program needs its own.
+      whole = (lambda: self._whole(due=True)) if due else (lambda: self._whole(due=False))
       # No guards: nothing that the program depends on changes, and to check that takes time.
       options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
       if self.device.type == "cpu":
@@ -202,6 +199,14 @@ class Gan:
       run = lambda: _without_grad(compiled)
       self._programs[due] = _as_cuda_graph(run) if self.device.type == "cuda" else run
     return self._programs[due]
+
+  def _whole(self, *, due: bool) -> dict[str, Tensor]:
+    """An update from the drawing of its batch on, nothing of it on the host."""
+    at = self.step_number.clamp(max=_MAX_STEPS - 1)
+    scalars = self.table.index_select(0, at.reshape(1))[0].unbind()
+    metrics = self.one(self.batch(), scalars, due=due)
+    self.step_number.add_(1)
+    return metrics
 
   def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labelled images, their classes, unlabelled images for D and for G. Empty where there are none."""
@@ -292,7 +297,7 @@ class Gan:
         for average, p in zip(ema, params, strict=True):
           average.lerp_(p, lerp)
       else:
-        torch._foreach_lerp_(ema, params, lerp)
+        foreach._foreach_lerp_(ema, params, lerp)
     return metrics
 
   def _descend(self, which: str, loss_fn, rate, correct_1, correct_2) -> dict[str, Tensor]:
@@ -307,7 +312,7 @@ class Gan:
       pairs = zip(grads, net.const.values(), strict=True)
       grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
     with torch.no_grad():
-      norms = torch._foreach_norm(grads)
+      norms = foreach._foreach_norm(grads)
       values["grad_norm"] = torch.linalg.vector_norm(torch.stack(norms))
       opt.step(grads, rate, correct_1, correct_2)
     return {f"{which}/{name}": value for name, value in values.items()}
