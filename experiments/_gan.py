@@ -221,6 +221,62 @@ def load_judge(run: runs.Run) -> metrics.Judge | None:
   return metrics.load_judge(run.dataset, say=runs.say) if config.num_scored else None
 
 
+def make_networks(
+  network: Literal["mlp", "conv"],
+  recipe: Recipe,
+  image_shape: tuple[int, int, int],
+  *,
+  num_logits: int = 1,
+  num_classes: int = 0,
+  num_aux: int = 0,
+) -> tuple[Generator, Network]:
+  """The generator and the discriminator that `--network` stands for.
+
+  Args:
+    network: the flag.
+    recipe: gives D's normalisation.
+    image_shape: height, width, channels.
+    num_logits: K of the discriminator.
+    num_classes: that the generator is asked for; 0: it is not asked.
+    num_aux: logits of D's further head.
+  """
+  if network == "mlp":
+    g = networks.MLPGenerator(
+      image_shape,
+      widths=(128, 256),
+      latent="normal",
+      norm="none",
+      activation=networks.leaky_relu,
+      num_classes=num_classes,
+    )
+    d = networks.MLPDiscriminator(
+      num_logits,
+      widths=(256, 128),
+      noise_in=0.0,
+      noise_hidden=0.0,
+      norm=recipe.norm,
+      activation=networks.leaky_relu,
+      num_aux=num_aux,
+    )
+  else:
+    g = networks.ConvGenerator(image_shape, width=32, norm="layer", num_classes=num_classes, fine=True)
+    d = networks.ConvDiscriminator(num_logits, norm=recipe.norm, num_aux=num_aux)
+  return g, d
+
+
+def learning_rate(recipe: Recipe, peak: float) -> float | optax.Schedule:
+  """`peak`, and with the recipe's decay a fall to zero over the last half of the updates."""
+  if not recipe.decay:
+    return peak
+  half = recipe.steps // 2
+  return optax.linear_schedule(peak, 0.0, max(1, recipe.steps - half), transition_begin=half)
+
+
+def adam(recipe: Recipe, peak: float) -> optax.GradientTransformation:
+  """The recipe's optimizer."""
+  return optax.adam(learning_rate(recipe, peak), b1=recipe.b1, b2=recipe.b2)
+
+
 def train_gan(
   run: runs.Run,
   objective: objectives.Objective,
@@ -243,37 +299,16 @@ def train_gan(
   """
   config: Config = run.config  # pyright: ignore[reportAssignmentType]
   recipe, shape = config.recipe(), run.dataset.image_shape
-  num_aux = 4 if rotation_weight(config, run) else 0
-  num_classes = run.dataset.num_classes if conditional else 0
-  if config.network == "mlp":
-    g = networks.MLPGenerator(
-      shape,
-      widths=(128, 256),
-      latent="normal",
-      norm="none",
-      activation=networks.leaky_relu,
-      num_classes=num_classes,
-    )
-    d = networks.MLPDiscriminator(
-      num_logits,
-      widths=(256, 128),
-      noise_in=0.0,
-      noise_hidden=0.0,
-      norm=recipe.norm,
-      activation=networks.leaky_relu,
-      num_aux=num_aux,
-    )
-  else:
-    g = networks.ConvGenerator(shape, width=32, norm="layer", num_classes=num_classes, fine=True)
-    d = networks.ConvDiscriminator(num_logits, norm=recipe.norm, num_aux=num_aux)
-
-  def adam(peak: float) -> optax.GradientTransformation:
-    half = recipe.steps // 2
-    falling = optax.linear_schedule(peak, 0.0, max(1, recipe.steps - half), transition_begin=half)
-    return optax.adam(falling if recipe.decay else peak, b1=recipe.b1, b2=recipe.b2)
-
-  g_tx = adam(recipe.g_learning_rate)
-  d_tx = steps.freeze_first(adam(recipe.d_learning_rate), config.freeze_d)
+  g, d = make_networks(
+    config.network,
+    recipe,
+    shape,
+    num_logits=num_logits,
+    num_classes=run.dataset.num_classes if conditional else 0,
+    num_aux=4 if rotation_weight(config, run) else 0,
+  )
+  g_tx = adam(recipe, recipe.g_learning_rate)
+  d_tx = steps.freeze_first(adam(recipe, recipe.d_learning_rate), config.freeze_d)
   seen = augmentation(config, run, num_lab + num_unl)
   train_data = data.to_device(run.dataset, run.split, exclude_labelled=config.exclude_labelled)
   state = steps.init_state(

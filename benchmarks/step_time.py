@@ -1,0 +1,288 @@
+"""How fast one update of D and G is: ours, the plain way in JAX, and PyTorch, side by side.
+
+python -m benchmarks.step_time
+python -m benchmarks.step_time --updates article_gan --batch-sizes 32 256 4096 --pairs 7
+python -m benchmarks.step_time --contenders ours --replicates 1 4 16
+
+Each contender is a process of its own, which waits without using a processor while the others run. They
+run in turns: in each of `--pairs` rounds every contender runs for about `--seconds`, in random order, and a
+ratio is between two runs of the same round.
+
+  ours            many updates a dispatch, data on the device
+  plain_jax       a jitted step, host batches from a NumPy iterator, the loss read after every update
+  torch_eager     our own PyTorch version, fused optimizer, data on the device, nothing read back
+  torch_compile   the same as one compiled program an update; on a GPU a CUDA graph
+
+`--batch-sizes` are unlabelled images an update (real ones in conditional_r1); labelled and generated ones
+grow in proportion. Images per second are rows of D's pass. With replicates every update is
+one of each GAN, all in one program.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks import _runs, updates
+
+CONTENDERS = ("ours", "plain_jax", "torch_eager", "torch_compile")
+
+
+class WorkerError(Exception):
+  """Why a contender has not run."""
+
+
+class Worker:
+  """A contender's process."""
+
+  def __init__(self, task: dict):
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if task["contender"].startswith("torch"):
+      environment["JAX_PLATFORMS"] = "cpu"  # it only gives the parameters to begin with
+    self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    self._process = subprocess.Popen(
+      [sys.executable, "-m", "benchmarks._worker", json.dumps(task)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._errors,
+      text=True,
+      env=environment,
+    )
+    try:
+      self.ready = self._answer()
+    except BaseException:
+      self.close()
+      raise
+
+  def ask(self, command: str) -> dict:
+    """Its answer; `WorkerError` where it has none."""
+    assert self._process.stdin
+    with contextlib.suppress(OSError):  # the reason comes with the answer that it does not give
+      self._process.stdin.write(command + "\n")
+      self._process.stdin.flush()
+    return self._answer()
+
+  def _answer(self) -> dict:
+    assert self._process.stdout
+    line = self._process.stdout.readline()
+    if line:
+      return json.loads(line)
+    code = self._process.wait()
+    self._errors.seek(0)
+    said = [line.strip() for line in self._errors if line.strip()]
+    if code == -9:
+      raise WorkerError("killed, as happens where memory runs out")
+    raise WorkerError(said[-1][:300] if said else f"ended with code {code}")
+
+  def close(self) -> None:
+    self._process.kill()
+    self._process.wait()
+    for stream in (self._process.stdin, self._process.stdout, self._errors):
+      if stream:
+        with contextlib.suppress(OSError):
+          stream.close()
+
+
+@dataclass
+class Entry:
+  """A contender's row."""
+
+  contender: str
+  replicates: int
+  worker: Worker | None = None
+  not_run: str | None = None
+  rates: list[float] = field(default_factory=list)
+  """Updates per second, one a round."""
+  found: dict[str, Any] = field(default_factory=dict)
+
+  @property
+  def name(self) -> str:
+    return self.contender if self.replicates == 1 else f"{self.contender} x{self.replicates}"
+
+  def fail(self, why: str) -> None:
+    self.not_run, self.rates = why, []
+    if self.worker is not None:
+      self.worker.close()
+    self.worker = None
+
+
+def main() -> None:
+  args = parse(sys.argv[1:])
+  order, results = random.Random(args.seed), []
+  for name in args.updates:
+    for batch_size in args.batch_sizes or [None]:
+      entries = race(name, batch_size, args, order)
+      results += [result(entry, entries, name, batch_size) for entry in entries]
+      print(table(results[-len(entries) :]), flush=True)
+      print()
+  _runs.write(args.name, results)
+  print(table(results))
+
+
+def parse(flags: Sequence[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--updates", nargs="+", choices=updates.NAMES, default=updates.NAMES, help="what to time")
+  add("--batch-sizes", type=_positive, nargs="+", help="unlabelled images an update (the recipe's)")
+  add("--replicates", type=_positive, nargs="+", default=[1], help="GANs in one program, ours only")
+  add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="who takes part")
+  add("--pairs", type=_positive, default=5, help="rounds (5)")
+  add("--seconds", type=_seconds, default=3.0, help="of a run in a round (3)")
+  add("--dataset", default="auto", help="auto, mnist, digits, ... (auto: MNIST or the bundled digits)")
+  add("--data-dir", help="where tfds keeps its datasets")
+  add("--manual-dir", help="a folder with the dataset's original files")
+  add("--seed", type=int, default=0, help="of the order within a round (0)")
+  add("--name", default="step_time", help="of the file of results (step_time)")
+  return parser.parse_args(flags)
+
+
+def _positive(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+  return int(text)
+
+
+def _seconds(text: str) -> float:
+  with contextlib.suppress(ValueError):
+    if 0 < float(text) < float("inf"):
+      return float(text)
+  raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+def race(name: str, batch_size: int | None, args: argparse.Namespace, order: random.Random) -> list[Entry]:
+  """Starts the contenders one after the other, then lets them run in turns."""
+  entries = [
+    Entry(contender, replicates)
+    for contender in dict.fromkeys(args.contenders)
+    for replicates in (dict.fromkeys(args.replicates) if contender == "ours" else [1])
+  ]
+  try:
+    for entry in entries:
+      with _failing(entry):
+        task = {"contender": entry.contender, "replicates": entry.replicates, "batch_size": batch_size}
+        task |= {"update": name, "dataset": args.dataset}
+        entry.worker = Worker(task | {"data_dir": args.data_dir, "manual_dir": args.manual_dir})
+        entry.found |= entry.worker.ready
+        print(f"{name}, {entry.name}: ready", file=sys.stderr, flush=True)
+    for _ in range(args.pairs):
+      for entry in order.sample(entries, len(entries)):
+        if entry.worker is not None:
+          with _failing(entry):
+            run(entry, entry.worker, args.seconds)
+    for entry in entries:
+      if entry.worker is not None:
+        with _failing(entry):
+          entry.found |= entry.worker.ask("memory")
+          if entry.name == "ours":
+            entry.found |= entry.worker.ask("cost")
+  finally:
+    for entry in entries:
+      if entry.worker is not None:
+        entry.worker.close()
+  return entries
+
+
+@contextlib.contextmanager
+def _failing(entry: Entry):
+  try:
+    yield
+  except WorkerError as error:
+    entry.fail(str(error))
+    print(f"{entry.name}: not run: {error}", file=sys.stderr, flush=True)
+
+
+def run(entry: Entry, worker: Worker, seconds: float) -> None:
+  """One round of one contender: whole periods of what is seldom due."""
+  every = entry.found["every"]
+  num = every * max(1, round(seconds / entry.found["seconds_per_update"] / every))
+  entry.rates.append(num / worker.ask(f"run {num}")["seconds"])
+  if entry.name == "ours":
+    rates = entry.found.setdefault("matmul", [])
+    rates.append(worker.ask("matmul")["matmul_flops_per_second"])
+
+
+# --- Results
+
+
+def result(entry: Entry, entries: Sequence[Entry], update: str, batch_size: int | None) -> dict:
+  """A line of the results."""
+  found = entry.found
+  line: dict[str, Any] = {"benchmark": "step_time", "update": update, "batch_size": batch_size}
+  line |= {"contender": entry.contender, "replicates": entry.replicates}
+  if entry.not_run is not None:
+    return line | {"not_run": entry.not_run}
+  line |= {key: found[key] for key in ("rows", "dataset", "note", "seconds_first")}
+  line |= {"updates_per_second": spread(entry.rates), "rounds": entry.rates}
+  line["images_per_second"] = line["updates_per_second"]["median"] * found["images"] * entry.replicates
+  line |= {key: found[key] for key in ("peak_memory_mb", "memory_mb", "device_memory_mb")}
+  one = next((other for other in entries if other.name == "ours"), None)
+  if one is not None and one.rates and entry is not one:
+    ratios = [ours / theirs for ours, theirs in zip(one.rates, entry.rates, strict=True)]
+    line["ours_is_faster_by"] = {
+      "median": statistics.median(ratios),
+      "smallest": min(ratios),
+      "largest": max(ratios),
+    }
+  if "flops_per_update" in found:
+    matmul = statistics.median(found["matmul"])
+    arithmetic = found["flops_per_update"] * line["updates_per_second"]["median"]
+    line |= {"flops_per_update": found["flops_per_update"], "bytes_per_update": found["bytes_per_update"]}
+    line |= {"matmul_flops_per_second": matmul, "fraction_of_matmul_rate": arithmetic / matmul}
+  return line | {key: found[key] for key in ("device", "threads", "versions", "commit") if key in found}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+  """Median and quartiles."""
+  if len(values) == 1:
+    return dict.fromkeys(("median", "lower", "upper"), values[0])
+  lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+  return {"median": median, "lower": lower, "upper": upper}
+
+
+def table(results: Sequence[dict]) -> str:
+  """Markdown: a row a contender."""
+  lines = [
+    "| update | rows | contender | updates/s (quartiles) | images/s | ours is faster by | first updates"
+    " | memory | of the matrix rate |",
+    "|---" * 9 + "|",
+  ]
+  for line in results:
+    name = line["contender"] + (f" x{line['replicates']}" if line["replicates"] > 1 else "")
+    if "not_run" in line:
+      size = "recipe" if line["batch_size"] is None else line["batch_size"]
+      lines.append(f"| {line['update']} | {size} | {name} | not run: {line['not_run']} | | | | | |")
+      continue
+    rate, ratio = line["updates_per_second"], line.get("ours_is_faster_by")
+    memory = line["device_memory_mb"] or line["memory_mb"]
+    cells = [
+      line["update"],
+      "/".join(map(str, line["rows"])),
+      name,
+      f"{rate['median']:.4g} ({rate['lower']:.4g} to {rate['upper']:.4g})",
+      f"{line['images_per_second']:,.0f}",
+      f"{ratio['median']:.2f} ({ratio['smallest']:.2f} to {ratio['largest']:.2f})" if ratio else "",
+      f"{line['seconds_first']:.1f} s",
+      f"{memory:,.0f} MB",
+      f"{100 * line['fraction_of_matmul_rate']:.0f} %" if "fraction_of_matmul_rate" in line else "",
+    ]
+    lines.append("| " + " | ".join(cells) + " |")
+  done = [line for line in results if "not_run" not in line]
+  if done:
+    torch = {line["versions"]["torch"] for line in done if "torch" in line["versions"]}
+    lines += ["", _runs.environment(done[0]) + "".join(f", PyTorch {version}" for version in torch)]
+    lines.append("Rows of an update: labelled/unlabelled/generated. Memory: beyond that of the start.")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  main()
