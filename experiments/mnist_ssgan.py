@@ -121,13 +121,13 @@ def main(config: Config) -> Json:
       "conv": (networks.ConvGenerator(shape), networks.ConvDiscriminator(num_classes)),
       "mlp": (networks.MLPGenerator(shape), networks.MLPDiscriminator(num_classes)),
     }[config.network]
-    g_tx = _adam(recipe, recipe.g_learning_rate)
+    g_tx = adam(recipe, recipe.g_learning_rate)
     train_data = data.to_device(run.dataset, run.split, exclude_labelled=config.exclude_labelled)
 
     def train_phase(
       phase: str, objective: objectives.Objective, *, num_unl: int, num_fake: int, control: bool, **kwargs
     ):
-      d_tx = steps.freeze_first(_adam(recipe, recipe.learning_rate), 0 if control else config.freeze_d)
+      d_tx = steps.freeze_first(adam(recipe, recipe.learning_rate), 0 if control else config.freeze_d)
       step = steps.make_step(
         g,
         d,
@@ -146,7 +146,7 @@ def main(config: Config) -> Json:
 
     gan = objectives.semi_supervised_gan(
       adversarial=recipe.adversarial,
-      consistency_weight=_ramp(recipe) if recipe.consistency else 0.0,
+      consistency_weight=ramp(recipe, recipe.consistency) if recipe.consistency else 0.0,
       weak=WEAK,
       threshold=recipe.threshold,
     )
@@ -239,11 +239,12 @@ def _recipe(config: Config, num_images: int) -> Recipe:
   return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
 
-def _ramp(recipe: Recipe) -> optax.Schedule:
-  return optax.linear_schedule(0.0, recipe.consistency, max(1, int(recipe.ramp * recipe.steps)))
+def ramp(recipe: Recipe, weight: float) -> optax.Schedule:
+  """From 0 to `weight` over the recipe's share of the updates."""
+  return optax.linear_schedule(0.0, weight, max(1, int(recipe.ramp * recipe.steps)))
 
 
-def _adam(recipe: Recipe, peak: float) -> optax.GradientTransformation:
+def adam(recipe: Recipe, peak: float) -> optax.GradientTransformation:
   """Adam with epsilon under the root, as in Improved GAN's code: `m / sqrt(v + 1e-8)`.
 
   It lets the updates vanish with gradients below 1e-4, and without that the MLP's generator broke
