@@ -413,7 +413,7 @@ def make_readings(d: Network, num_classes: int) -> tuple[Callable, Callable]:
     one = lambda x: {name: h[0] for name, h in layers(state, data.to_float(x)[None]).items()}
     return jax.lax.map(one, x, batch_size=min(1000, len(x)))
 
-  def fit_one(state: TrainState, x_lab: Array, y_lab: Array, repeats: Array) -> PyTree:
+  def fit_one(state: TrainState, x_lab: Array, y_lab: Array, repeats: float) -> PyTree:
     # So many copies of each image, and a penalty as many times as heavy, are the same problem.
     linear = partial(probe.fit_linear, num_classes=num_classes, l2=repeats)
     found = features(state, x_lab).items()

@@ -11,10 +11,8 @@ FULL = objectives.semi_supervised_gan(
 )
 
 
-@pytest.fixture
-def replicates(make_tiny):
+def replicates(tiny):
   """Four splits and seeds of the tiny problem: how to update them, their states, their data."""
-  tiny = make_tiny(objective=FULL)
   splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(4)]
   x_init = data.to_float(tiny.data.x_unl)
   states = [
@@ -25,9 +23,9 @@ def replicates(make_tiny):
   return updates, states, singles, data.to_device_splits(tiny.dataset, splits)
 
 
-def test_each_replicate_is_its_single_run_on_one_device_and_on_four(replicates):
+def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
   """In the loop bit for bit."""
-  updates, states, singles, together = replicates
+  updates, states, singles, together = replicates(make_tiny(objective=FULL, network="mlp"))
   single = jax.jit(updates)
   expected = [single(*pair, 3) for pair in zip(states, singles, strict=True)]
   assert not any(leaves_equal(expected[0][0].d.params, expected[1][0].d.params))
@@ -45,20 +43,28 @@ def test_each_replicate_is_its_single_run_on_one_device_and_on_four(replicates):
       run(found, placed[1], 3)
 
 
-def test_in_step_they_are_nearly_the_same(replicates):
-  updates, states, singles, together = replicates
+def test_in_step_they_are_nearly_the_same(make_tiny):
+  """With convolutions, whose kernels are then a replicate's own."""
+  updates, states, singles, together = replicates(make_tiny(objective=objectives.supervised_only()))
   devices = jax.devices()[:1]
-  run = jax.jit(parallel.replicate(updates, how="vmap", devices=devices))
-  assert run.lower(parallel.stack(states), together, 1).as_text() != (
-    jax.jit(parallel.replicate(updates, how="loop", devices=devices))
-    .lower(parallel.stack(states), together, 1)
-    .as_text()
-  )
-  found, _ = run(parallel.stack(states), together, 1)
+  run, looped = (jax.jit(parallel.replicate(updates, how=how, devices=devices)) for how in ("vmap", "loop"))
+  stacked = parallel.stack(states)
+  assert run.lower(stacked, together, 1).as_text() != looped.lower(stacked, together, 1).as_text()
+  found, _ = run(stacked, together, 1)
+  single = jax.jit(updates)
   for i in (0, 3):
-    expected, _ = jax.jit(updates)(states[i], singles[i], 1)
+    expected, _ = single(states[i], singles[i], 1)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
     jax.tree.map(close, parallel.pick(found, i).ema, expected.ema)
+
+
+def test_repeats_leave_the_draw_as_it_was(tiny):
+  splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(2)]
+  once, thrice = (data.to_device_splits(tiny.dataset, splits, repeats=n) for n in (1, 3))
+  assert thrice.x_lab.shape == (2, 18, 8, 8, 1)
+  for i in range(2):
+    np.testing.assert_array_equal(thrice.x_lab[i], np.tile(once.x_lab[i], (3, 1, 1, 1)))
+    np.testing.assert_array_equal(thrice.y_lab[i], np.tile(tiny.dataset.y_train[[*splits[i].indices]], 3))
 
 
 def test_splits_of_different_images_cannot_share_them(tiny):
