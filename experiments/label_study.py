@@ -456,12 +456,17 @@ def summarise(rows: Sequence[Json]) -> list[Json]:
   cells = []
   for (budget, method), row in by_name.items():
     against = {
-      name: metrics.paired(row["errors"], by_name[budget, name]["errors"])._asdict()
+      name: _json(metrics.paired(row["errors"], by_name[budget, name]["errors"]))
       for name in REFERENCES
       if name != method and (budget, name) in by_name
     }
-    cells.append({**row, **metrics.spread(row["errors"])._asdict(), "against": against})
+    cells.append({**row, **_json(metrics.spread(row["errors"])), "against": against})
   return cells
+
+
+def _json(found: metrics.Spread | metrics.Difference) -> Json:
+  interval = found.interval and list(found.interval)
+  return {**found._asdict(), "interval": interval}
 
 
 def _in_words(cell: Json) -> str:

@@ -1,14 +1,12 @@
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import data
+from gan_jax import data, networks
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
@@ -16,7 +14,13 @@ SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "s
 
 @pytest.fixture
 def spied(monkeypatch):
-  """What `_test_errors` was given, call by call, and how often the test images were looked up."""
+  """What `_test_errors` was given, call by call, in a study of small networks."""
+
+  def small_networks(network, dataset, small):
+    g = networks.MLPGenerator(dataset.image_shape, widths=(8,))
+    return networks.MLPDiscriminator(10, widths=(12, 8)), g, g.clone(norm="batch", num_classes=10)
+
+  monkeypatch.setattr(label_study, "_networks", small_networks)
   calls, inside = [], label_study._test_errors
 
   def spy(dataset, read, states, probes):
@@ -27,8 +31,38 @@ def spied(monkeypatch):
   return calls
 
 
-def test_two_methods_take_two_steps_and_no_test_label_reaches_them(tmp_path, spied, monkeypatch):
-  """With other test labels and images everything trained is the same, bit for bit; only errors differ."""
+class Sealed:
+  """Test data that tells how much of it there is, and nothing else."""
+
+  def __init__(self, array):
+    self.array = array
+
+  def __len__(self):
+    return len(self.array)
+
+  def __getattr__(self, name):
+    raise AssertionError(f"{name} of the test set was asked for")
+
+  def __array__(self, *_, **__):
+    raise AssertionError("the test set was read")
+
+  __getitem__ = __iter__ = __array__
+
+
+def test_two_methods_take_two_steps_and_only_test_errors_sees_the_test_set(tmp_path, spied, monkeypatch):
+  load, look = data.load, label_study._test_errors
+
+  def sealed(*args, **kwargs):
+    dataset = load(*args, **kwargs)
+    seals = {"x_test": Sealed(dataset.x_test), "y_test": Sealed(dataset.y_test)}
+    return dataclasses.replace(dataset, **seals)
+
+  def unsealed(dataset, *args):
+    real = {"x_test": dataset.x_test.array, "y_test": dataset.y_test.array}
+    return look(dataclasses.replace(dataset, **real), *args)
+
+  monkeypatch.setattr("gan_jax.data.load", sealed)
+  monkeypatch.setattr(label_study, "_test_errors", unsealed)
   config = label_study.Config(
     **SMALL, methods=("supervised_augmented", "gan_consistency"), workdir=str(tmp_path / "run")
   )
@@ -37,7 +71,7 @@ def test_two_methods_take_two_steps_and_no_test_label_reaches_them(tmp_path, spi
   names = [cell["method"] for cell in result["cells"]]
   assert names[0] == "supervised_augmented"
   assert names[-1] == "gan_consistency"
-  assert {f"gan_consistency, {kind}, layer 5" for kind in ("linear probe", "nearest neighbour")} < set(
+  assert {f"gan_consistency, {kind}, layer 2" for kind in ("linear probe", "nearest neighbour")} < set(
     names
   )
   assert len(spied) == 2  # once for each method and budget
@@ -45,23 +79,10 @@ def test_two_methods_take_two_steps_and_no_test_label_reaches_them(tmp_path, spi
   files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
   assert {"study.jsonl", "study.md", "study.png", "splits/20-0.json", "splits/20-1.json"} < files
   split = json.loads((tmp_path / "run" / "splits" / "20-1.json").read_text())
-  expected = data.split_labels(data.load("digits").y_train, 2, 1)
+  expected = data.split_labels(load("digits").y_train, 2, 1)
   assert (split["sha256"], tuple(split["indices"])) == (expected.sha256, expected.indices)
   rows = [json.loads(line) for line in (tmp_path / "run" / "study.jsonl").read_text().splitlines()]
   assert all(row["sha256"][1] == expected.sha256 for row in rows)
-
-  load = data.load
-
-  def poisoned(*args, **kwargs):
-    dataset = load(*args, **kwargs)
-    other = (dataset.y_test + 1) % 10
-    return dataclasses.replace(dataset, y_test=other, x_test=255 - dataset.x_test)
-
-  monkeypatch.setattr("gan_jax.data.load", poisoned)
-  again = label_study.main(dataclasses.replace(config, workdir=str(tmp_path / "poisoned")))
-  assert [cell["errors"] for cell in again["cells"]] != [cell["errors"] for cell in result["cells"]]
-  for before, after in zip(spied[:2], spied[2:], strict=True):
-    assert all(leaves_equal(before, after))
 
 
 def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, spied):
@@ -81,7 +102,7 @@ def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, spied):
   ]
 
 
-def test_tuning_never_has_the_test_set(monkeypatch):
+def test_tuning_never_has_the_test_set():
   dataset = data.load("digits")
   found = label_study._without_test_set(dataset, seed=0)
   images = lambda x: {image.tobytes() for image in x}
@@ -92,11 +113,17 @@ def test_tuning_never_has_the_test_set(monkeypatch):
 
 
 def test_a_replicate_does_not_depend_on_its_company(tmp_path, spied):
-  """Split 1 alone and among others, and beside another budget: the same states."""
+  """Split 1 alone and among others, and beside another budget: the same states, to rounding."""
   for name, changes in (("a", {}), ("b", {"splits": (1,), "budgets": (50, 20)})):
     flags = SMALL | changes | {"methods": ("supervised",), "workdir": str(tmp_path / name)}
     label_study.main(label_study.Config(**flags))
-  assert all(leaves_equal(jax.tree.map(lambda a: a[1:], spied[0]), spied[2]))
+  among, other, alone = (state.d.params for state in spied)
+  close = [
+    np.allclose(a[1], b[0], atol=1e-5) for a, b in zip(*map(jax.tree.leaves, (among, alone)), strict=True)
+  ]
+  far = [np.allclose(a, b, atol=1e-5) for a, b in zip(*map(jax.tree.leaves, (other, alone)), strict=True)]
+  assert all(close)
+  assert not any(far)
 
 
 BAD = [
@@ -152,4 +179,3 @@ def test_markdown_and_verdicts(tmp_path):
   assert "| vat | 5.07 +- 1.05 |" in table
   assert "-0.93 (-1.08 to -0.79): helps" in table
   assert np.isclose(cells[1]["against"]["supervised_augmented"]["mean"], -2.8 / 3)
-  assert Path(label_study.__file__).exists()
