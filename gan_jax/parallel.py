@@ -2,7 +2,8 @@
 
 A replicate is a run of its own: a label split and a seed. States and labelled sets carry a leading axis
 `[S]`; the unlabelled images are there once. Nothing is averaged over replicates, so spreading them over
-devices leaves each as it was.
+devices leaves each as it was. In the loop on one device a replicate is its single run bit for bit;
+elsewhere the compiled program is another one, and they agree to rounding.
 """
 
 from collections.abc import Callable, Sequence
