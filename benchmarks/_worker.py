@@ -120,7 +120,7 @@ def build(
 
       make = lambda: plain_jax.Gan(update, state, device_data)
     else:
-      import torch
+      import torch  # pyright: ignore[reportMissingImports]
 
       from benchmarks.peers import torch_gan
 

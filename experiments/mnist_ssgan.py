@@ -242,13 +242,17 @@ def make_networks(
 
 def make_objective(recipe: Recipe) -> objectives.Objective:
   """The semi-supervised GAN with the recipe's weights."""
-  ramp = optax.linear_schedule(0.0, recipe.consistency, max(1, int(recipe.ramp * recipe.steps)))
   return objectives.semi_supervised_gan(
     adversarial=recipe.adversarial,
-    consistency_weight=ramp if recipe.consistency else 0.0,
+    consistency_weight=ramp(recipe, recipe.consistency) if recipe.consistency else 0.0,
     weak=augment.affine(**WEAK),
     threshold=recipe.threshold,
   )
+
+
+def ramp(recipe: Recipe, weight: float) -> optax.Schedule:
+  """From 0 to `weight` over the recipe's share of the updates."""
+  return optax.linear_schedule(0.0, weight, max(1, int(recipe.ramp * recipe.steps)))
 
 
 ADAM: dict[str, Any] = {"b1": 0.5, "b2": 0.999, "eps": 0.0, "eps_root": 1e-8}

@@ -12,7 +12,7 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,26 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
     y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32),
     x_unl=jnp.asarray(dataset.x_train[unlabelled]),
     x_held_out=jnp.asarray(dataset.x_train[np.asarray(split.held_out, int)]),
+  )
+
+
+def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats: int = 1) -> DeviceData:
+  """Several splits of one training set: `x_lab` and `y_lab` with a leading axis, all images once.
+
+  Args:
+    dataset: where the images are.
+    splits: the unlabelled images are those of all of them, labelled ones included.
+    repeats: how often each labelled image is there. A draw with replacement is the same for any number,
+      and label budgets that are repeated to one size share one compiled program.
+
+  Raises:
+    InputError: the splits differ in their images, or in how many labels they have.
+  """
+  if len({(split.images, split.held_out, len(split.indices)) for split in splits}) != 1:
+    raise InputError("splits that are trained together need the same images and as many labels each")
+  labelled = np.array([split.indices * repeats for split in splits])
+  return to_device(dataset, splits[0]).replace(
+    x_lab=jnp.asarray(dataset.x_train[labelled]), y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32)
   )
 
 

@@ -29,11 +29,12 @@ def conv(
   times slower than outside (https://github.com/jax-ml/jax/issues/12868). There the derivatives, in reverse
   mode alone, are those of the same map as a matrix product.
   """
-  fn = _conv if jax.default_backend() == "cpu" else _lax_conv
+  fn = _conv if jax.default_backend() == "cpu" else lax_conv
   return fn(x, w, (strides[0], strides[1]))
 
 
-def _lax_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
+def lax_conv(x: Array, w: Array, strides: Sequence[int], *_, **__) -> Array:
+  """JAX's own, with the same arguments."""
   return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -56,7 +57,7 @@ def _patches(x: Array, kernel: Sequence[int], strides: Sequence[int], out: Seque
   ]
 
 
-_conv = jax.custom_vjp(_lax_conv, nondiff_argnums=(2,))
+_conv = jax.custom_vjp(lax_conv, nondiff_argnums=(2,))
 _conv.defvjp(
   lambda x, w, strides: (_conv(x, w, strides), (x, w)),
   lambda strides, saved, dy: jax.vjp(partial(_patch_conv, strides=strides), *saved)[1](dy),

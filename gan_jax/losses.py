@@ -190,3 +190,58 @@ def consistency(
   probs = jax.lax.stop_gradient(class_probs(logits_weak))
   confident = probs.max(axis=-1) >= threshold
   return confident * cross_entropy(logits_strong, probs.argmax(axis=-1))
+
+
+def entropy(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
+  """`H(p) = -sum_k p_k log p_k` of the classifier `p = p(. | x, real)`: low where it is decided.
+
+  Minimised on unlabelled images it moves the borders between classes to where there are none.
+
+  References:
+    Grandvalet & Bengio, 2004, "Semi-supervised learning by entropy minimization", equation 6.
+  """
+  return jnp.sum(jax.nn.softmax(logits) * -jax.nn.log_softmax(logits), axis=-1)
+
+
+def divergence(logits_p: Float[Array, "b k"], logits_q: Float[Array, "b k"]) -> Float[Array, "b"]:
+  """`KL(p || q) = sum_k p_k (log p_k - log q_k)` of two readings of the classifier."""
+  log_p, log_q = jax.nn.log_softmax(logits_p), jax.nn.log_softmax(logits_q)
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def high_density(
+  features_real: Float[Array, "n f"], features_fake: Float[Array, "m f"], *, quantile: float
+) -> Float[Array, "m"]:
+  """How far generated images lie in the dense regions of the real ones: `max(log p(f) - tau, 0)`.
+
+  `p` is a kernel estimate over the features of the batch's real images,
+  `log p(f) = log mean_i exp(-|f - f_i|^2 / 2 h^2)`, its width the typical distance of neighbours:
+  `h^2 = mean_i min_{j != i} |f_i - f_j|^2`. `tau` is a quantile of the real images' own densities, each
+  estimated without itself. Scaling all features changes nothing. No gradient flows into the real ones.
+
+  Args:
+    features_real: at least three rows.
+    features_fake: what is judged.
+    quantile: share of the real images that lie where generated ones are left in peace, in [0, 1].
+
+  References:
+    Dai et al., 2017, https://arxiv.org/abs/1705.09783, equation 7, where `p` is a PixelCNN++ trained on
+    pixels beforehand and frozen. Ours needs no second model, and it is dense where D's own features are:
+    that is the space in which D draws its borders.
+  """
+  real = jax.lax.stop_gradient(features_real)
+  others = ~jnp.eye(len(real), dtype=bool)
+  distances = _squared_distances(real, real)
+  width = jnp.min(distances, axis=-1, where=others, initial=jnp.inf).mean() + 1e-12
+
+  def log_density(squared: Array, where: Array) -> Array:
+    terms = jnp.where(where, -squared / (2 * width), -jnp.inf)
+    return jax.nn.logsumexp(terms, axis=-1) - jnp.log(where.sum(axis=-1))
+
+  fake = _squared_distances(features_fake, real)
+  tau = jnp.quantile(log_density(distances, others), quantile)
+  return jax.nn.relu(log_density(fake, jnp.ones_like(fake, bool)) - tau)
+
+
+def _squared_distances(a: Float[Array, "n f"], b: Float[Array, "m f"]) -> Float[Array, "n m"]:
+  return jnp.square(a[:, None] - b[None]).sum(axis=-1)

@@ -44,6 +44,8 @@ class View:
   """A key of the term's own; the term consumes it."""
   d_fn: DiscriminatorFn
   """The discriminator, for terms that need another pass."""
+  teacher_fn: DiscriminatorFn
+  """The discriminator with averaged parameters, which are constants."""
   step: Int[Array, ""]
   """Updates done before this one."""
 
@@ -152,6 +154,76 @@ def consistency(weak: Augment, *, threshold: float) -> Term:
     return losses.consistency(logits_weak, view.unl.logits, threshold=threshold).mean()
 
   return term
+
+
+def entropy(view: View) -> Float[Array, ""]:
+  """Mean entropy of the classifier on the unlabelled images."""
+  return losses.entropy(view.unl.logits).mean()
+
+
+def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:
+  """The classifier keeps its mind about unlabelled images where it would change it soonest.
+
+  `E KL(p(. | x) || p(. | x + r))`, with `r = epsilon g / |g|` and `g` the gradient of the same divergence
+  in r at `xi d`, d a random direction: one power iteration towards the direction of its greatest growth.
+  `p(. | x)` and `r` are constants. All passes share D's noise. Pixels may leave [0, 1].
+
+  Args:
+    epsilon: length of r, in the norm of the image as one vector of pixels in [0, 1].
+    xi: of the trial step; it need only be small, and large enough for float32.
+
+  References:
+    Miyato et al., 2018, https://arxiv.org/abs/1704.03976, equations 5 to 8 and algorithm 1.
+  """
+
+  def term(view: View) -> Float[Array, ""]:
+    key_direction, key_d = jax.random.split(view.key)
+    x = view.unl.x
+    logits = jax.lax.stop_gradient(view.d_fn(x, key_d)[0])
+
+    def divergence(r: Array) -> Array:
+      return losses.divergence(logits, view.d_fn(x + r, key_d)[0])
+
+    trial = xi * _unit(jax.random.normal(key_direction, x.shape))
+    r = epsilon * _unit(jax.grad(lambda r: divergence(r).sum())(trial))
+    return divergence(jax.lax.stop_gradient(r)).mean()
+
+  return term
+
+
+def _unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  """Each image divided by its norm; near-zero ones by their largest pixel first, against underflow."""
+  x = x / (jnp.abs(x).max(axis=(1, 2, 3), keepdims=True) + 1e-30)
+  return x / (jnp.sqrt(jnp.square(x).sum(axis=(1, 2, 3), keepdims=True)) + 1e-12)
+
+
+def mean_teacher(weak: Augment) -> Term:
+  """Unlabelled images, as augmented as D saw them, keep the class probabilities of the averaged D.
+
+  `E |p(. | x) - p'(. | weak(x))|^2`, with p' the averaged discriminator: a constant, unlike the paper's
+  squared error divided by the number of classes here it is the sum over them.
+
+  References:
+    Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780, section 2.
+  """
+
+  def term(view: View) -> Float[Array, ""]:
+    key_augment, key_d = jax.random.split(view.key)
+    logits = view.teacher_fn(weak(key_augment, view.batch.x_unl), key_d)[0]
+    target = jax.lax.stop_gradient(losses.class_probs(logits))
+    return jnp.square(losses.class_probs(view.unl.logits) - target).sum(axis=-1).mean()
+
+  return term
+
+
+def low_density(*, quantile: float) -> Term:
+  """G keeps its images off the dense regions of the unlabelled ones, see `losses.high_density`."""
+  return lambda view: losses.high_density(view.unl.features, view.fake.features, quantile=quantile).mean()
+
+
+def generated(view: View) -> Float[Array, ""]:
+  """Mean cross-entropy of the generated images against the classes that they were asked to be of."""
+  return losses.cross_entropy(view.fake.logits, view.fake.y).mean()
 
 
 def r1(*, labelled: bool = False) -> Term:
@@ -338,3 +410,60 @@ def conditional_gan(
   )
   d = {**adversarial.d, **classifier.d, "supervised": (supervised_weight, supervised)}
   return Objective(d=d, g=adversarial.g)
+
+
+def bad_gan(*, entropy_weight: Weight, density_weight: Weight, quantile: float = 0.1) -> Objective:
+  """The K + 1 discriminator against a generator that is to miss the data: it marks the borders of it.
+
+  `L_D = CE(x_lab, y) + 1/2 [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + e E H(p(. | x_unl))`,
+  `L_G = mean_j (E f_j(x_unl) - E f_j(G(z)))^2 + w E max(log p(f(G(z))) - tau, 0)`.
+
+  Without the paper's terms for the entropy of G, which are for its larger images.
+
+  Args:
+    entropy_weight: e.
+    density_weight: w.
+    quantile: which of the real images' densities is tau, see `losses.high_density`.
+
+  References:
+    Dai et al., 2017, https://arxiv.org/abs/1705.09783, section 4.
+  """
+  published = semi_supervised_gan()
+  return Objective(
+    d={**published.d, "entropy": (entropy_weight, entropy)},
+    g={**published.g, "low_density": (density_weight, low_density(quantile=quantile))},
+  )
+
+
+def virtual_adversarial_training(
+  *, epsilon: float, weight: Weight = 1.0, entropy_weight: Weight = 1.0
+) -> Objective:
+  """`L_D = CE(x_lab, y) + w E KL(p(. | x_unl) || p(. | x_unl + r)) + e E H(p(. | x_unl))`.
+
+  References:
+    Miyato et al., 2018, https://arxiv.org/abs/1704.03976, section 3.3 and, with the entropy, section 4.
+  """
+  return Objective(
+    d={
+      "supervised": (1.0, supervised),
+      "virtual_adversarial": (weight, virtual_adversarial(epsilon=epsilon)),
+      "entropy": (entropy_weight, entropy),
+    }
+  )
+
+
+def averaged_teacher(*, weight: Weight, weak: Augment) -> Objective:
+  """`L_D = CE(x_lab, y) + w E |p(. | x_unl) - p'(. | weak(x_unl))|^2`, p' from averaged parameters.
+
+  References:
+    Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780.
+  """
+  return Objective(d={"supervised": (1.0, supervised), "mean_teacher": (weight, mean_teacher(weak))})
+
+
+def generator_augmented(*, weight: Weight) -> Objective:
+  """A classifier of labelled images and of those that a class-conditional generator makes.
+
+  `L_D = CE(x_lab, y) + w CE(G(z, y'), y')`. G has no terms: it is trained before and stays as it is.
+  """
+  return Objective(d={"supervised": (1.0, supervised), "generated": (weight, generated)})

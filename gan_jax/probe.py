@@ -1,12 +1,17 @@
 """Classifiers on frozen discriminator features."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
+
+from gan_jax import networks
+from gan_jax.types import Network, TrainState
 
 
 class LinearProbe(struct.PyTreeNode):
@@ -26,7 +31,7 @@ def fit_linear(
   y: Int[Array, "n"],
   *,
   num_classes: int,
-  l2: float = 1.0,
+  l2: float | Float[Array, ""] = 1.0,
   tolerance: float = 1e-4,
   max_iterations: int = 1000,
 ) -> LinearProbe:
@@ -44,9 +49,7 @@ def fit_linear(
     tolerance: the largest gradient entry, relative to N, at which to stop.
     max_iterations: the most L-BFGS iterations.
   """
-  mean, std = features.mean(axis=0), features.std(axis=0)
-  std = jnp.where(std > 1e-8, std, jnp.inf)  # a constant feature becomes zero
-  z = (features - mean[None]) / std[None]
+  mean, std, z = _standardise(features)
 
   def loss_fn(params: Any):
     weights, bias = params
@@ -71,3 +74,64 @@ def fit_linear(
   start = (jnp.zeros((), jnp.int32), params, tx.init(params), jnp.array(jnp.inf))
   _, (weights, bias), _, _ = jax.lax.while_loop(unfinished, iterate, start)
   return LinearProbe(mean, std, weights, bias)
+
+
+class NearestNeighbour(struct.PyTreeNode):
+  """The class of the nearest labelled image, by the Euclidean distance of standardised features."""
+
+  mean: Float[Array, "f"]
+  std: Float[Array, "f"]
+  z: Float[Array, "n f"]
+  """The standardised features of the labelled images."""
+  y: Int[Array, "n"]
+
+  def classes(self, features: Float[Array, "b f"]) -> Int[Array, "b"]:
+    z = (features - self.mean[None]) / self.std[None]
+    # |z - z_i|^2 less |z|^2, which moves no minimum.
+    distances = jnp.square(self.z).sum(axis=-1)[None] - 2 * z @ self.z.T
+    return self.y[distances.argmin(axis=-1)]
+
+
+def fit_nearest(features: Float[Array, "n f"], y: Int[Array, "n"]) -> NearestNeighbour:
+  """One neighbour, because a class may have but two labels. Constant features count for nothing."""
+  mean, std, z = _standardise(features)
+  return NearestNeighbour(mean, std, z, y)
+
+
+def make_layers(d: Network) -> Callable[[TrainState, Float[Array, "b h w c"]], dict[str, Array]]:
+  """Builds `layers(state, x) -> {name: [B, F]}`: what every `Block` of the averaged D gives, in order.
+
+  Convolutional outputs are max-pooled to a grid of at most 4x4 first. Deterministic.
+
+  References:
+    Radford et al., 2016, https://arxiv.org/abs/1511.06434, section 5.1 (the grid).
+  """
+
+  def is_output(module: nn.Module, method: str) -> bool:
+    return isinstance(module, networks.Block) and method == "__call__"
+
+  def layers(state: TrainState, x: Float[Array, "b h w c"]) -> dict[str, Array]:
+    variables = {"params": state.ema["d"], **state.d.model_state}
+    _, captured = d.apply(
+      variables, x, train=False, capture_intermediates=is_output, mutable=["intermediates"]
+    )
+    outputs = {name: found["__call__"][0] for name, found in captured["intermediates"].items()}
+    return {
+      f"layer {i + 1}": _pooled(outputs[f"Block_{i}"]).reshape(len(x), -1) for i in range(len(outputs))
+    }
+
+  return layers
+
+
+def _pooled(h: Array) -> Array:
+  if h.ndim == 2:
+    return h
+  window = (-(-h.shape[1] // 4), -(-h.shape[2] // 4))
+  return nn.max_pool(h, window, strides=window, padding="SAME")
+
+
+def _standardise(features: Array) -> tuple[Array, Array, Array]:
+  """Mean, standard deviation, standardised features; a constant feature becomes zero."""
+  mean, std = features.mean(axis=0), features.std(axis=0)
+  std = jnp.where(std > 1e-8, std, jnp.inf)
+  return mean, std, (features - mean[None]) / std[None]

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,52 @@ def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[
             axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color=grey)
 
   _figure(path, (6, 6), draw)
+
+
+def label_curves(
+  path: Path, cells: Mapping[str, Mapping[int, Sequence[float]]], *, smallest: float, ylabel: str
+) -> None:
+  """Errors over the number of labels on logarithmic axes: a colour a method, a point a split.
+
+  Lines go through the medians. The methods stand side by side at each number, so that no point hides
+  another.
+
+  Args:
+    path: of the PNG.
+    cells: method -> number of labels -> errors in percent.
+    smallest: errors below are drawn there, because zero has no place on a logarithmic axis.
+    ylabel: of the errors' axis.
+  """
+
+  def draw(figure):
+    from matplotlib import colormaps
+    from matplotlib.ticker import LogFormatter, NullFormatter
+
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for i, (name, budgets) in enumerate(cells.items()):
+      colour = colormaps["tab10"](i % 10)
+      aside = 1.035 ** (i - (len(cells) - 1) / 2)
+      drawn = {n * aside: np.maximum(errors, smallest) for n, errors in sorted(budgets.items())}
+      for x, errors in drawn.items():
+        axes.plot([x] * len(errors), errors, "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
+      medians = [float(np.median(errors)) for errors in drawn.values()]
+      axes.plot(list(drawn), medians, "-", color=colour, linewidth=1.2, label=name)
+    numbers = sorted({n for budgets in cells.values() for n in budgets})
+    axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", bottom=False)
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+      set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.grid(axis="y", which="both", color="0.92", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("labels")
+    axes.set_ylabel(ylabel)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+
+  _figure(path, (9, 5), draw)
 
 
 # --- The page

@@ -251,7 +251,7 @@ def open_run(config: Config, experiment: str) -> Iterator[Run]:
         yield Run(path, experiment, config, dataset, split, found, time.time())
       except InputError:
         # A mistake that showed before any training: the next try shall find no run here.
-        before_training = {".lock", *_RUN_FILES} - {"metrics.jsonl"}
+        before_training = {".lock", *_RUN_FILES} - {"metrics.jsonl", "study.jsonl"}
         if not config.resume and set(os.listdir(path)) <= before_training:
           _remove_run(path)
         raise
@@ -276,6 +276,10 @@ _RUN_FILES = (
   "result.json",
   "learning_curves.png",
   "confusion.png",
+  "splits",
+  "study.jsonl",
+  "study.md",
+  "study.png",
 )
 
 

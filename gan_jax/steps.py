@@ -139,10 +139,15 @@ def make_step(
       def d_fn(x: Array, key: Array):
         return apply(d, params, state.d.model_state, x, key)[0]
 
+      def teacher_fn(x: Array, key: Array):
+        return apply(d, state.ema["d"], state.d.model_state, x, key)[0]
+
       (logits, features, *_), model_state = apply(d, params, state.d.model_state, x, key_noise)
       columns = (jnp.split(a, ends) for a in (x, logits, features, y))
       parts = (objectives.Part(*part) for part in zip(*columns, strict=True))
-      view = objectives.View(*parts, batch=batch, key=key_terms, d_fn=d_fn, step=state.step)
+      view = objectives.View(
+        *parts, batch=batch, key=key_terms, d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
+      )
       loss, values = objectives.total(objective.d, view)
       for name, part in (("real", view.unl if len(view.unl.x) else view.lab), ("fake", view.fake)):
         if len(part.x):
@@ -166,6 +171,9 @@ def make_step(
     def d_fn(x: Array, key: Array):
       return apply(d, state.d.params, state.d.model_state, x, key)[0]
 
+    def teacher_fn(x: Array, key: Array):
+      return apply(d, state.ema["d"], state.d.model_state, x, key)[0]
+
     def look(x: Array, y: Array, key: Array) -> objectives.Part:
       key_augment, key_noise = jax.random.split(key)
       x = see(state, key_augment, x)
@@ -182,7 +190,9 @@ def make_step(
     def loss_fn(params: Params):
       x_fake, y_fake, model_state = generate(params, state.g.model_state, key_z, key_g, len(batch.x_unl_g))
       fake = look(x_fake, y_fake, key_fake)
-      view = objectives.View(lab, unl, fake, batch=batch, key=key_terms, d_fn=d_fn, step=state.step)
+      view = objectives.View(
+        *(lab, unl, fake), batch=batch, key=key_terms, d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
+      )
       loss, values = objectives.total(objective.g, view)
       return loss, (values, model_state)
 

@@ -18,7 +18,7 @@ CONVS = [
 def test_conv_in_loops_has_the_gradients_of_the_stock_convolution(shape, kernel, strides, key):
   x = jax.random.normal(key, (3, *shape))
   w = jax.random.normal(key, (*kernel, shape[-1], 4))
-  fns = kernels._lax_conv, kernels._conv
+  fns = kernels.lax_conv, kernels._conv
   # The two differ in how they compute: only one has a rule of its own.
   jaxprs = [str(jax.make_jaxpr(lambda x, w, fn=fn: fn(x, w, strides))(x, w)) for fn in fns]
   assert ["custom_vjp" in jaxpr for jaxpr in jaxprs] == [False, True]
@@ -37,7 +37,7 @@ def test_conv_in_loops_differentiates_twice(key):
     grad = jax.grad(lambda x: jnp.sin(fn(x, w, (2, 2))).sum())(x)
     return jnp.square(grad).sum()
 
-  stock, ours = (jax.grad(penalty)(w, fn) for fn in (kernels._lax_conv, kernels._conv))
+  stock, ours = (jax.grad(penalty)(w, fn) for fn in (kernels.lax_conv, kernels._conv))
   np.testing.assert_allclose(stock, ours, rtol=1e-3, atol=1e-3)
 
 
@@ -53,7 +53,7 @@ def test_conv_in_loops_has_the_stock_convolutions_third_derivatives(kernel, chan
     fn = nest(nest(lambda x, w: jnp.sin(conv(x, w, (1, 2))).sum()))
     return jax.jit(jax.grad(fn, argnums=(0, 1)))(x, w)
 
-  for stock, ours in zip(third(kernels._lax_conv), third(kernels._conv), strict=True):
+  for stock, ours in zip(third(kernels.lax_conv), third(kernels._conv), strict=True):
     np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-3 * jnp.abs(stock).max())
 
 

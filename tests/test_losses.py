@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from gan_jax import losses
 
@@ -165,3 +166,46 @@ def test_known_realness_reads_the_class_where_it_is_known():
   np.testing.assert_allclose(losses.known_realness(LOGITS, y), expected, rtol=1e-6)
   grads = jax.grad(lambda logits: losses.known_realness(logits, y).sum())(LOGITS)
   np.testing.assert_allclose(grads, [[0, 0, 1], [1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
+
+
+def test_entropy_and_divergence_are_scipys():
+  rng = np.random.default_rng(0)
+  a, b = (3 * rng.normal(size=(20, 5)).astype(np.float32) for _ in range(2))
+  p, q = (np.asarray(losses.class_probs(x), np.float64) for x in (a, b))
+  np.testing.assert_allclose(losses.entropy(a), scipy.stats.entropy(p, axis=-1), rtol=1e-5)
+  np.testing.assert_allclose(losses.divergence(a, b), scipy.stats.entropy(p, q, axis=-1), rtol=1e-5)
+  sure = jnp.array([[1e4, 0.0], [-1e4, 1e4]])
+  for loss in (losses.entropy(sure), losses.divergence(sure, sure)):
+    np.testing.assert_array_equal(loss, [0.0, 0.0])
+  finite = jax.grad(lambda x: losses.entropy(x).sum() + losses.divergence(x, sure[:, ::-1]).sum())(sure)
+  assert np.isfinite(finite).all()
+
+
+def test_high_density_is_a_kernel_estimate_with_a_threshold():
+  """Against scipy's kernel densities, of which each real image's leaves itself out."""
+  rng = np.random.default_rng(0)
+  real, fake = rng.normal(size=(9, 2)), 2 * rng.normal(size=(50, 2))
+  squared = np.square(real[:, None] - real[None]).sum(axis=-1) + np.diag(np.full(9, np.inf))
+  width = squared.min(axis=1).mean()
+
+  def log_p(at, data):
+    terms = scipy.stats.multivariate_normal.pdf(at[None] - data, mean=[0, 0], cov=width * np.eye(2))
+    return np.log(terms.mean())
+
+  taus = [log_p(real[i], np.delete(real, i, axis=0)) for i in range(9)]
+  expected = np.maximum([log_p(f, real) - np.quantile(taus, 0.3) for f in fake], 0)
+  found = jax.jit(lambda a, b: losses.high_density(a, b, quantile=0.3))
+  assert 5 < (expected > 0).sum() < 45
+  np.testing.assert_allclose(found(real, fake), expected, atol=1e-4)
+  np.testing.assert_allclose(found(100 * real, 100 * fake), expected, atol=1e-4)
+
+
+def test_high_density_pushes_outwards_and_leaves_the_real_images_alone():
+  real, fake = jnp.float32(np.random.default_rng(0).normal(size=(9, 2))), jnp.array([[0.1, 0.2]])
+  loss = lambda real, fake: losses.high_density(real, fake, quantile=0.0).sum()
+  grad_real, grad_fake = jax.grad(loss, argnums=(0, 1))(real, fake)
+  np.testing.assert_array_equal(grad_real, 0.0)
+  assert loss(real, fake - 0.1 * grad_fake) < loss(real, fake)
+  away = jnp.array([[30.0, 30.0]])
+  assert loss(real, away) == 0
+  np.testing.assert_array_equal(jax.grad(loss, argnums=1)(real, away), 0.0)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gan_jax import losses, objectives
+from gan_jax import losses, objectives, types
 
 
 def test_a_weight_of_zero_removes_its_term():
@@ -49,6 +49,8 @@ class View:
   unl: object = None
   fake: object = None
   d_fn: object = None
+  teacher_fn: object = None
+  batch: object = None
 
 
 def part(logits, y):
@@ -117,3 +119,55 @@ def test_rotation_is_in_both_objectives_with_the_papers_weight_for_g():
   assert objective.d["rotation"][0] == 0.5
   assert objective.g["rotation"][0] == 0.1
   assert "rotation" not in objectives.gan().d | objectives.gan().g
+
+
+def test_virtual_adversarial_finds_the_steepest_direction(key):
+  """Two classes, a linear D, undecided: along w_0 - w_1, to log cosh(e |w_0 - w_1| / 2)."""
+  w = jnp.float32(np.random.default_rng(0).normal(size=(12, 2)))
+  x = jnp.zeros((5, 2, 3, 2))
+
+  def loss(w):
+    view = View(key=key, unl=part(x, [-1] * 5), d_fn=lambda x, key: (x.reshape(5, -1) @ w, None))
+    return objectives.virtual_adversarial(epsilon=0.5)(view)
+
+  value, grad = jax.jit(jax.value_and_grad(loss))(w)
+  across = np.asarray(w[:, 0] - w[:, 1])
+  length = np.linalg.norm(across)
+  np.testing.assert_allclose(value, np.log(np.cosh(0.5 * length / 2)), rtol=1e-3)
+  expected = 0.5 * np.tanh(0.5 * length / 2) * 0.5 * across / length  # r and p are constants
+  np.testing.assert_allclose(grad, np.stack([expected, -expected], axis=1), atol=1e-3)
+
+
+def test_the_teacher_is_the_averaged_network_and_a_constant(key):
+  x = jnp.float32(np.random.default_rng(0).uniform(size=(6, 3)))
+  weak = lambda key, x: 2 * x
+  batch = types.Batch(x[:0], jnp.zeros(0, int), x, x)
+
+  def loss(w, teacher):
+    teacher_fn = lambda x, key: (x * teacher, None)
+    view = View(key=key, unl=part(x * w, [-1] * 6), batch=batch, teacher_fn=teacher_fn)
+    return objectives.mean_teacher(weak)(view)
+
+  p, target = (np.exp(a) / np.exp(a).sum(axis=-1, keepdims=True) for a in (3 * x, 2 * 0.5 * x))
+  np.testing.assert_allclose(loss(3.0, 0.5), np.square(p - target).sum() / 6, rtol=1e-5)
+  gradients = jax.grad(loss, argnums=(0, 1))(3.0, 0.5)
+  assert gradients[0] != 0
+  assert gradients[1] == 0
+
+
+def test_methods_of_the_study_by_hand():
+  """Their terms and weights; the entropy is of unlabelled, the generated classes of generated images."""
+  logits = np.array([[1.0, -1.0], [0.0, 2.0]])
+  view = View(unl=part(logits, [-1, -1]), fake=part(logits, [0, 0]))
+  p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+  bad = objectives.bad_gan(entropy_weight=0.3, density_weight=0.1)
+  assert {name: weight for name, (weight, _) in bad.d.items()} == {
+    "supervised": 1.0,
+    "realness": 0.5,
+    "entropy": 0.3,
+  }
+  assert bad.g["low_density"][0] == 0.1
+  np.testing.assert_allclose(bad.d["entropy"][1](view), -(p * np.log(p)).sum() / 2, rtol=1e-5)
+  augmented = objectives.generator_augmented(weight=0.2)
+  assert augmented.g == {}
+  np.testing.assert_allclose(augmented.d["generated"][1](view), -np.log(p[:, 0]).mean(), rtol=1e-5)

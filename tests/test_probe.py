@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
-from gan_jax import probe
+from gan_jax import probe, steps
 
 
 @pytest.mark.parametrize(("n", "l2"), [(100, 1.0), (600, 3.0)])
@@ -29,3 +30,36 @@ def test_scale_and_dead_features_do_not_matter(key):
   other = jnp.concatenate([1000 * x + 5, jnp.full((50, 1), 3.0)], axis=-1)
   scaled = probe.fit_linear(other, y, num_classes=2)
   np.testing.assert_allclose(plain.logits(x), scaled.logits(other), atol=1e-2)
+
+
+def test_the_nearest_neighbour_is_scikit_learns():
+  x, y = load_digits(return_X_y=True)
+  train, test = slice(100), slice(100, 400)
+  mean, std = x[train].mean(axis=0), x[train].std(axis=0)
+  z = (x - mean) / np.where(std > 0, std, np.inf)
+  reference = KNeighborsClassifier(1).fit(z[train], y[train]).predict(z[test])
+  ours = probe.fit_nearest(jnp.float32(x[train]), jnp.array(y[train]))
+  assert np.mean(ours.classes(jnp.float32(x[test])) == reference) > 0.995  # ties in float32
+
+
+def test_copies_of_the_examples_under_as_many_times_the_penalty_change_nothing(key):
+  x = jax.random.normal(key, (30, 4))
+  y = (x[:, 0] > 0).astype(jnp.int32)
+  fit = jax.jit(probe.fit_linear, static_argnames=("num_classes", "tolerance"))
+  plain = fit(x, y, num_classes=2, tolerance=1e-6)
+  copies = fit(jnp.tile(x, (3, 1)), jnp.tile(y, 3), num_classes=2, tolerance=1e-6, l2=3.0)
+  np.testing.assert_allclose(plain.weights, copies.weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+def test_layers_are_those_of_the_averaged_network(network, make_tiny):
+  tiny = make_tiny(network=network)
+  state, x = tiny.state(), tiny.batch().x_lab
+  state = state.replace(d=state.d.replace(params=jax.tree.map(jnp.zeros_like, state.d.params)))
+  layers = probe.make_layers(tiny.d)(state, x)
+  sizes = {"conv": [4 * 4 * 4, 4 * 4 * 8, 8], "mlp": [8, 8]}[network]
+  assert {name: h.shape for name, h in layers.items()} == {
+    f"layer {i + 1}": (len(x), size) for i, size in enumerate(sizes)
+  }
+  features = steps.make_classifier(tiny.d)(state, x)[1]
+  np.testing.assert_allclose(layers[f"layer {len(sizes)}"], features, rtol=1e-6)

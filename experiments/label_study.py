@@ -1,0 +1,512 @@
+"""Does the GAN help, and by how much? Every method on the same splits, over one network and budget.
+
+  python -m experiments.label_study --dataset digits                  four budgets, ten splits, all methods
+  python -m experiments.label_study --dataset mnist --budgets 100     10 labels a class of MNIST
+  python -m experiments.label_study --dataset digits --tune --splits 100 101 102 --vat 0.5
+
+All methods share the discriminator, the augmentation, the optimizer, the batches and the number of
+updates; they differ in their objective alone. All splits of one method and budget are trained together
+in one compiled program. The unlabelled images are all training images, labelled ones included. What is
+read is the last update's averaged parameters, on the test set, once, in `_test_errors`. Hyper-parameters
+are tuned with --tune: it reports on training images held out, on splits that no result is reported on.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from experiments import mnist_ssgan
+from gan_jax import augment, data, metrics, networks, objectives, parallel, probe, report, runs, steps
+from gan_jax.types import Generator, InputError, Json, LabelSplit, Network, TrainState
+
+MethodName = Literal[
+  "supervised",
+  "supervised_augmented",
+  "pseudo_label",
+  "mean_teacher",
+  "vat",
+  "feature_matching",
+  "gan_consistency",
+  "bad_generator",
+  "gan_augmented",
+]
+REFERENCES = ("supervised_augmented", "pseudo_label")
+"""What every method is compared with, split by split: no unlabelled images, and those without a GAN."""
+
+
+@dataclass(frozen=True)
+class Config(runs.Config):
+  """The flags of this experiment."""
+
+  labels_per_class: int | None = None
+  """Leave it alone: --budgets says how many labels each training sees."""
+  budgets: tuple[int | Literal["all"], ...] = (20, 50, 100, 200)
+  """Labels in total, a multiple of the number of classes, or all."""
+  splits: tuple[int, ...] = tuple(range(10))
+  """Seeds of the label splits: below 100 to report, from 100 on to tune."""
+  methods: tuple[MethodName, ...] = (
+    "supervised",
+    "supervised_augmented",
+    "pseudo_label",
+    "mean_teacher",
+    "vat",
+    "feature_matching",
+    "gan_consistency",
+    "bad_generator",
+    "gan_augmented",
+  )
+  """What to train. gan_consistency brings probes on every layer of its discriminator."""
+  tune: bool = False
+  """Hold out a third of the training images, at most 10,000, and report on them, not on the test set."""
+  network: Literal["conv", "mlp"] = "conv"
+  """The pair of networks of mnist_ssgan; for images below 16x16 a smaller conv pair."""
+  learning_rate: float | None = None
+  """Peak learning rate of D (default: the recipe's)."""
+  adversarial: float | None = None
+  """Weight of D's real-or-fake loss in feature_matching and gan_consistency (default: the recipe's)."""
+  consistency: float | None = None
+  """Weight of consistency in pseudo_label, gan_consistency and gan_augmented (default: the recipe's)."""
+  teacher: float = 5.0
+  """Weight of the averaged teacher in mean_teacher."""
+  vat: float = 1.0
+  """Weight of the divergence in vat."""
+  vat_epsilon: float = 0.2
+  """Length of the virtual adversarial perturbation, as a share of the mean norm of the images."""
+  vat_entropy: float = 0.3
+  """Weight of the entropy in vat."""
+  bad_entropy: float = 0.3
+  """Weight of the entropy in bad_generator."""
+  bad_density: float = 0.1
+  """Weight of the penalty on generated images in dense regions in bad_generator."""
+  generated: float = 0.3
+  """Weight of the generated images in gan_augmented."""
+
+  def check(self) -> None:
+    super().check()
+    if self.labels_per_class is not None or self.split_seed != 0:
+      raise InputError("the study chooses the labels: use --budgets and --splits")
+    for name in ("num_images", "init_from"):
+      if getattr(self, name) is not None:
+        raise InputError(f"--{name.replace('_', '-')} is not for the study, whose methods share everything")
+    if self.hold_out != 0 or self.exclude_labelled:
+      raise InputError(
+        "the splits share their images: --hold-out and --exclude-labelled are not for the study"
+      )
+    for name in ("budgets", "splits", "methods"):
+      values = getattr(self, name)
+      if not values or len(set(values)) < len(values):
+        raise InputError(f"--{name} must name at least one, and none twice")
+    if self.tune and min(self.splits) < 100:
+      raise InputError("--tune is for split seeds from 100 on: results are reported on those below")
+    if not self.tune and max(self.splits) >= 100:
+      raise InputError("split seeds from 100 on are for tuning: add --tune, or use --splits below 100")
+
+
+class Method(NamedTuple):
+  """A way to train D."""
+
+  objective: objectives.Objective
+  uses_unlabelled: bool = True
+  uses_generated: bool = False
+  augmented: bool = True
+  before: "Method | None" = None
+  """What trains the generator that this method begins with, for as many updates, with a D of its own."""
+  conditional: bool = False
+  """Whether G is asked for classes."""
+
+
+def methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dict[str, Method]:
+  """All of them; `norm` is the mean norm of an image.
+
+  What D is taught by its own predictions gains its weight with the recipe's ramp: early ones are wrong.
+  """
+  ramp, weak = partial(mnist_ssgan.ramp, recipe), augment.affine(**mnist_ssgan.WEAK)
+  consistent = {
+    "consistency_weight": ramp(recipe.consistency),
+    "weak": weak,
+    "threshold": recipe.threshold,
+  }
+  gan = objectives.semi_supervised_gan
+  vat = objectives.virtual_adversarial_training(
+    epsilon=config.vat_epsilon * norm,
+    weight=ramp(config.vat),
+    entropy_weight=ramp(config.vat_entropy),
+  )
+  bad = objectives.bad_gan(entropy_weight=ramp(config.bad_entropy), density_weight=config.bad_density)
+  generator = Method(
+    objectives.conditional_gan(penalty="r1", penalty_every=4, **consistent),
+    uses_generated=True,
+    conditional=True,
+  )
+  return {
+    "supervised": Method(objectives.supervised_only(), uses_unlabelled=False, augmented=False),
+    "supervised_augmented": Method(objectives.supervised_only(), uses_unlabelled=False),
+    "pseudo_label": Method(gan(adversarial=0.0, **consistent)),
+    "mean_teacher": Method(objectives.averaged_teacher(weight=ramp(config.teacher), weak=weak)),
+    "vat": Method(vat),
+    "feature_matching": Method(gan(adversarial=recipe.adversarial), uses_generated=True),
+    "gan_consistency": Method(gan(adversarial=recipe.adversarial, **consistent), uses_generated=True),
+    "bad_generator": Method(bad, uses_generated=True),
+    "gan_augmented": Method(
+      objectives.generator_augmented(weight=config.generated),
+      uses_unlabelled=False,
+      uses_generated=True,
+      before=generator,
+      conditional=True,
+    ),
+  }
+
+
+def main(config: Config) -> Json:
+  """Trains every method on every budget and all splits; returns what `result.json` holds."""
+  with runs.open_run(config, "label_study") as run:
+    if config.tune:
+      run = dataclasses.replace(run, dataset=_without_test_set(run.dataset, config.seed))
+      runs.say(run.dataset.note)
+    splits = {budget: _splits(run, budget) for budget in config.budgets}
+    study = Study(run)
+    path = run.path / "study.jsonl"
+    rows = report.read_metrics(path) if config.resume else []
+    report.write_bytes(path, _lines(rows))
+    todo = [(b, m) for b in config.budgets for m in config.methods if not _is_in(rows, b, m)]
+    for i, (budget, method) in enumerate(todo):
+      found = study.cell(method, splits[budget])
+      for row in found:
+        row["budget"] = budget
+      rows += found
+      with open(path, "ab") as file:
+        file.write(_lines(found))  # the method's own line is the last: with it the cell is complete
+      mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
+      runs.say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
+
+    cells = summarise(rows)
+    report.write_bytes(run.path / "study.md", markdown(cells, run).encode())
+    curves: dict[str, dict[int, list[float]]] = {}
+    for cell in cells:
+      if "," not in cell["method"]:  # the probes would hide the rest
+        curves.setdefault(cell["method"], {})[cell["num_labels"]] = cell["errors"]
+    half_an_image = 50 / len(run.dataset.x_test)
+    where = "held-out error" if config.tune else "test error"
+    report.label_curves(run.path / "study.png", curves, smallest=half_an_image, ylabel=f"{where}, %")
+    result = {
+      "interrupted": False,
+      "network": config.network,
+      "steps": study.recipe.steps,
+      "recipe": {k: v for k, v in dataclasses.asdict(study.recipe).items() if not callable(v)},
+      "tune": config.tune,
+      "splits": list(config.splits),
+      "seconds_train": round(sum(row.get("seconds_train", 0.0) for row in rows), 1),
+      "test_error": None,
+      "supervised_test_error": None,
+      "probe_test_error": None,
+      "cells": cells,
+    }
+    table = [(f"{cell['budget']} labels, {cell['method']}", _in_words(cell)) for cell in cells]
+    return runs.finish(run, result, table=table, pictures=[("Errors over labels", "study.png")])
+
+
+def _lines(rows: Sequence[Json]) -> bytes:
+  return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _is_in(rows: Sequence[Json], budget: int | str, method: str) -> bool:
+  return any((row["budget"], row["method"]) == (budget, method) for row in rows)
+
+
+def _without_test_set(dataset: data.Dataset, seed: int) -> data.Dataset:
+  """Training images in the place of the test set, which is then out of reach."""
+  order = np.random.default_rng(seed).permutation(len(dataset.x_train))
+  num = min(10_000, len(order) // 3)
+  kept, held_out = np.sort(order[num:]), np.sort(order[:num])
+  note = f"tuning: errors are those on {num} training images held out, not on the test set"
+  return dataclasses.replace(
+    dataset,
+    x_train=dataset.x_train[kept],
+    y_train=dataset.y_train[kept],
+    x_test=dataset.x_train[held_out],
+    y_test=dataset.y_train[held_out],
+    note=f"{dataset.note} {note}".strip(),
+  )
+
+
+def _splits(run: runs.Run, budget: int | str) -> list[LabelSplit]:
+  """The splits of a budget, each written to a file of its own."""
+  config: Config = run.config  # pyright: ignore[reportAssignmentType]
+  per_class, dataset = None, run.dataset
+  if isinstance(budget, int):
+    per_class, rest = divmod(budget, dataset.num_classes)
+    if rest or per_class < 1:
+      raise InputError(f"--budgets {budget} is not a multiple of the {dataset.num_classes} classes")
+    fewest = int(np.bincount(dataset.y_train, minlength=dataset.num_classes).min())
+    if per_class > fewest:
+      raise InputError(f"--budgets {budget}: a class has but {fewest} training images; use all")
+  splits = [data.split_labels(dataset.y_train, per_class, seed) for seed in config.splits]
+  for split in splits:
+    content = {
+      "dataset": dataset.name,
+      "note": dataset.note,
+      "sha256": split.sha256,
+      "seed": split.seed,
+      "per_class": per_class,
+      "indices": list(split.indices),
+      "unlabelled_includes_labelled": True,
+      "num_images": len(split.images),
+    }
+    report.write_json(run.path / "splits" / f"{budget}-{split.seed}.json", content)
+  return splits
+
+
+# --- Training
+
+
+class Study:
+  """What all cells share: the networks, the recipe, the methods, and the compiled programs."""
+
+  def __init__(self, run: runs.Run):
+    config: Config = run.config  # pyright: ignore[reportAssignmentType]
+    self.run, dataset = run, run.dataset
+    small = min(dataset.image_shape[:2]) < 16
+    self.recipe = recipe(config, small)
+    self._d, self._g, self._g_conditional = _networks(config.network, dataset, small)
+    norm = np.linalg.norm(dataset.x_train.reshape(len(dataset.x_train), -1) / 255, axis=-1).mean()
+    self._methods = methods(config, self.recipe, float(norm))
+    self._txs = {
+      "g_tx": mnist_ssgan.adam(self.recipe, self.recipe.g_learning_rate),
+      "d_tx": mnist_ssgan.adam(self.recipe, self.recipe.learning_rate),
+    }
+    self._fit_probes, self._read = make_readings(self._d, dataset.num_classes)
+    self._programs: dict[tuple[str, int], Callable] = {}
+
+  def cell(self, name: str, splits: Sequence[LabelSplit]) -> list[Json]:
+    """Trains a method on all splits; a line a reading of its discriminator, the classifier's own last."""
+    num_labels = len(splits[0].indices)
+    repeats = max(1, 1000 // num_labels) if 1000 % num_labels == 0 else 1  # one program for all of these
+    together = data.to_device_splits(self.run.dataset, splits, repeats=repeats)
+    key = jax.random.key(self.run.config.seed)
+    keys = [jax.random.fold_in(key, split.seed) for split in splits]
+    states, seconds, last = self._train(name, self._methods[name], keys, together)
+    for split, loss in zip(splits, last["d/loss"], strict=True):
+      if not np.isfinite(loss):
+        runs.say(f"{name} on split {split.seed} broke down: its loss is not finite")
+    probes = self._fit_probes(states, together, float(repeats)) if name == "gan_consistency" else {}
+    errors = _test_errors(self.run.dataset, self._read, states, probes)
+    shared = {
+      "num_labels": num_labels,
+      "splits": [split.seed for split in splits],
+      "sha256": [split.sha256 for split in splits],
+      "steps": self.recipe.steps,
+    }
+    own = {
+      "errors": errors.pop(""),
+      **seconds,
+      "last": {metric: float(np.nanmean(values)) for metric, values in last.items()},
+    }
+    readings = {f"{name}, {reading}": {"errors": found} for reading, found in errors.items()}
+    return [{"method": key, **shared, **row} for key, row in {**readings, name: own}.items()]
+
+  def _train(
+    self, name: str, method: Method, keys: Sequence[Array], together: data.DeviceData
+  ) -> tuple[TrainState, dict[str, float], dict[str, np.ndarray]]:
+    """The replicates' last states, seconds in all, and means of the last metrics, `[S]` each."""
+    recipe = self.recipe
+    g = self._g_conditional if method.conditional else self._g
+    x_init = data.to_float(together.x_unl[:500])
+    states = parallel.stack([steps.init_state(key, g, self._d, **self._txs, x_init=x_init) for key in keys])
+    before = {"seconds_train": 0.0, "seconds_compile": 0.0}
+    if method.before is not None:
+      made, before, _ = self._train(f"{name}/generator", method.before, keys, together)
+      states = states.replace(g=states.g.replace(params=made.ema["g"], model_state=made.g.model_state))
+    states, together = parallel.place(states, together)
+    dispatch = min(100, recipe.steps)
+    begin = time.perf_counter()
+    program = self._program(name, method, g, dispatch, states, together)
+    compiled = time.perf_counter()
+    history, num = {}, 0
+    for done in range(0, recipe.steps, dispatch):
+      num = min(dispatch, recipe.steps - done)
+      states, history = program(states, together, np.int32(num))
+    last = {metric: np.asarray(values)[:, :num].mean(axis=1) for metric, values in history.items()}
+    seconds = {
+      "seconds_train": round(before["seconds_train"] + time.perf_counter() - compiled, 2),
+      "seconds_compile": round(before["seconds_compile"] + compiled - begin, 2),
+    }
+    return states, seconds, last
+
+  def _program(
+    self,
+    name: str,
+    method: Method,
+    g: Generator,
+    dispatch: int,
+    states: TrainState,
+    together: data.DeviceData,
+  ) -> Callable:
+    """`(states, data, num) -> (states, metrics)`, compiled once for each size of the labelled set."""
+    case = name, together.y_lab.shape[1]
+    if case not in self._programs:
+      recipe = self.recipe
+      step = steps.make_step(
+        g,
+        self._d,
+        **self._txs,
+        objective=method.objective,
+        augment=augment.affine(**recipe.strong) if method.augmented and recipe.strong else None,
+        ema_decay=recipe.ema_decay,
+      )
+      num_unl = recipe.batch_unl if method.uses_unlabelled else 0
+      draw = data.make_draw(recipe.batch_lab, num_unl, recipe.batch_fake if method.uses_generated else 0)
+      updates = parallel.replicate(steps.make_updates(step, draw, max_updates=dispatch))
+      program = jax.jit(updates, donate_argnums=0).lower(states, together, np.int32(0)).compile()
+      self._programs[case] = program
+    return self._programs[case]
+
+
+def recipe(config: Config, small: bool) -> mnist_ssgan.Recipe:
+  """The recipe of mnist_ssgan, with one augmentation and one consistency for both kinds of networks."""
+  conv = mnist_ssgan.RECIPES["conv"]
+  shared = {"strong": conv.strong, "consistency": conv.consistency}
+  chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
+  if small:
+    chosen = dataclasses.replace(chosen, steps=400)
+  names = {"batch_size": "batch_unl"}
+  flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency")
+  given = {names.get(flag, flag): getattr(config, flag) for flag in flags}
+  return dataclasses.replace(chosen, **{k: v for k, v in given.items() if v is not None})
+
+
+def _networks(network: str, dataset: data.Dataset, small: bool) -> tuple[Network, Generator, Generator]:
+  """D, G, and the G that is asked for classes."""
+  shape, num_classes = dataset.image_shape, dataset.num_classes
+  if network == "mlp":
+    g = networks.MLPGenerator(shape)
+    return networks.MLPDiscriminator(num_classes), g, g.clone(norm="batch", num_classes=num_classes)
+  d = networks.ConvDiscriminator(num_classes)
+  g = networks.ConvGenerator(shape)
+  if small:
+    d, g = d.clone(width=16, num_features=128), g.clone(width=32)
+  return d, g, g.clone(norm="layer", num_classes=num_classes)
+
+
+# --- Reading
+
+
+def make_readings(d: Network, num_classes: int) -> tuple[Callable, Callable]:
+  """Builds what reads trained discriminators, replicate by replicate.
+
+  Returns:
+    `fit(states, data, repeats) -> probes`, a linear and a nearest-neighbour classifier on every layer
+    from the labelled images, each of which is there `repeats` times, and
+    `read(states, probes, x) -> {reading: classes [S, N]}`, where "" is D itself.
+  """
+  classify, layers = steps.make_classifier(d), probe.make_layers(d)
+
+  def features(state: TrainState, x: Array) -> dict[str, Array]:
+    one = lambda x: {name: h[0] for name, h in layers(state, data.to_float(x)[None]).items()}
+    return jax.lax.map(one, x, batch_size=min(1000, len(x)))
+
+  def fit_one(state: TrainState, x_lab: Array, y_lab: Array, repeats: float) -> PyTree:
+    # So many copies of each image, and a penalty as many times as heavy, are the same problem.
+    linear = partial(probe.fit_linear, num_classes=num_classes, l2=repeats)
+    found = features(state, x_lab).items()
+    return {name: (linear(h, y_lab), probe.fit_nearest(h, y_lab)) for name, h in found}
+
+  def read_one(state: TrainState, probes: PyTree, x: Array) -> dict[str, Int[Array, "n"]]:
+    one = lambda x: classify(state, data.to_float(x)[None])[0][0].argmax(axis=-1)
+    found = {"": jax.lax.map(one, x, batch_size=min(1000, len(x)))}
+    if probes:
+      for name, h in features(state, x).items():
+        linear, nearest = probes[name]
+        found[f"linear probe, {name}"] = linear.logits(h).argmax(axis=-1)
+        found[f"nearest neighbour, {name}"] = nearest.classes(h)
+    return found
+
+  def fit(states: TrainState, together: data.DeviceData, repeats: float) -> PyTree:
+    return jax.lax.map(
+      lambda each: fit_one(each[0], each[1], each[2], repeats), (states, together.x_lab, together.y_lab)
+    )
+
+  read = lambda states, probes, x: jax.lax.map(lambda each: read_one(each[0], each[1], x), (states, probes))
+  return jax.jit(fit), jax.jit(read)
+
+
+def _test_errors(
+  dataset: data.Dataset, read: Callable, states: TrainState, probes: PyTree
+) -> dict[str, list[float]]:
+  """Error of each replicate under each reading, in percent: the one place that touches the test set."""
+  classes = read(states, probes, jnp.asarray(dataset.x_test))
+  wrong = {name: np.asarray(found) != dataset.y_test[None] for name, found in classes.items()}
+  return {name: (100 * each.mean(axis=1)).tolist() for name, each in wrong.items()}
+
+
+# --- Statistics
+
+
+def summarise(rows: Sequence[Json]) -> list[Json]:
+  """Each row with its spread and its paired differences to `REFERENCES`, where they were trained."""
+  by_name = {(row["budget"], row["method"]): row for row in rows}
+  cells = []
+  for (budget, method), row in by_name.items():
+    against = {
+      name: _json(metrics.paired(row["errors"], by_name[budget, name]["errors"]))
+      for name in REFERENCES
+      if name != method and (budget, name) in by_name
+    }
+    cells.append({**row, **_json(metrics.spread(row["errors"])), "against": against})
+  return cells
+
+
+def _json(found: metrics.Spread | metrics.Difference) -> Json:
+  interval = found.interval and list(found.interval)
+  return {**found._asdict(), "interval": interval}
+
+
+def _in_words(cell: Json) -> str:
+  verdicts = "".join(f"; against {name}: {found['verdict']}" for name, found in cell["against"].items())
+  return f"{cell['mean']:.2f} +- {cell['std']:.2f} %{verdicts}"
+
+
+def markdown(cells: Sequence[Json], run: runs.Run) -> str:
+  """A table a budget."""
+  names = [name for name in REFERENCES if any(name in cell["against"] for cell in cells)]
+  head = ["method", "mean +- std", "95 % interval", "median", "best", "worst", "over twice the median"]
+  head += [f"less {name}" for name in names]
+  lines = [f"# Error in percent on {run.dataset.name}", ""]
+  for budget in dict.fromkeys(cell["budget"] for cell in cells):
+    lines += [f"## {budget} labels", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for cell in (cell for cell in cells if cell["budget"] == budget):
+      row = [
+        cell["method"],
+        f"{cell['mean']:.2f} +- {cell['std']:.2f}",
+        _interval(cell["interval"]),
+        *(f"{cell[key]:.2f}" for key in ("median", "best", "worst")),
+        f"{100 * cell['failure_rate']:.0f} %",
+        *(_difference(cell["against"].get(name)) for name in names),
+      ]
+      lines.append(f"| {' | '.join(row)} |")
+    lines.append("")
+  splits = ", ".join(str(seed) for seed in cells[0]["splits"])
+  lines.append(f"Splits {splits}. Unlabelled images include the labelled ones. {run.dataset.note}".strip())
+  return "\n".join(lines) + "\n"
+
+
+def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
+  return "" if interval is None else f"{interval[0]:{sign}.2f} to {interval[1]:{sign}.2f}"
+
+
+def _difference(found: Json | None) -> str:
+  if found is None:
+    return ""
+  return f"{found['mean']:+.2f} ({_interval(found['interval'], '+')}): {found['verdict']}"
+
+
+if __name__ == "__main__":
+  runs.cli(main, Config)

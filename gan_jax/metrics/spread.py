@@ -1,0 +1,69 @@
+"""What a few runs tell: spread over label splits, paired differences, and a verdict in words."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import scipy.special
+
+
+class Spread(NamedTuple):
+  """Errors of one method over several splits, in percent."""
+
+  mean: float
+  std: float
+  """Of the sample, with n - 1; 0 for a single run."""
+  median: float
+  best: float
+  worst: float
+  interval: tuple[float, float] | None
+  """95 % interval of the mean, from Student's t; None for a single run."""
+  failure_rate: float
+  """Share of the runs whose error is over twice the median, in [0, 1]."""
+
+
+class Difference(NamedTuple):
+  """A method against another on the same splits: its errors less theirs, in points of percent."""
+
+  mean: float
+  interval: tuple[float, float] | None
+  """95 % interval of the mean difference, from Student's t; None for a single split."""
+  verdict: Literal["helps", "hurts", "cannot tell"]
+  """`helps` where the whole interval is below 0, `hurts` where it is above. Where nothing is different,
+  one verdict in twenty is wrong: read a table of many as such."""
+
+
+def spread(errors: Sequence[float]) -> Spread:
+  """Summary of at least one error."""
+  x = np.asarray(errors, np.float64)
+  median = float(np.median(x))
+  return Spread(
+    mean=float(x.mean()),
+    std=float(x.std(ddof=1)) if len(x) > 1 else 0.0,
+    median=median,
+    best=float(x.min()),
+    worst=float(x.max()),
+    interval=_t_interval(x),
+    failure_rate=float((x > 2 * median).mean()),
+  )
+
+
+def paired(errors: Sequence[float], reference: Sequence[float]) -> Difference:
+  """Compares the i-th error with the i-th of the reference, both from the i-th split."""
+  x = np.subtract(errors, reference, dtype=np.float64)
+  interval = _t_interval(x)
+  verdict = "cannot tell"
+  if interval is not None and interval[1] < 0:
+    verdict = "helps"
+  elif interval is not None and interval[0] > 0:
+    verdict = "hurts"
+  return Difference(float(x.mean()), interval, verdict)
+
+
+def _t_interval(x: np.ndarray) -> tuple[float, float] | None:
+  """`mean +- t_{n-1, 0.975} std / sqrt(n)`."""
+  if len(x) < 2:
+    return None
+  half = float(scipy.special.stdtrit(len(x) - 1, 0.975) * x.std(ddof=1)) / math.sqrt(len(x))
+  return float(x.mean()) - half, float(x.mean()) + half

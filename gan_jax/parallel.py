@@ -1,0 +1,88 @@
+"""Many replicates of a run in one compiled program, on one device or on several.
+
+A replicate is a run of its own: a label split and a seed. States and labelled sets carry a leading axis
+`[S]`; the unlabelled images are there once. Nothing is averaged over replicates, so spreading them over
+devices leaves each as it was. In the loop on one device a replicate is its single run bit for bit;
+elsewhere the compiled program is another one, and they agree to rounding.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from gan_jax.data import DeviceData
+from gan_jax.types import Metrics, TrainState
+
+How = Literal["loop", "vmap"]
+Updates = Callable[[TrainState, DeviceData, Int[Array, ""]], tuple[TrainState, Metrics]]
+
+_EACH, _WHOLE = PartitionSpec("replicate"), PartitionSpec()
+_DATA = DeviceData(_EACH, _EACH, _WHOLE, _WHOLE)  # pyright: ignore[reportArgumentType]
+
+
+def replicate(updates: Updates, *, how: How | None = None, devices: Sequence[Any] | None = None) -> Updates:
+  """`updates` for S replicates at once.
+
+  Args:
+    updates: from `steps.make_updates`.
+    how: `loop` trains one replicate after the other, `vmap` all in step. By default `loop` on CPU, where
+      the kernels of a replicate's own make `vmap`'s convolutions grouped ones, which XLA has no fast code
+      for there; else `vmap`, for a device that one small network does not fill.
+    devices: over which the replicates are spread evenly, as many of them as divide S; all by default.
+
+  Returns:
+    `updates(states, data, num) -> (states, metrics)` with `[S]` in front of every leaf of `states` and
+    `metrics`, and of `x_lab` and `y_lab` in `data`. Uncompiled; give it what `place` gives back.
+  """
+  how = how or ("loop" if jax.default_backend() == "cpu" else "vmap")
+
+  def one(state: TrainState, labelled: tuple[Array, Array], data: DeviceData, num: Array):
+    x_lab, y_lab = labelled
+    return updates(state, data.replace(x_lab=x_lab, y_lab=y_lab), num)
+
+  def local(states: TrainState, data: DeviceData, num: Array):
+    labelled = data.x_lab, data.y_lab
+    if how == "vmap":
+      return jax.vmap(one, in_axes=(0, 0, None, None))(states, labelled, data, num)
+    return jax.lax.map(lambda each: one(each[0], each[1], data, num), (states, labelled))
+
+  def replicated(states: TrainState, data: DeviceData, num: Array):
+    mesh = _mesh(len(states.step), devices)
+    if mesh.size == 1:
+      return local(states, data, num)
+    # Nothing crosses the mesh, so there is nothing for JAX to check.
+    specs = {"in_specs": (_EACH, _DATA, _WHOLE), "out_specs": _EACH}
+    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(states, data, jnp.asarray(num))
+
+  return replicated
+
+
+def place(
+  states: TrainState, data: DeviceData, *, devices: Sequence[Any] | None = None
+) -> tuple[TrainState, DeviceData]:
+  """Puts replicates and data where `replicate` wants them; on one device they stay where they are."""
+  mesh = _mesh(len(states.step), devices)
+  if mesh.size == 1:
+    return states, data
+  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _DATA)
+  return jax.device_put(states, NamedSharding(mesh, _EACH)), jax.device_put(data, shardings)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+  """Replicates as one: each leaf with `[S]` in front."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def pick(tree: Any, i: int) -> Any:
+  """Replicate `i` alone."""
+  return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _mesh(num_replicates: int, devices: Sequence[Any] | None) -> Mesh:
+  devices = jax.devices() if devices is None else devices
+  num = max(n for n in range(1, len(devices) + 1) if num_replicates % n == 0)
+  return jax.make_mesh((num,), ("replicate",), axis_types=(AxisType.Auto,), devices=devices[:num])

@@ -1,0 +1,77 @@
+import jax
+import numpy as np
+import pytest
+from conftest import leaves_equal
+
+from gan_jax import augment, data, objectives, parallel, steps
+from gan_jax.types import InputError
+
+FULL = objectives.semi_supervised_gan(
+  consistency_weight=1.0, weak=augment.affine(shift=0.05), threshold=0.2
+)
+
+
+def replicates(tiny):
+  """Four splits and seeds of the tiny problem: how to update them, their states, their data."""
+  splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(4)]
+  x_init = data.to_float(tiny.data.x_unl)
+  states = [
+    steps.init_state(jax.random.key(i), tiny.g, tiny.d, **tiny.txs, x_init=x_init) for i in range(4)
+  ]
+  updates = steps.make_updates(tiny.step(), tiny.draw, max_updates=3)
+  singles = [data.to_device(tiny.dataset, split) for split in splits]
+  return updates, states, singles, data.to_device_splits(tiny.dataset, splits)
+
+
+def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
+  """In the loop: bit for bit on one device, to rounding on four, where another program is compiled."""
+  updates, states, singles, together = replicates(make_tiny(objective=FULL, network="mlp"))
+  single = jax.jit(updates)
+  expected = [single(*pair, 3) for pair in zip(states, singles, strict=True)]
+  assert not any(leaves_equal(expected[0][0].d.params, expected[1][0].d.params))
+  for num in (1, 4):
+    devices = jax.devices()[:num]
+    run = jax.jit(parallel.replicate(updates, how="loop", devices=devices))
+    placed = parallel.place(parallel.stack(states), together, devices=devices)
+    found, metrics = run(*placed, 3)
+    assert len(found.step.sharding.device_set) == num
+    assert metrics["d/loss"].shape == (4, 3)
+    for i, (state, history) in enumerate(expected):
+      each = parallel.pick(found, i)
+      if num == 1:
+        assert all(leaves_equal(each, state))
+        np.testing.assert_array_equal(metrics["d/loss"][i], history["d/loss"])
+      close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+      jax.tree.map(close, (each.d, each.g, each.ema), (state.d, state.g, state.ema))
+    with jax.no_tracing():  # the states stay where they were placed
+      run(found, placed[1], 3)
+
+
+def test_in_step_they_are_nearly_the_same(make_tiny):
+  """With convolutions, whose kernels are then a replicate's own."""
+  updates, states, singles, together = replicates(make_tiny(objective=objectives.supervised_only()))
+  devices = jax.devices()[:1]
+  run, looped = (jax.jit(parallel.replicate(updates, how=how, devices=devices)) for how in ("vmap", "loop"))
+  stacked = parallel.stack(states)
+  assert run.lower(stacked, together, 1).as_text() != looped.lower(stacked, together, 1).as_text()
+  found, _ = run(stacked, together, 1)
+  single = jax.jit(updates)
+  for i in (0, 3):
+    expected, _ = single(states[i], singles[i], 1)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
+    jax.tree.map(close, parallel.pick(found, i).ema, expected.ema)
+
+
+def test_repeats_leave_the_draw_as_it_was(tiny):
+  splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(2)]
+  once, thrice = (data.to_device_splits(tiny.dataset, splits, repeats=n) for n in (1, 3))
+  assert thrice.x_lab.shape == (2, 18, 8, 8, 1)
+  for i in range(2):
+    np.testing.assert_array_equal(thrice.x_lab[i], np.tile(once.x_lab[i], (3, 1, 1, 1)))
+    np.testing.assert_array_equal(thrice.y_lab[i], np.tile(tiny.dataset.y_train[[*splits[i].indices]], 3))
+
+
+def test_splits_of_different_images_cannot_share_them(tiny):
+  splits = [data.split_labels(tiny.dataset.y_train, 2, seed, num_images=40) for seed in range(2)]
+  with pytest.raises(InputError, match="the same images"):
+    data.to_device_splits(tiny.dataset, splits)

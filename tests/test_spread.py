@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+import scipy.stats
+
+from gan_jax import metrics
+
+
+def test_spread_is_scipys():
+  errors = [1.5, 2.0, 1.8, 9.0, 1.2]
+  found = metrics.spread(errors)
+  assert (found.median, found.best, found.worst, found.failure_rate) == (1.8, 1.2, 9.0, 0.2)
+  np.testing.assert_allclose([found.mean, found.std], [np.mean(errors), np.std(errors, ddof=1)])
+  expected = scipy.stats.t.interval(0.95, 4, loc=found.mean, scale=scipy.stats.sem(errors))
+  np.testing.assert_allclose(found.interval, expected)
+
+
+def test_paired_is_scipys_and_says_what_it_means():
+  rng = np.random.default_rng(0)
+  reference = rng.uniform(1, 9, 10)  # spread wide: only the pairs tell
+  for shift, verdict in ((-0.5, "helps"), (0.5, "hurts"), (0.01, "cannot tell")):
+    errors = reference + shift + 0.2 * rng.normal(size=10)
+    found = metrics.paired(errors, reference)
+    expected = scipy.stats.ttest_rel(errors, reference).confidence_interval(0.95)
+    np.testing.assert_allclose(found.interval, expected)
+    assert found.verdict == verdict
+    assert scipy.stats.ttest_ind(errors, reference).pvalue > 0.05
+
+
+@pytest.mark.parametrize("errors", [[3.0], [2.0, 2.0]])
+def test_one_run_or_no_difference_tells_nothing(errors):
+  assert metrics.spread(errors).std == 0
+  assert metrics.paired(errors, errors)[::2] == (0.0, "cannot tell")
+  assert (metrics.spread(errors).interval is None) == (len(errors) == 1)
