@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
-from torch import Tensor
+from torch import Tensor  # pyright: ignore[reportMissingImports]
 
 from benchmarks import updates
 from gan_jax import data, networks
