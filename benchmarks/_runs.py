@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from gan_jax.types import InputError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,6 +27,15 @@ def write(name: str, results: Sequence[dict]) -> None:
   path = RESULTS / f"{name}.jsonl"
   path.write_text("".join(json.dumps(result) + "\n" for result in results))
   print(f"written to {path}")
+
+
+def cli(main: Callable[[], None]) -> None:
+  """Runs `main`; a mistake of the user ends with one sentence and exit code 2."""
+  try:
+    main()
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def arguments(ours_and_theirs: Sequence[str]) -> tuple[list[str], list[str]]:

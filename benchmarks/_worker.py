@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import updates
-from gan_jax import data, runs, steps
+from gan_jax import data, parallel, runs, steps
 from gan_jax.types import Json, TrainState
 
 
@@ -40,27 +40,16 @@ class Ours:
   The replicates have their own seeds and, where labels are few, their own labelled images.
   """
 
-  def __init__(self, update: updates.Update, dataset: data.Dataset, replicates: int, dispatch: int = 50):
-    splits = [update.split(dataset, seed) for seed in range(replicates)]
-    device_data = data.to_device(dataset, splits[0])
+  def __init__(self, update: updates.Update, dataset: data.Dataset, task: Json, dispatch: int = 50):
     fn = steps.make_updates(update.step(), update.draw(), max_updates=dispatch)
-    keys = jax.random.split(jax.random.key(0), replicates)
-    states = [update.init(key, device_data) for key in keys]
+    splits = [update.split(dataset, seed) for seed in range(task["replicates"])]
+    self.data, self.dispatch = data.to_device(dataset, splits[0]), dispatch
+    states = [update.init(jax.random.key(split.seed), self.data) for split in splits]
     self.state = states[0]
-    if replicates > 1:
-      self.state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-      # All are at the same update: with a step each, a term that is seldom due would be computed always.
-      self.state = self.state.replace(step=states[0].step)
-      along = jax.tree.map(lambda _: 0, self.state).replace(step=None)
-      along_data = jax.tree.map(lambda _: None, device_data)
-      if update.labels_per_class is not None:
-        own = [data.to_device(dataset, split) for split in splits]
-        device_data = device_data.replace(
-          x_lab=jnp.stack([d.x_lab for d in own]), y_lab=jnp.stack([d.y_lab for d in own])
-        )
-        along_data = along_data.replace(x_lab=0, y_lab=0)
-      fn = jax.vmap(fn, in_axes=(along, along_data, None), out_axes=(along, 0))
-    self.data, self.dispatch = device_data, dispatch
+    if len(splits) > 1:
+      self.data = data.to_device_splits(dataset, splits)
+      self.state, self.data = parallel.place(parallel.stack(states), self.data)
+      fn = parallel.replicate(fn, how=task["how"])
     self._updates = jax.jit(fn, donate_argnums=0)
 
   def run(self, num: int) -> None:
@@ -111,7 +100,7 @@ def build(
   environment, key = runs.environment(), jax.random.key(0)
   device_memory = _jax_memory
   if task["contender"] == "ours":
-    make = lambda: Ours(update, dataset, task["replicates"])
+    make = lambda: Ours(update, dataset, task)
   else:
     device_data = data.to_device(dataset, update.split(dataset))
     state = update.init(key, device_data)

@@ -2,7 +2,7 @@
 
 python -m benchmarks.step_time
 python -m benchmarks.step_time --updates article_gan --batch-sizes 32 256 4096 --pairs 7
-python -m benchmarks.step_time --contenders ours --replicates 1 4 16
+python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --how vmap
 
 Each contender is a process of its own, which waits without using a processor while the others run. They
 run in turns: in each of `--pairs` rounds every contender runs for about `--seconds`, in random order, and a
@@ -120,7 +120,7 @@ def main() -> None:
   for name in args.updates:
     for batch_size in args.batch_sizes or [None]:
       entries = race(name, batch_size, args, order)
-      results += [result(entry, entries, name, batch_size) for entry in entries]
+      results += [result(entry, entries, name, batch_size, args.how) for entry in entries]
       print(table(results[-len(entries) :]), flush=True)
       print()
   _runs.write(args.name, results)
@@ -135,6 +135,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
   add("--updates", nargs="+", choices=updates.NAMES, default=updates.NAMES, help="what to time")
   add("--batch-sizes", type=_positive, nargs="+", help="unlabelled images an update (the recipe's)")
   add("--replicates", type=_positive, nargs="+", default=[1], help="GANs in one program, ours only")
+  add("--how", choices=("loop", "vmap"), help="one GAN after the other, or all in step (the device's own)")
   add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="who takes part")
   add("--pairs", type=_positive, default=5, help="rounds (5)")
   add("--seconds", type=_seconds, default=3.0, help="of a run in a round (3)")
@@ -170,7 +171,7 @@ def race(name: str, batch_size: int | None, args: argparse.Namespace, order: ran
     for entry in entries:
       with _failing(entry):
         task = {"contender": entry.contender, "replicates": entry.replicates, "batch_size": batch_size}
-        task |= {"update": name, "dataset": args.dataset}
+        task |= {"update": name, "dataset": args.dataset, "how": args.how}
         entry.worker = Worker(task | {"data_dir": args.data_dir, "manual_dir": args.manual_dir})
         entry.found |= entry.worker.ready
         print(f"{name}, {entry.name}: ready", file=sys.stderr, flush=True)
@@ -214,11 +215,13 @@ def run(entry: Entry, worker: Worker, seconds: float) -> None:
 # --- Results
 
 
-def result(entry: Entry, entries: Sequence[Entry], update: str, batch_size: int | None) -> dict:
+def result(
+  entry: Entry, entries: Sequence[Entry], update: str, batch_size: int | None, how: str | None
+) -> dict:
   """A line of the results."""
   found = entry.found
   line: dict[str, Any] = {"benchmark": "step_time", "update": update, "batch_size": batch_size}
-  line |= {"contender": entry.contender, "replicates": entry.replicates}
+  line |= {"contender": entry.contender, "replicates": entry.replicates, "how": how}
   if entry.not_run is not None:
     return line | {"not_run": entry.not_run}
   line |= {key: found[key] for key in ("rows", "dataset", "note", "seconds_first")}

@@ -36,6 +36,8 @@ class Update:
   augment: Augment | None
   image_shape: tuple[int, int, int]
   rows: Rows
+  steps: int
+  """Updates of the experiment."""
   ema_decay: float
   labels_per_class: int | None
   """The label budget; None: every label."""
@@ -127,6 +129,7 @@ def _generator(network, image_shape, make_objective, *, num_logits, num_lab, num
     augment=None,
     image_shape=image_shape,
     rows=Rows(num_lab, recipe.batch_size - num_lab, recipe.batch_size),
+    steps=recipe.steps,
     ema_decay=recipe.ema_decay,
     labels_per_class=None if num_lab else 10,
     g_rate=_gan.learning_rate(recipe, recipe.g_learning_rate),
@@ -148,6 +151,7 @@ def _semi_supervised(network, image_shape, num_classes) -> Update:
     augment=augment.affine(**recipe.strong) if recipe.strong else None,
     image_shape=image_shape,
     rows=Rows(recipe.batch_lab, recipe.batch_unl, recipe.batch_fake),
+    steps=recipe.steps,
     ema_decay=recipe.ema_decay,
     labels_per_class=mnist_ssgan.Config.labels_per_class,
     g_rate=mnist_ssgan.learning_rate(recipe, recipe.g_learning_rate),

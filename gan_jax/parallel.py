@@ -29,7 +29,8 @@ def replicate(updates: Updates, *, how: How | None = None, devices: Sequence[Any
 
   Args:
     updates: from `steps.make_updates`.
-    how: `loop` trains one replicate after the other, `vmap` all in step. By default `loop` on CPU, where
+    how: `loop` trains one replicate after the other, `vmap` all in step: they must be at the same update.
+      By default `loop` on CPU, where
       the kernels of a replicate's own make `vmap`'s convolutions grouped ones, which XLA has no fast code
       for there; else `vmap`, for a device that one small network does not fill.
     devices: over which the replicates are spread evenly, as many of them as divide S; all by default.
@@ -47,7 +48,11 @@ def replicate(updates: Updates, *, how: How | None = None, devices: Sequence[Any
   def local(states: TrainState, data: DeviceData, num: Array):
     labelled = data.x_lab, data.y_lab
     if how == "vmap":
-      return jax.vmap(one, in_axes=(0, 0, None, None))(states, labelled, data, num)
+      # One count of updates for all: with a count each, a term that is seldom due would always be computed.
+      axes = jax.tree.map(lambda _: 0, states).replace(step=None)
+      all_as_one = jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=(axes, 0))
+      after, metrics = all_as_one(states.replace(step=states.step[0]), labelled, data, num)
+      return after.replace(step=jnp.full_like(states.step, after.step)), metrics
     return jax.lax.map(lambda each: one(each[0], each[1], data, num), (states, labelled))
 
   def replicated(states: TrainState, data: DeviceData, num: Array):
