@@ -129,7 +129,7 @@ def test_two_updates_with_the_recipes_own_adam(name):
     problem = Problem(name, sgd=False, traced=traced)
     before = snapshot(problem.gan)
     theirs = problem.theirs(2)
-    np.testing.assert_allclose(float(theirs["d/loss"]), metrics["d/loss"], rtol=1e-3)
+    np.testing.assert_allclose(float(theirs["d/loss"]), metrics["d/loss"], rtol=5e-3)
     for which in ("g", "d"):
       expected = torch_gan.convert(problem.update, which, getattr(state, which).params)
       leaves = (expected, getattr(problem.gan, which).const, before[which])
