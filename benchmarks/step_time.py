@@ -49,7 +49,7 @@ class Worker:
       environment["JAX_PLATFORMS"] = "cpu"  # it only gives the parameters to begin with
     self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     self._process = subprocess.Popen(
-      [sys.executable, "-m", "benchmarks._worker", json.dumps(task)],
+      [task.pop("python"), "-m", "benchmarks._worker", json.dumps(task)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self._errors,
@@ -142,6 +142,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
   add("--dataset", default="auto", help="auto, mnist, digits, ... (auto: MNIST or the bundled digits)")
   add("--data-dir", help="where tfds keeps its datasets")
   add("--manual-dir", help="a folder with the dataset's original files")
+  add("--torch-python", default=sys.executable, help="interpreter of PyTorch's contenders (this one)")
   add("--seed", type=int, default=0, help="of the order within a round (0)")
   add("--name", default="step_time", help="of the file of results (step_time)")
   return parser.parse_args(flags)
@@ -171,6 +172,8 @@ def race(name: str, batch_size: int | None, args: argparse.Namespace, order: ran
     for entry in entries:
       with _failing(entry):
         task = {"contender": entry.contender, "replicates": entry.replicates, "batch_size": batch_size}
+        of_torch = entry.contender.startswith("torch")
+        task["python"] = args.torch_python if of_torch else sys.executable
         task |= {"update": name, "dataset": args.dataset, "how": args.how}
         entry.worker = Worker(task | {"data_dir": args.data_dir, "manual_dir": args.manual_dir})
         entry.found |= entry.worker.ready
