@@ -3,9 +3,9 @@
 On every other backend they are JAX's own. Both give what JAX's own give, up to rounding.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal
 
 import jax
@@ -42,12 +42,14 @@ def _product_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
   kh, kw, c, f = w.shape
   b, height, width, _ = x.shape
   if strides == (1, 1) and f < c:
-    # What each pixel adds to its neighbours, shifted there: `kh * kw * f` numbers a pixel, not `kh * kw * c`.
+    # What each pixel adds to its neighbours, shifted there: `kh * kw * f` numbers a pixel, not
+    # `kh * kw * c`.
     terms = (x.reshape(-1, c) @ w.transpose(2, 0, 1, 3).reshape(c, -1)).reshape(b, height, width, -1)
     ups, lefts = ([(k - 1) // 2 - i for i in range(k)] for k in (kh, kw))
     shifts = [((0, 0, 0), (up, -up, 0), (left, -left, 0), (0, 0, 0)) for up in ups for left in lefts]
     terms = jax.lax.split(terms, [f] * (kh * kw), axis=3)
-    return sum(jax.lax.pad(term, 0.0, shift) for term, shift in zip(terms, shifts, strict=True))
+    shifted = [jax.lax.pad(term, 0.0, shift) for term, shift in zip(terms, shifts, strict=True)]
+    return functools.reduce(jnp.add, shifted)
   out = [-(-size // stride) for size, stride in zip((height, width), strides, strict=True)]
   patches = jnp.concatenate(_patches(x, (kh, kw), strides, out), axis=-1).reshape(-1, kh * kw * c)
   return (patches @ w.reshape(-1, f)).reshape(b, *out, f)
@@ -68,7 +70,7 @@ def _patches(x: Array, kernel: Sequence[int], strides: Sequence[int], out: Seque
 _conv = jax.custom_vjp(lax_conv, nondiff_argnums=(2,))
 _conv.defvjp(
   lambda x, w, strides: (_conv(x, w, strides), (x, w)),
-  lambda strides, saved, dy: jax.vjp(partial(_product_conv, strides=strides), *saved)[1](dy),
+  lambda strides, saved, dy: jax.vjp(functools.partial(_product_conv, strides=strides), *saved)[1](dy),
 )
 
 
