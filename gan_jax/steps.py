@@ -228,13 +228,8 @@ def descend(
   (loss, (metrics, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
   updates, opt_state = tx.update(grads, net.opt_state, net.params)
   params = optax.apply_updates(net.params, updates)
-  norms = {"grad_norm": _norm(grads), "update_norm": _norm(updates)}
+  norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
   return NetState(params, model_state, opt_state), {"loss": loss, **metrics, **norms}
-
-
-def _norm(tree: PyTree[Array]) -> Float[Array, ""]:
-  # On CPU an inner product takes a fifth of the time of a sum of squares.
-  return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def freeze_first(tx: optax.GradientTransformation, num_layers: int) -> optax.GradientTransformation:
