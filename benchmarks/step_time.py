@@ -43,13 +43,13 @@ class WorkerError(Exception):
 class Worker:
   """A contender's process."""
 
-  def __init__(self, task: dict):
+  def __init__(self, task: dict, python: str = sys.executable):
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if task["contender"].startswith("torch"):
       environment["JAX_PLATFORMS"] = "cpu"  # it only gives the parameters to begin with
     self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     self._process = subprocess.Popen(
-      [task.pop("python"), "-m", "benchmarks._worker", json.dumps(task)],
+      [python, "-m", "benchmarks._worker", json.dumps(task)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self._errors,
@@ -172,10 +172,10 @@ def race(name: str, batch_size: int | None, args: argparse.Namespace, order: ran
     for entry in entries:
       with _failing(entry):
         task = {"contender": entry.contender, "replicates": entry.replicates, "batch_size": batch_size}
-        of_torch = entry.contender.startswith("torch")
-        task["python"] = args.torch_python if of_torch else sys.executable
+        python = args.torch_python if entry.contender.startswith("torch") else sys.executable
         task |= {"update": name, "dataset": args.dataset, "how": args.how}
-        entry.worker = Worker(task | {"data_dir": args.data_dir, "manual_dir": args.manual_dir})
+        task |= {"data_dir": args.data_dir, "manual_dir": args.manual_dir}
+        entry.worker = Worker(task, python)
         entry.found |= entry.worker.ready
         print(f"{name}, {entry.name}: ready", file=sys.stderr, flush=True)
     for _ in range(args.pairs):
@@ -219,7 +219,7 @@ def run(entry: Entry, worker: Worker, seconds: float) -> None:
 
 
 def result(
-  entry: Entry, entries: Sequence[Entry], update: str, batch_size: int | None, how: str | None
+  entry: Entry, entries: Sequence[Entry], update: str, batch_size: int | None, how: str | None = None
 ) -> dict:
   """A line of the results."""
   found = entry.found

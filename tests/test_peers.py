@@ -117,8 +117,17 @@ def test_one_sgd_update_is_ours(name):
         assert abs(leaf - before[which][name]).max() > 2e-5, (which, name)  # far above the tolerance
 
 
+@pytest.fixture
+def optimised():
+  """As in a race. A ReLU that falls to the other side of zero by rounding moves a whole gradient, and the
+  programs of the other tests, which are compiled in haste, round otherwise."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.parametrize("name", ["feature_matching", "conditional_r1"])
-def test_two_updates_with_the_recipes_own_adam(name):
+def test_two_updates_with_the_recipes_own_adam(name, optimised):
   """Where a gradient is nearly zero Adam makes much of its rounding: so the whole move of each network.
 
   Traced is what the compiler is given: `torch.func`, Adam leaf by leaf, the table on the device. The second
@@ -129,7 +138,7 @@ def test_two_updates_with_the_recipes_own_adam(name):
     problem = Problem(name, sgd=False, traced=traced)
     before = snapshot(problem.gan)
     theirs = problem.theirs(2)
-    np.testing.assert_allclose(float(theirs["d/loss"]), metrics["d/loss"], rtol=5e-3)
+    np.testing.assert_allclose(float(theirs["d/loss"]), metrics["d/loss"], rtol=1e-3)
     for which in ("g", "d"):
       expected = torch_gan.convert(problem.update, which, getattr(state, which).params)
       leaves = (expected, getattr(problem.gan, which).const, before[which])
