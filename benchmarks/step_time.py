@@ -23,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -145,7 +146,10 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
   add("--torch-python", default=sys.executable, help="interpreter of PyTorch's contenders (this one)")
   add("--seed", type=int, default=0, help="of the order within a round (0)")
   add("--name", default="step_time", help="of the file of results (step_time)")
-  return parser.parse_args(flags)
+  args = parser.parse_args(flags)
+  if shutil.which(args.torch_python) is None:
+    parser.error(f"--torch-python {args.torch_python} is not a program")
+  return args
 
 
 def _positive(text: str) -> int:
