@@ -34,7 +34,9 @@ def main() -> None:
   parser.add_argument("--manual-dir", help="a folder with the dataset's original files")
   parser.add_argument("--name", default="time_to_accuracy", help="name of the file of results")
   args = parser.parse_args()
-  target = args.target or (2.0 if jax.default_backend() == "cpu" else 1.0)
+  target = args.target
+  if target is None:
+    target = 2.0 if jax.default_backend() == "cpu" else 1.0
   if args.every < 1 or target < 0:
     parser.error("--every must be at least 1 and --target must not be negative")
 
