@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -53,17 +53,7 @@ class Config(runs.Config):
   """Labels in total, a multiple of the number of classes, or all."""
   splits: tuple[int, ...] = tuple(range(10))
   """Seeds of the label splits: below 100 to report, from 100 on to tune."""
-  methods: tuple[MethodName, ...] = (
-    "supervised",
-    "supervised_augmented",
-    "pseudo_label",
-    "mean_teacher",
-    "vat",
-    "feature_matching",
-    "gan_consistency",
-    "bad_generator",
-    "gan_augmented",
-  )
+  methods: tuple[MethodName, ...] = get_args(MethodName)
   """What to train. gan_consistency brings probes on every layer of its discriminator."""
   tune: bool = False
   """Hold out a third of the training images, at most 10,000, and report on them, not on the test set."""
