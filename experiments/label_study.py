@@ -17,34 +17,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from experiments import mnist_ssgan
-from gan_jax import augment, data, metrics, networks, objectives, parallel, probe, report, runs, steps
+from experiments import _methods, mnist_ssgan
+from gan_jax import augment, data, metrics, parallel, probe, report, runs, steps
 from gan_jax.types import Generator, InputError, Json, LabelSplit, Network, TrainState
 
-MethodName = Literal[
-  "supervised",
-  "supervised_augmented",
-  "pseudo_label",
-  "mean_teacher",
-  "vat",
-  "feature_matching",
-  "gan_consistency",
-  "bad_generator",
-  "gan_augmented",
-]
 REFERENCES = ("supervised_augmented", "pseudo_label")
 """What every method is compared with, split by split: no unlabelled images, and those without a GAN."""
 
 
 @dataclass(frozen=True)
-class Config(runs.Config):
+class Config(_methods.Config):
   """The flags of this experiment."""
 
   labels_per_class: int | None = None
@@ -53,32 +42,10 @@ class Config(runs.Config):
   """Labels in total, a multiple of the number of classes, or all."""
   splits: tuple[int, ...] = tuple(range(10))
   """Seeds of the label splits: below 100 to report, from 100 on to tune."""
-  methods: tuple[MethodName, ...] = get_args(MethodName)
+  methods: tuple[_methods.Name, ...] = get_args(_methods.Name)
   """What to train. gan_consistency brings probes on every layer of its discriminator."""
   tune: bool = False
   """Hold out a third of the training images, at most 10,000, and report on them, not on the test set."""
-  network: Literal["conv", "mlp"] = "conv"
-  """The pair of networks of mnist_ssgan; for images below 16x16 a smaller conv pair."""
-  learning_rate: float | None = None
-  """Peak learning rate of D (default: the recipe's)."""
-  adversarial: float | None = None
-  """Weight of D's real-or-fake loss in feature_matching and gan_consistency (default: the recipe's)."""
-  consistency: float | None = None
-  """Weight of consistency in pseudo_label, gan_consistency and gan_augmented (default: the recipe's)."""
-  teacher: float = 5.0
-  """Weight of the averaged teacher in mean_teacher."""
-  vat: float = 1.0
-  """Weight of the divergence in vat."""
-  vat_epsilon: float = 0.2
-  """Length of the virtual adversarial perturbation, as a share of the mean norm of the images."""
-  vat_entropy: float = 0.3
-  """Weight of the entropy in vat."""
-  bad_entropy: float = 0.3
-  """Weight of the entropy in bad_generator."""
-  bad_density: float = 0.1
-  """Weight of the penalty on generated images in dense regions in bad_generator."""
-  generated: float = 0.3
-  """Weight of the generated images in gan_augmented."""
 
   def check(self) -> None:
     super().check()
@@ -99,61 +66,6 @@ class Config(runs.Config):
       raise InputError("--tune is for split seeds from 100 on: results are reported on those below")
     if not self.tune and max(self.splits) >= 100:
       raise InputError("split seeds from 100 on are for tuning: add --tune, or use --splits below 100")
-
-
-class Method(NamedTuple):
-  """A way to train D."""
-
-  objective: objectives.Objective
-  uses_unlabelled: bool = True
-  uses_generated: bool = False
-  augmented: bool = True
-  before: "Method | None" = None
-  """What trains the generator that this method begins with, for as many updates, with a D of its own."""
-  conditional: bool = False
-  """Whether G is asked for classes."""
-
-
-def methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dict[str, Method]:
-  """All of them; `norm` is the mean norm of an image.
-
-  What D is taught by its own predictions gains its weight with the recipe's ramp: early ones are wrong.
-  """
-  ramp, weak = partial(mnist_ssgan.ramp, recipe), augment.affine(**mnist_ssgan.WEAK)
-  consistent = {
-    "consistency_weight": ramp(recipe.consistency),
-    "weak": weak,
-    "threshold": recipe.threshold,
-  }
-  gan = objectives.semi_supervised_gan
-  vat = objectives.virtual_adversarial_training(
-    epsilon=config.vat_epsilon * norm,
-    weight=ramp(config.vat),
-    entropy_weight=ramp(config.vat_entropy),
-  )
-  bad = objectives.bad_gan(entropy_weight=ramp(config.bad_entropy), density_weight=config.bad_density)
-  generator = Method(
-    objectives.conditional_gan(penalty="r1", penalty_every=4, **consistent),
-    uses_generated=True,
-    conditional=True,
-  )
-  return {
-    "supervised": Method(objectives.supervised_only(), uses_unlabelled=False, augmented=False),
-    "supervised_augmented": Method(objectives.supervised_only(), uses_unlabelled=False),
-    "pseudo_label": Method(gan(adversarial=0.0, **consistent)),
-    "mean_teacher": Method(objectives.averaged_teacher(weight=ramp(config.teacher), weak=weak)),
-    "vat": Method(vat),
-    "feature_matching": Method(gan(adversarial=recipe.adversarial), uses_generated=True),
-    "gan_consistency": Method(gan(adversarial=recipe.adversarial, **consistent), uses_generated=True),
-    "bad_generator": Method(bad, uses_generated=True),
-    "gan_augmented": Method(
-      objectives.generator_augmented(weight=config.generated),
-      uses_unlabelled=False,
-      uses_generated=True,
-      before=generator,
-      conditional=True,
-    ),
-  }
 
 
 def main(config: Config) -> Json:
@@ -265,10 +177,10 @@ class Study:
     config: Config = run.config  # pyright: ignore[reportAssignmentType]
     self.run, dataset = run, run.dataset
     small = min(dataset.image_shape[:2]) < 16
-    self.recipe = recipe(config, small)
-    self._d, self._g, self._g_conditional = _networks(config.network, dataset, small)
+    self.recipe = _methods.make_recipe(config, small)
+    self._d, self._g, self._g_conditional = _methods.make_networks(config.network, dataset, small)
     norm = np.linalg.norm(dataset.x_train.reshape(len(dataset.x_train), -1) / 255, axis=-1).mean()
-    self._methods = methods(config, self.recipe, float(norm))
+    self._methods = _methods.make_methods(config, self.recipe, float(norm))
     self._txs = {
       "g_tx": mnist_ssgan.adam(self.recipe, self.recipe.g_learning_rate),
       "d_tx": mnist_ssgan.adam(self.recipe, self.recipe.learning_rate),
@@ -304,7 +216,7 @@ class Study:
     return [{"method": key, **shared, **row} for key, row in {**readings, name: own}.items()]
 
   def _train(
-    self, name: str, method: Method, keys: Sequence[Array], together: data.DeviceData
+    self, name: str, method: _methods.Method, keys: Sequence[Array], together: data.DeviceData
   ) -> tuple[TrainState, dict[str, float], dict[str, np.ndarray]]:
     """The replicates' last states, seconds in all, and means of the last metrics, `[S]` each."""
     recipe = self.recipe
@@ -334,7 +246,7 @@ class Study:
   def _program(
     self,
     name: str,
-    method: Method,
+    method: _methods.Method,
     g: Generator,
     dispatch: int,
     states: TrainState,
@@ -358,32 +270,6 @@ class Study:
       program = jax.jit(updates, donate_argnums=0).lower(states, together, np.int32(0)).compile()
       self._programs[case] = program
     return self._programs[case]
-
-
-def recipe(config: Config, small: bool) -> mnist_ssgan.Recipe:
-  """The recipe of mnist_ssgan, with one augmentation and one consistency for both kinds of networks."""
-  conv = mnist_ssgan.RECIPES["conv"]
-  shared = {"strong": conv.strong, "consistency": conv.consistency}
-  chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
-  if small:
-    chosen = dataclasses.replace(chosen, steps=400)
-  names = {"batch_size": "batch_unl"}
-  flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency")
-  given = {names.get(flag, flag): getattr(config, flag) for flag in flags}
-  return dataclasses.replace(chosen, **{k: v for k, v in given.items() if v is not None})
-
-
-def _networks(network: str, dataset: data.Dataset, small: bool) -> tuple[Network, Generator, Generator]:
-  """D, G, and the G that is asked for classes."""
-  shape, num_classes = dataset.image_shape, dataset.num_classes
-  if network == "mlp":
-    g = networks.MLPGenerator(shape)
-    return networks.MLPDiscriminator(num_classes), g, g.clone(norm="batch", num_classes=num_classes)
-  d = networks.ConvDiscriminator(num_classes)
-  g = networks.ConvGenerator(shape)
-  if small:
-    d, g = d.clone(width=16, num_features=128), g.clone(width=32)
-  return d, g, g.clone(norm="layer", num_classes=num_classes)
 
 
 # --- Reading
@@ -499,4 +385,6 @@ def _difference(found: Json | None) -> str:
 
 
 if __name__ == "__main__":
+  # A device a core: on CPU small networks train faster beside each other than on all cores in turn.
+  jax.config.update("jax_num_cpu_devices", runs.num_cores())
   runs.cli(main, Config)

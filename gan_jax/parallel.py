@@ -30,9 +30,9 @@ def replicate(updates: Updates, *, how: How | None = None, devices: Sequence[Any
   Args:
     updates: from `steps.make_updates`.
     how: `loop` trains one replicate after the other, `vmap` all in step: they must be at the same update.
-      By default `loop` on CPU, where
-      the kernels of a replicate's own make `vmap`'s convolutions grouped ones, which XLA has no fast code
-      for there; else `vmap`, for a device that one small network does not fill.
+      By default `loop` on CPU, where the kernels of a replicate's own make `vmap`'s convolutions grouped
+      ones, which XLA has no fast code for there; else `vmap`, for a device that one small network does
+      not fill.
     devices: over which the replicates are spread evenly, as many of them as divide S; all by default.
 
   Returns:

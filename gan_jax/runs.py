@@ -331,6 +331,13 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def num_cores() -> int:
+  """Processor cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def environment() -> Json:
   """Device, versions and commit: what a number means nothing without."""
   device = jax.devices()[0]
@@ -340,8 +347,7 @@ def environment() -> Json:
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):
       commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  kind = f"{device.platform}, {cores} cores" if device.platform == "cpu" else device.device_kind
+  kind = f"{device.platform}, {num_cores()} cores" if device.platform == "cpu" else device.device_kind
   return {
     "device": kind,
     "versions": {

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import label_study
+from experiments import _methods, label_study
 from gan_jax import data, networks
 from gan_jax.types import InputError
 
@@ -20,7 +20,7 @@ def spied(monkeypatch):
     g = networks.MLPGenerator(dataset.image_shape, widths=(8,))
     return networks.MLPDiscriminator(10, widths=(12, 8)), g, g.clone(norm="batch", num_classes=10)
 
-  monkeypatch.setattr(label_study, "_networks", small_networks)
+  monkeypatch.setattr(_methods, "make_networks", small_networks)
   calls, inside = [], label_study._test_errors
 
   def spy(dataset, read, states, probes):
@@ -149,8 +149,8 @@ def test_bad_flags(flags, words, tmp_path):
 
 def test_each_method_is_another_objective_over_the_same_batches():
   config = label_study.Config()
-  recipe = label_study.recipe(config, small=True)
-  methods = label_study.methods(config, recipe, norm=3.0)
+  recipe = _methods.make_recipe(config, small=True)
+  methods = _methods.make_methods(config, recipe, norm=3.0)
   assert tuple(methods) == config.methods
   terms = {name: frozenset(method.objective.d) for name, method in methods.items()}
   assert terms["supervised"] == terms["supervised_augmented"] == {"supervised"}
