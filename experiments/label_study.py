@@ -186,6 +186,7 @@ class Study:
       "d_tx": mnist_ssgan.adam(self.recipe, self.recipe.learning_rate),
     }
     self._fit_probes, self._read = make_readings(self._d, dataset.num_classes)
+    self._environment = {"dataset": dataset.name, "network": config.network, **runs.environment()}
     self._programs: dict[tuple[str, int], Callable] = {}
 
   def cell(self, name: str, splits: Sequence[LabelSplit]) -> list[Json]:
@@ -206,6 +207,7 @@ class Study:
       "splits": [split.seed for split in splits],
       "sha256": [split.sha256 for split in splits],
       "steps": self.recipe.steps,
+      **self._environment,
     }
     own = {
       "errors": errors.pop(""),
@@ -347,31 +349,57 @@ def _json(found: metrics.Spread | metrics.Difference) -> Json:
 
 def _in_words(cell: Json) -> str:
   verdicts = "".join(f"; against {name}: {found['verdict']}" for name, found in cell["against"].items())
-  return f"{cell['mean']:.2f} +- {cell['std']:.2f} %{verdicts}"
+  return f"{_mean(cell)} %{verdicts}"
 
 
 def markdown(cells: Sequence[Json], run: runs.Run) -> str:
-  """A table a budget."""
+  """Tables: all methods and budgets in short, then each budget in full."""
   names = [name for name in REFERENCES if any(name in cell["against"] for cell in cells)]
+  budgets = list(dict.fromkeys(cell["budget"] for cell in cells))
+  lines = [f"# Error in percent on {run.dataset.name}", ""]
+  lines += _overview(cells, budgets, "mean +- std", _mean)
+  for name in names:
+    lines += _overview(
+      cells, budgets, f"less {name}", lambda c, name=name: _difference(c["against"].get(name))
+    )
   head = ["method", "mean +- std", "95 % interval", "median", "best", "worst", "over twice the median"]
   head += [f"less {name}" for name in names]
-  lines = [f"# Error in percent on {run.dataset.name}", ""]
-  for budget in dict.fromkeys(cell["budget"] for cell in cells):
-    lines += [f"## {budget} labels", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for cell in (cell for cell in cells if cell["budget"] == budget):
-      row = [
+  for budget in budgets:
+    rows = [
+      [
         cell["method"],
-        f"{cell['mean']:.2f} +- {cell['std']:.2f}",
+        _mean(cell),
         _interval(cell["interval"]),
         *(f"{cell[key]:.2f}" for key in ("median", "best", "worst")),
         f"{100 * cell['failure_rate']:.0f} %",
         *(_difference(cell["against"].get(name)) for name in names),
       ]
-      lines.append(f"| {' | '.join(row)} |")
-    lines.append("")
+      for cell in cells
+      if cell["budget"] == budget
+    ]
+    lines += [f"## {budget} labels", "", *_table(head, rows)]
   splits = ", ".join(str(seed) for seed in cells[0]["splits"])
   lines.append(f"Splits {splits}. Unlabelled images include the labelled ones. {run.dataset.note}".strip())
   return "\n".join(lines) + "\n"
+
+
+def _overview(
+  cells: Sequence[Json], budgets: Sequence[int | str], title: str, entry: Callable[[Json], str]
+) -> list[str]:
+  """A row a method, a column a budget; without the probes."""
+  found = {(cell["method"], cell["budget"]): entry(cell) for cell in cells}
+  methods = [name for name in dict.fromkeys(cell["method"] for cell in cells) if "," not in name]
+  rows = [[name, *(found.get((name, budget), "") for budget in budgets)] for name in methods]
+  return _table([title, *(f"{budget} labels" for budget in budgets)], [row for row in rows if any(row[1:])])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+  return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+
+def _mean(cell: Json) -> str:
+  return f"{cell['mean']:.2f} +- {cell['std']:.2f}"
 
 
 def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:

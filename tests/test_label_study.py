@@ -82,7 +82,7 @@ def test_two_methods_take_two_steps_and_only_test_errors_sees_the_test_set(tmp_p
   expected = data.split_labels(load("digits").y_train, 2, 1)
   assert (split["sha256"], tuple(split["indices"])) == (expected.sha256, expected.indices)
   rows = [json.loads(line) for line in (tmp_path / "run" / "study.jsonl").read_text().splitlines()]
-  assert all(row["sha256"][1] == expected.sha256 for row in rows)
+  assert all(row["sha256"][1] == expected.sha256 and row["versions"]["jax"] for row in rows)
 
 
 def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, spied):
@@ -176,6 +176,11 @@ def test_markdown_and_verdicts(tmp_path):
   assert [round(cell["failure_rate"], 2) for cell in cells] == [0, 0, 0.33]
   run = type("Run", (), {"dataset": data.load("digits")})
   table = label_study.markdown(cells, run)
-  assert "| vat | 5.07 +- 1.05 |" in table
+  head = "| mean +- std | 20 labels |\n|---|---|\n| supervised_augmented | 6.00 +- 1.00 |\n"
+  assert head + "| vat | 5.07 +- 1.05 |\n" in table
+  assert (
+    "| less supervised_augmented | 20 labels |\n|---|---|\n| vat | -0.93 (-1.08 to -0.79): helps |" in table
+  )
+  assert "| vat | 5.07 +- 1.05 | 2.46 to 7.68 | 5.10 | 4.00 | 6.10 | 0 % | -0.93" in table
   assert "-0.93 (-1.08 to -0.79): helps" in table
   assert np.isclose(cells[1]["against"]["supervised_augmented"]["mean"], -2.8 / 3)
