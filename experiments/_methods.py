@@ -38,15 +38,15 @@ class Config(runs.Config):
   """Weight of the averaged teacher in mean_teacher."""
   vat: float = 1.0
   """Weight of the divergence in vat."""
-  vat_epsilon: float = 0.2
+  vat_epsilon: float = 0.4
   """Length of the virtual adversarial perturbation, as a share of the mean norm of the images."""
-  vat_entropy: float = 0.3
+  vat_entropy: float = 1.0
   """Weight of the entropy in vat."""
-  bad_entropy: float = 0.3
+  bad_entropy: float = 2.0
   """Weight of the entropy in bad_generator."""
   bad_density: float = 0.1
   """Weight of the penalty on generated images in dense regions in bad_generator."""
-  generated: float = 0.3
+  generated: float = 1.0
   """Weight of the generated images in gan_augmented."""
 
 
@@ -111,7 +111,7 @@ def make_recipe(config: Config, small: bool) -> mnist_ssgan.Recipe:
   shared = {"strong": conv.strong, "consistency": conv.consistency}
   chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
   if small:
-    chosen = dataclasses.replace(chosen, steps=400)
+    chosen = dataclasses.replace(chosen, steps=800, adversarial=0.2)
   names = {"batch_size": "batch_unl"}
   flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency")
   given = {names.get(flag, flag): getattr(config, flag) for flag in flags}

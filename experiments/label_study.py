@@ -101,6 +101,7 @@ def main(config: Config) -> Json:
     report.label_curves(run.path / "study.png", curves, smallest=half_an_image, ylabel=f"{where}, %")
     result = {
       "interrupted": False,
+      **dict.fromkeys(("num_labels", "label_split_sha256", "split_seed")),  # each cell has its own
       "network": config.network,
       "steps": study.recipe.steps,
       "recipe": {k: v for k, v in dataclasses.asdict(study.recipe).items() if not callable(v)},

@@ -397,7 +397,9 @@ def finish(
   report.page(
     run.path / "report.html", result, table, [(title, run.path / name) for title, name in pictures]
   )
-  title = f"{run.experiment} on {dataset.name}, {len(run.split.indices)} labels"
+  title = f"{run.experiment} on {dataset.name}"
+  if result["num_labels"] is not None:  # else each row of the table has its own
+    title += f", {result['num_labels']} labels"
   rich_table = Table(title=title, title_justify="left", show_header=False)
   for row in table:
     rich_table.add_row(*row)
