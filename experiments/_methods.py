@@ -34,6 +34,8 @@ class Config(runs.Config):
   """Weight of D's real-or-fake loss in feature_matching and gan_consistency (default: the recipe's)."""
   consistency: float | None = None
   """Weight of consistency in pseudo_label, gan_consistency and gan_augmented (default: the recipe's)."""
+  balance: float | None = None
+  """Weight of the balance of classes in the same three (default: the recipe's)."""
   teacher: float = 5.0
   """Weight of the averaged teacher in mean_teacher."""
   vat: float = 1.0
@@ -73,6 +75,7 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
     "consistency_weight": ramp(recipe.consistency),
     "weak": weak,
     "threshold": recipe.threshold,
+    "balance_weight": recipe.balance,
   }
   gan = objectives.semi_supervised_gan
   vat = objectives.virtual_adversarial_training(
@@ -108,12 +111,12 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
 def make_recipe(config: Config, small: bool) -> mnist_ssgan.Recipe:
   """The recipe of mnist_ssgan, with one augmentation and one consistency for both kinds of networks."""
   conv = mnist_ssgan.RECIPES["conv"]
-  shared = {"strong": conv.strong, "consistency": conv.consistency}
+  shared = {name: getattr(conv, name) for name in ("strong", "consistency", "balance")}
   chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
   if small:
     chosen = dataclasses.replace(chosen, steps=800, adversarial=0.2)
   names = {"batch_size": "batch_unl"}
-  flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency")
+  flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency", "balance")
   given = {names.get(flag, flag): getattr(config, flag) for flag in flags}
   return dataclasses.replace(chosen, **{k: v for k, v in given.items() if v is not None})
 

@@ -47,6 +47,8 @@ class Config(runs.Config):
   """Weight of the real-or-fake loss of D; 0 trains without a GAN (default: the recipe's)."""
   consistency: float | None = None
   """Weight of the consistency term; 0 gives the pure GAN (default: the recipe's)."""
+  balance: float | None = None
+  """Weight of the balance of classes; use 0 where some are rare (default: the recipe's)."""
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
   judge: bool = False
@@ -62,7 +64,9 @@ class Recipe:
   """What `--network` stands for."""
 
   steps: int
-  """For 10,000 training images and more; a third of it for fewer, which are soon learned by heart."""
+  """For 10,000 training images and more."""
+  steps_few: int
+  """For fewer, which are soon learned by heart."""
   batch_lab: int
   batch_unl: int
   batch_fake: int
@@ -73,6 +77,8 @@ class Recipe:
   ema_decay: float
   adversarial: float
   consistency: float
+  balance: float
+  """Weight of the balance of classes: without it a part of a class may for good be taken for another."""
   strong: Mapping[str, float] | None
   """Ranges of the affine maps that all images go through on their way into D."""
   threshold: float = 0.95
@@ -84,7 +90,8 @@ RECIPES = {
   # Tuned on training images alone, part of them held out, split seeds 100-102: on MNIST the weights,
   # augmentation and schedule, on the digits the number of updates.
   "conv": Recipe(
-    steps=3000,
+    steps=6000,
+    steps_few=1000,
     batch_lab=50,
     batch_unl=64,
     batch_fake=32,
@@ -94,11 +101,13 @@ RECIPES = {
     ema_decay=0.99,
     adversarial=0.5,
     consistency=1.0,
+    balance=1.0,
     strong={"shift": 0.06, "rotate": 12.5, "scale": 0.1, "shear": 0.15},
   ),
   # Salimans et al., 2016, and the authors' code; 180,000 updates there.
   "mlp": Recipe(
     steps=12_000,
+    steps_few=4000,
     batch_lab=100,
     batch_unl=100,
     batch_fake=100,
@@ -108,6 +117,7 @@ RECIPES = {
     ema_decay=0.9999,
     adversarial=0.5,
     consistency=0.0,
+    balance=0.0,
     strong=None,
   ),
 }
@@ -146,7 +156,7 @@ def main(config: Config) -> Json:
       fit = train_phase(
         "semi-supervised",
         make_objective(recipe),
-        num_unl=recipe.batch_unl if recipe.adversarial or recipe.consistency else 0,
+        num_unl=recipe.batch_unl if recipe.adversarial or recipe.consistency or recipe.balance else 0,
         num_fake=recipe.batch_fake if recipe.adversarial else 0,
         control=False,
         checkpoints=checkpoints,
@@ -224,9 +234,9 @@ def main(config: Config) -> Json:
 def _recipe(config: Config, num_images: int) -> Recipe:
   recipe = RECIPES[config.network]
   if num_images < 10_000:
-    recipe = dataclasses.replace(recipe, steps=recipe.steps // 3)
+    recipe = dataclasses.replace(recipe, steps=recipe.steps_few)
   names = {"batch_size": "batch_unl"}
-  flags = ("steps", "batch_size", "adversarial", "consistency", "learning_rate")
+  flags = ("steps", "batch_size", "adversarial", "consistency", "balance", "learning_rate")
   given = {names.get(name, name): getattr(config, name) for name in flags}
   return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
@@ -247,6 +257,7 @@ def make_objective(recipe: Recipe) -> objectives.Objective:
     consistency_weight=ramp(recipe, recipe.consistency) if recipe.consistency else 0.0,
     weak=augment.affine(**WEAK),
     threshold=recipe.threshold,
+    balance_weight=recipe.balance,
   )
 
 

@@ -13,6 +13,7 @@ With K = 1 the first line is the sigmoid of the only logit: the plain GAN.
 Every loss is element-wise and returns one value an example; the caller takes the mean.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -201,6 +202,19 @@ def entropy(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
     Grandvalet & Bengio, 2004, "Semi-supervised learning by entropy minimization", equation 6.
   """
   return jnp.sum(jax.nn.softmax(logits) * -jax.nn.log_softmax(logits), axis=-1)
+
+
+def imbalance(logits: Float[Array, "b k"]) -> Float[Array, ""]:
+  """How far the classes that a batch is given are from equally frequent: `sum_k m_k log(K m_k)`.
+
+  `m_k = E p_k` over the batch: the divergence of its mean prediction from uniform, in nats, 0 at best.
+
+  References:
+    Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5 (the entropy of the marginal).
+  """
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  log_mean = jax.nn.logsumexp(log_probs, axis=0) - math.log(len(logits))  # finite, as is its gradient
+  return (jnp.exp(log_mean) * log_mean).sum() + math.log(logits.shape[-1])
 
 
 def divergence(logits_p: Float[Array, "b k"], logits_q: Float[Array, "b k"]) -> Float[Array, "b"]:

@@ -161,6 +161,14 @@ def entropy(view: View) -> Float[Array, ""]:
   return losses.entropy(view.unl.logits).mean()
 
 
+def balance(view: View) -> Float[Array, ""]:
+  """Imbalance of the classes given to the unlabelled images, where all are about equally frequent.
+
+  It undoes what pseudo-labels alone make final: a part of one class that is taken for another.
+  """
+  return losses.imbalance(view.unl.logits)
+
+
 def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:
   """The classifier keeps its mind about unlabelled images where it would change it soonest.
 
@@ -351,10 +359,11 @@ def semi_supervised_gan(
   consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
+  balance_weight: float = 0.0,
 ) -> Objective:
   """The K + 1 discriminator against a feature-matching generator, with or without consistency.
 
-  `L_D = CE(x_lab, y) + a [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + c L_consistency`,
+  `L_D = CE(x_lab, y) + a [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + c L_consistency + b L_balance`,
   `L_G = mean_j (E f_j(x_unl) - E f_j(G(z)))^2`, with `r` the realness logit and `f` the features.
 
   Args:
@@ -364,6 +373,7 @@ def semi_supervised_gan(
     consistency_weight: c, a number or a schedule; 0 gives the published GAN.
     weak: the augmentation under which an image has its class; needed where c is not 0.
     threshold: confidence from which an image's own class is taught, in [0, 1].
+    balance_weight: b; for classes that are about equally frequent.
 
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, sections 3.1 and 5.
@@ -372,6 +382,7 @@ def semi_supervised_gan(
   d: dict[str, tuple[Weight, Term]] = {
     "supervised": (1.0, supervised),
     "realness": (adversarial, adversarial_d(losses.non_saturating)),
+    "balance": (balance_weight, balance),
   }
   if weak is not None:
     d["consistency"] = (consistency_weight, consistency(weak, threshold=threshold))
@@ -388,6 +399,7 @@ def conditional_gan(
   consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
+  balance_weight: float = 0.0,
   **penalty: Any,
 ) -> Objective:
   """A class-conditional GAN from any number of labels, over the same K logits.
@@ -401,12 +413,16 @@ def conditional_gan(
   Args:
     loss: the pair.
     supervised_weight: of the cross-entropy of the labelled images.
-    consistency_weight, weak, threshold: as in `semi_supervised_gan`.
+    consistency_weight, weak, threshold, balance_weight: as in `semi_supervised_gan`.
     penalty: `penalty`, `gamma`, `penalty_every` and `rotation_weight` as in `gan`.
   """
   adversarial = gan(loss, labelled=True, **penalty)
   classifier = semi_supervised_gan(
-    adversarial=0.0, consistency_weight=consistency_weight, weak=weak, threshold=threshold
+    adversarial=0.0,
+    consistency_weight=consistency_weight,
+    weak=weak,
+    threshold=threshold,
+    balance_weight=balance_weight,
   )
   d = {**adversarial.d, **classifier.d, "supervised": (supervised_weight, supervised)}
   return Objective(d=d, g=adversarial.g)

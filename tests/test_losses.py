@@ -81,6 +81,15 @@ def test_consistency_counts_the_confident_and_stops_the_gradient_of_the_target()
   assert not grads[1][1].any()
 
 
+def test_imbalance_is_the_divergence_of_the_mean_prediction_from_uniform():
+  probs = jax.nn.softmax(LOGITS, axis=-1).mean(axis=0)
+  np.testing.assert_allclose(losses.imbalance(LOGITS), (probs * np.log(3 * probs)).sum(), rtol=1e-5)
+  one_each = 200.0 * jnp.eye(4)
+  np.testing.assert_allclose(losses.imbalance(one_each), 0.0, atol=1e-6)
+  np.testing.assert_allclose(losses.imbalance(one_each[:1].repeat(3, axis=0)), np.log(4), rtol=1e-6)
+  assert np.isfinite(jax.grad(losses.imbalance)(one_each[:1])).all()  # though three probabilities are 0
+
+
 R = np.array([-2.0, 0.0, 0.3, 1.5, 4.0])
 F = np.array([1.0, -3.0, 0.0, 2.5, 0.7])
 SIGMOID = lambda r: 1 / (1 + np.exp(-r))

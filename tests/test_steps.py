@@ -16,7 +16,7 @@ from gan_jax.types import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "steps.json"
 WEAK = augment.affine(shift=0.05)
-FULL = objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2)
+FULL = objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2, balance_weight=3.0)
 
 
 def test_d_and_g_move_only_themselves(make_tiny):
@@ -36,12 +36,12 @@ def test_d_and_g_move_only_themselves(make_tiny):
 def test_metrics_are_named_after_their_terms(make_tiny):
   tiny = make_tiny(objective=FULL)
   _, metrics = jax.jit(tiny.step())(tiny.state(), tiny.batch())
-  d = (
-    "loss supervised realness consistency realness_real realness_fake real_sign error grad_norm update_norm"
-  )
+  d = "loss supervised realness consistency balance error grad_norm update_norm"
+  d += " realness_real realness_fake real_sign"
   g = "loss feature_matching grad_norm update_norm"
   assert set(metrics) == {f"d/{k}" for k in d.split()} | {f"g/{k}" for k in g.split()}
   parts = metrics["d/supervised"] + 0.5 * metrics["d/realness"] + metrics["d/consistency"]
+  parts += 3.0 * metrics["d/balance"]
   np.testing.assert_allclose(metrics["d/loss"], parts, rtol=1e-5)
 
 

@@ -251,6 +251,9 @@ class Gan:
           terms[name] = F.softplus(-real).mean() + F.softplus(made).mean()
         elif name == "consistency":
           terms[name] = self._consistency(weak, unl)
+        elif name == "balance":
+          log_mean = F.log_softmax(unl.logits, 1).logsumexp(0) - math.log(sizes[1])
+          terms[name] = (log_mean.exp() * log_mean).sum() + math.log(unl.logits.shape[1])
         elif name == "r1":
           terms[name] = self._r1(params, lab.x, y_lab) if due else logits.new_zeros(())
         else:
