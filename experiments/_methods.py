@@ -34,8 +34,9 @@ class Config(runs.Config):
   """Weight of D's real-or-fake loss in feature_matching and gan_consistency (default: the recipe's)."""
   consistency: float | None = None
   """Weight of consistency in pseudo_label, gan_consistency and gan_augmented (default: the recipe's)."""
-  balance: float | None = None
-  """Weight of the balance of classes in the same three (default: the recipe's)."""
+  balance: tuple[float, float] | None = None
+  """Weight of the balance of classes in the same three, at the first and the last update (default: the
+  recipe's)."""
   teacher: float = 5.0
   """Weight of the averaged teacher in mean_teacher."""
   vat: float = 1.0
@@ -75,7 +76,7 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
     "consistency_weight": ramp(recipe.consistency),
     "weak": weak,
     "threshold": recipe.threshold,
-    "balance_weight": recipe.balance,
+    "balance_weight": mnist_ssgan.balance(recipe),
   }
   gan = objectives.semi_supervised_gan
   vat = objectives.virtual_adversarial_training(
@@ -111,6 +112,8 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
 def make_recipe(config: Config, small: bool) -> mnist_ssgan.Recipe:
   """The recipe of mnist_ssgan, with one augmentation and one consistency for both kinds of networks."""
   conv = mnist_ssgan.RECIPES["conv"]
+  if small:
+    conv = dataclasses.replace(conv, **mnist_ssgan.FEW["conv"])
   shared = {name: getattr(conv, name) for name in ("strong", "consistency", "balance")}
   chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
   if small:

@@ -47,8 +47,9 @@ class Config(runs.Config):
   """Weight of the real-or-fake loss of D; 0 trains without a GAN (default: the recipe's)."""
   consistency: float | None = None
   """Weight of the consistency term; 0 gives the pure GAN (default: the recipe's)."""
-  balance: float | None = None
-  """Weight of the balance of classes; use 0 where some are rare (default: the recipe's)."""
+  balance: tuple[float, float] | None = None
+  """Weight of the balance of classes at the first update and at the last; use 0 0 where classes are not
+  about equally frequent (default: the recipe's)."""
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
   judge: bool = False
@@ -64,9 +65,6 @@ class Recipe:
   """What `--network` stands for."""
 
   steps: int
-  """For 10,000 training images and more."""
-  steps_few: int
-  """For fewer, which are soon learned by heart."""
   batch_lab: int
   batch_unl: int
   batch_fake: int
@@ -77,8 +75,9 @@ class Recipe:
   ema_decay: float
   adversarial: float
   consistency: float
-  balance: float
-  """Weight of the balance of classes: without it a part of a class may for good be taken for another."""
+  balance: tuple[float, float]
+  """Weight of the balance of classes at the first update and at the last, in a straight line between.
+  Without it a part of a class may be taken for another for good; with too much batches by chance decide."""
   strong: Mapping[str, float] | None
   """Ranges of the affine maps that all images go through on their way into D."""
   threshold: float = 0.95
@@ -91,7 +90,6 @@ RECIPES = {
   # augmentation and schedule, on the digits the number of updates.
   "conv": Recipe(
     steps=6000,
-    steps_few=1000,
     batch_lab=50,
     batch_unl=64,
     batch_fake=32,
@@ -101,13 +99,12 @@ RECIPES = {
     ema_decay=0.99,
     adversarial=0.5,
     consistency=1.0,
-    balance=1.0,
+    balance=(3.0, 0.0),
     strong={"shift": 0.06, "rotate": 12.5, "scale": 0.1, "shear": 0.15},
   ),
   # Salimans et al., 2016, and the authors' code; 180,000 updates there.
   "mlp": Recipe(
     steps=12_000,
-    steps_few=4000,
     batch_lab=100,
     batch_unl=100,
     batch_fake=100,
@@ -117,10 +114,13 @@ RECIPES = {
     ema_decay=0.9999,
     adversarial=0.5,
     consistency=0.0,
-    balance=0.0,
+    balance=(0.0, 0.0),
     strong=None,
   ),
 }
+
+FEW: dict[str, dict[str, Any]] = {"conv": {"steps": 1000, "balance": (1.0, 1.0)}, "mlp": {"steps": 4000}}
+"""What is different for fewer than 10,000 training images, which are soon learned by heart."""
 
 
 def main(config: Config) -> Json:
@@ -156,7 +156,7 @@ def main(config: Config) -> Json:
       fit = train_phase(
         "semi-supervised",
         make_objective(recipe),
-        num_unl=recipe.batch_unl if recipe.adversarial or recipe.consistency or recipe.balance else 0,
+        num_unl=recipe.batch_unl if recipe.adversarial or recipe.consistency or any(recipe.balance) else 0,
         num_fake=recipe.batch_fake if recipe.adversarial else 0,
         control=False,
         checkpoints=checkpoints,
@@ -234,7 +234,7 @@ def main(config: Config) -> Json:
 def _recipe(config: Config, num_images: int) -> Recipe:
   recipe = RECIPES[config.network]
   if num_images < 10_000:
-    recipe = dataclasses.replace(recipe, steps=recipe.steps_few)
+    recipe = dataclasses.replace(recipe, **FEW[config.network])
   names = {"batch_size": "batch_unl"}
   flags = ("steps", "batch_size", "adversarial", "consistency", "balance", "learning_rate")
   given = {names.get(name, name): getattr(config, name) for name in flags}
@@ -257,13 +257,18 @@ def make_objective(recipe: Recipe) -> objectives.Objective:
     consistency_weight=ramp(recipe, recipe.consistency) if recipe.consistency else 0.0,
     weak=augment.affine(**WEAK),
     threshold=recipe.threshold,
-    balance_weight=recipe.balance,
+    balance_weight=balance(recipe),
   )
 
 
 def ramp(recipe: Recipe, weight: float) -> optax.Schedule:
   """From 0 to `weight` over the recipe's share of the updates."""
   return optax.linear_schedule(0.0, weight, max(1, int(recipe.ramp * recipe.steps)))
+
+
+def balance(recipe: Recipe) -> float | optax.Schedule:
+  """The weight of the balance of classes."""
+  return optax.linear_schedule(*recipe.balance, recipe.steps) if any(recipe.balance) else 0.0
 
 
 ADAM: dict[str, Any] = {"b1": 0.5, "b2": 0.999, "eps": 0.0, "eps_root": 1e-8}

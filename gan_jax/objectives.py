@@ -359,7 +359,7 @@ def semi_supervised_gan(
   consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
-  balance_weight: float = 0.0,
+  balance_weight: Weight = 0.0,
 ) -> Objective:
   """The K + 1 discriminator against a feature-matching generator, with or without consistency.
 
@@ -373,7 +373,7 @@ def semi_supervised_gan(
     consistency_weight: c, a number or a schedule; 0 gives the published GAN.
     weak: the augmentation under which an image has its class; needed where c is not 0.
     threshold: confidence from which an image's own class is taught, in [0, 1].
-    balance_weight: b; for classes that are about equally frequent.
+    balance_weight: b, a number or a schedule; for classes that are about equally frequent.
 
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, sections 3.1 and 5.
@@ -399,7 +399,7 @@ def conditional_gan(
   consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
-  balance_weight: float = 0.0,
+  balance_weight: Weight = 0.0,
   **penalty: Any,
 ) -> Objective:
   """A class-conditional GAN from any number of labels, over the same K logits.
