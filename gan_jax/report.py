@@ -144,7 +144,7 @@ def label_curves(
 
   def draw(figure):
     from matplotlib import colormaps
-    from matplotlib.ticker import LogFormatter, NullFormatter
+    from matplotlib.ticker import NullFormatter
 
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -161,8 +161,11 @@ def label_curves(
     axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", bottom=False)
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-      set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    low, high = axes.get_ylim()
+    ticks = [m * 10.0**k for k in range(-3, 3) for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", which="both", color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
