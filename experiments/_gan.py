@@ -78,10 +78,7 @@ class Config(runs.Config):
       )
     if recipe.penalty == "none" and self.gamma is not None:
       raise InputError("--gamma is the weight of a penalty and --penalty is none")
-    if recipe.gamma < 0:
-      raise InputError(f"--gamma must not be negative, and it is {recipe.gamma}")
-    if self.rotation is not None and self.rotation < 0:
-      raise InputError(f"--rotation must not be negative, and it is {self.rotation}")
+    self.check_not_negative("gamma", "rotation")
     if not 0.5 < self.real_label <= 1:
       raise InputError(f"--real-label must be above 0.5 and at most 1, and it is {self.real_label}")
     if self.real_label < 1 and self.loss not in ("min_max", "non_saturating", "least_squares"):

@@ -52,6 +52,10 @@ class Config(runs.Config):
   generated: float = 1.0
   """Weight of the generated images in gan_augmented."""
 
+  def check(self) -> None:
+    super().check()
+    self.check_not_negative(*(name for name in Config.__annotations__ if name != "network"))
+
 
 class Method(NamedTuple):
   """A way to train D."""

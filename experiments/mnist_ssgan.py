@@ -55,6 +55,10 @@ class Config(runs.Config):
   judge: bool = False
   """Judge the generated images as well: their Frechet distance to the test set."""
 
+  def check(self) -> None:
+    super().check()
+    self.check_not_negative("adversarial", "consistency", "balance", "learning_rate")
+
 
 WEAK = {"shift": 0.05, "rotate": 10.0, "scale": 0.05, "shear": 0.1}
 """Ranges of the affine maps under which the consistency term takes its targets."""

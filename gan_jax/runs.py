@@ -93,16 +93,20 @@ class Config:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if self.split_seed < 0 or self.seed < 0 or (self.hold_out or 0) < 0:
-      raise InputError("--seed, --split-seed and --hold-out must not be negative")
+    self.check_not_negative("seed", "split_seed", "hold_out", "freeze_d")
     if self.resume and self.workdir is None:
       raise InputError("--resume needs --workdir, the run to continue")
     if self.resume and self.overwrite:
       raise InputError("--resume continues a run and --overwrite replaces it: choose one")
-    if self.freeze_d < 0:
-      raise InputError("--freeze-d must not be negative")
     if not self.resume:  # else these were checked when the run began, and its source may be gone by now
       self._check_source()
+
+  def check_not_negative(self, *names: str) -> None:
+    """Raises `InputError` for the first of these flags that is negative; None is not."""
+    for name in names:
+      value = getattr(self, name)
+      if value is not None and min(value if isinstance(value, tuple) else (value,)) < 0:
+        raise InputError(f"--{name.replace('_', '-')} must not be negative, and it is {value}")
 
   def _check_source(self) -> None:
     if self.init_from is None and self.init_parts != "both":
@@ -393,6 +397,7 @@ def finish(
     "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     **run.environment,
   }
+  result = json.loads(json.dumps(result))  # as it will be read: a tuple is a list
   report.write_json(run.path / "result.json", result)
   report.page(
     run.path / "report.html", result, table, [(title, run.path / name) for title, name in pictures]

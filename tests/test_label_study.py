@@ -136,6 +136,8 @@ BAD = [
   ({"budgets": (20_000,)}, "a class has but"),
   ({"labels_per_class": 3}, "use --budgets and --splits"),
   ({"exclude_labelled": True}, "not for the study"),
+  ({"vat_epsilon": -0.1}, "--vat-epsilon must not be negative, and it is -0.1"),
+  ({"balance": (1.0, -1.0)}, "--balance must not be negative"),
   ({"num_images": 100}, "--num-images is not for the study"),
 ]
 
