@@ -113,15 +113,17 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
   }
 
 
-def make_recipe(config: Config, small: bool) -> mnist_ssgan.Recipe:
-  """The recipe of mnist_ssgan, with one augmentation and one consistency for both kinds of networks."""
+def make_recipe(config: Config, few: bool) -> mnist_ssgan.Recipe:
+  """The recipe of mnist_ssgan; augmentation, consistency and balance are those of its conv pair for both.
+
+  From `few` training images, below 10,000, it is 800 updates and a smaller adversarial weight, chosen on
+  the digits.
+  """
   conv = mnist_ssgan.RECIPES["conv"]
-  if small:
-    conv = dataclasses.replace(conv, **mnist_ssgan.FEW["conv"])
-  shared = {name: getattr(conv, name) for name in ("strong", "consistency", "balance")}
+  shared = {"strong": conv.strong, "consistency": conv.consistency, "balance": conv.balance}
+  if few:
+    shared |= {"balance": mnist_ssgan.FEW["conv"]["balance"], "steps": 800, "adversarial": 0.2}
   chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
-  if small:
-    chosen = dataclasses.replace(chosen, steps=800, adversarial=0.2)
   names = {"batch_size": "batch_unl"}
   flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency", "balance")
   given = {names.get(flag, flag): getattr(config, flag) for flag in flags}

@@ -4,11 +4,12 @@
   python -m experiments.label_study --dataset mnist --budgets 100     10 labels a class of MNIST
   python -m experiments.label_study --dataset digits --tune --splits 100 101 102 --vat 0.5
 
-All methods share the discriminator, the augmentation, the optimizer, the batches and the number of
-updates; they differ in their objective alone. All splits of one method and budget are trained together
-in one compiled program. The unlabelled images are all training images, labelled ones included. What is
-read is the last update's averaged parameters, on the test set, once, in `_test_errors`. Hyper-parameters
-are tuned with --tune: it reports on training images held out, on splits that no result is reported on.
+All methods share the discriminator, the optimizer, the batches and the number of updates, and all but
+`supervised` the augmentation; they differ in their objective. `gan_augmented` trains its generator before,
+for as many updates again, on all images. All splits of one method and budget are trained together in one
+compiled program. The unlabelled images are all training images, labelled ones included. What is read is
+the last update's averaged parameters, on the test set, once, in `_test_errors`. Hyper-parameters are tuned
+with --tune: it reports on training images held out, on splits that no result is reported on.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from gan_jax import augment, data, metrics, parallel, probe, report, runs, steps
 from gan_jax.types import Generator, InputError, Json, LabelSplit, Network, TrainState
 
 REFERENCES = ("supervised_augmented", "pseudo_label")
-"""What every method is compared with, split by split: no unlabelled images, and those without a GAN."""
+"""What every method is compared with, split by split: labels alone, and all images without a GAN."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ class Config(_methods.Config):
     super().check()
     if self.labels_per_class is not None or self.split_seed != 0:
       raise InputError("the study chooses the labels: use --budgets and --splits")
-    for name in ("num_images", "init_from"):
-      if getattr(self, name) is not None:
-        raise InputError(f"--{name.replace('_', '-')} is not for the study, whose methods share everything")
+    for name in ("num_images", "init_from", "tensorboard"):
+      if getattr(self, name):
+        raise InputError(
+          f"--{name.replace('_', '-')} is not for the study: its methods share all but the loss"
+        )
     if self.hold_out != 0 or self.exclude_labelled:
       raise InputError(
         "the splits share their images: --hold-out and --exclude-labelled are not for the study"
@@ -62,6 +65,7 @@ class Config(_methods.Config):
       values = getattr(self, name)
       if not values or len(set(values)) < len(values):
         raise InputError(f"--{name} must name at least one, and none twice")
+    self.check_not_negative("splits")
     if self.tune and min(self.splits) < 100:
       raise InputError("--tune is for split seeds from 100 on: results are reported on those below")
     if not self.tune and max(self.splits) >= 100:
@@ -78,7 +82,8 @@ def main(config: Config) -> Json:
     study = Study(run)
     path = run.path / "study.jsonl"
     rows = report.read_metrics(path) if config.resume else []
-    report.write_bytes(path, _lines(rows))
+    if path.exists():
+      report.write_bytes(path, _lines(rows))  # without a line that was cut off
     todo = [(b, m) for b in config.budgets for m in config.methods if not _is_in(rows, b, m)]
     for i, (budget, method) in enumerate(todo):
       found = study.cell(method, splits[budget])
@@ -102,9 +107,10 @@ def main(config: Config) -> Json:
     result = {
       "interrupted": False,
       **dict.fromkeys(("num_labels", "label_split_sha256", "split_seed")),  # each cell has its own
+      "num_images": len(run.dataset.x_train),
       "network": config.network,
       "steps": study.recipe.steps,
-      "recipe": {k: v for k, v in dataclasses.asdict(study.recipe).items() if not callable(v)},
+      "recipe": dataclasses.asdict(study.recipe),
       "tune": config.tune,
       "splits": list(config.splits),
       "seconds_train": round(sum(row.get("seconds_train", 0.0) for row in rows), 1),
@@ -178,7 +184,7 @@ class Study:
     config: Config = run.config  # pyright: ignore[reportAssignmentType]
     self.run, dataset = run, run.dataset
     small = min(dataset.image_shape[:2]) < 16
-    self.recipe = _methods.make_recipe(config, small)
+    self.recipe = _methods.make_recipe(config, few=len(dataset.x_train) < 10_000)
     self._d, self._g, self._g_conditional = _methods.make_networks(config.network, dataset, small)
     norm = np.linalg.norm(dataset.x_train.reshape(len(dataset.x_train), -1) / 255, axis=-1).mean()
     self._methods = _methods.make_methods(config, self.recipe, float(norm))
@@ -187,13 +193,13 @@ class Study:
       "d_tx": mnist_ssgan.adam(self.recipe, self.recipe.learning_rate),
     }
     self._fit_probes, self._read = make_readings(self._d, dataset.num_classes)
-    self._environment = {"dataset": dataset.name, "network": config.network, **runs.environment()}
+    self._environment = {"dataset": dataset.name, "network": config.network, **run.environment}
     self._programs: dict[tuple[str, int], Callable] = {}
 
   def cell(self, name: str, splits: Sequence[LabelSplit]) -> list[Json]:
     """Trains a method on all splits; a line a reading of its discriminator, the classifier's own last."""
     num_labels = len(splits[0].indices)
-    repeats = max(1, 1000 // num_labels) if 1000 % num_labels == 0 else 1  # one program for all of these
+    repeats = 1000 // num_labels if 1000 % num_labels == 0 else 1  # one program for all of these
     together = data.to_device_splits(self.run.dataset, splits, repeats=repeats)
     key = jax.random.key(self.run.config.seed)
     keys = [jax.random.fold_in(key, split.seed) for split in splits]
@@ -213,7 +219,9 @@ class Study:
     own = {
       "errors": errors.pop(""),
       **seconds,
-      "last": {metric: float(np.nanmean(values)) for metric, values in last.items()},
+      "last": {
+        metric: [float(v) if np.isfinite(v) else None for v in values] for metric, values in last.items()
+      },
     }
     readings = {f"{name}, {reading}": {"errors": found} for reading, found in errors.items()}
     return [{"method": key, **shared, **row} for key, row in {**readings, name: own}.items()]

@@ -1,7 +1,8 @@
 """A semi-supervised GAN: a K-class discriminator from few labels and many images.
 
 Salimans et al., 2016, https://arxiv.org/abs/1606.03498 (feature matching), with the consistency term of
-Sohn et al., 2020, https://arxiv.org/abs/2001.07685.
+Sohn et al., 2020, https://arxiv.org/abs/2001.07685, and the balance of classes of Springenberg, 2016,
+https://arxiv.org/abs/1511.06390.
 
   python -m experiments.mnist_ssgan                 MNIST where it can be had, else the bundled digits
   python -m experiments.mnist_ssgan --network mlp   the published networks and losses
@@ -46,7 +47,7 @@ class Config(runs.Config):
   adversarial: float | None = None
   """Weight of the real-or-fake loss of D; 0 trains without a GAN (default: the recipe's)."""
   consistency: float | None = None
-  """Weight of the consistency term; 0 gives the pure GAN (default: the recipe's)."""
+  """Weight of the consistency term; 0, and --balance 0 0, give the pure GAN (default: the recipe's)."""
   balance: tuple[float, float] | None = None
   """Weight of the balance of classes at the first update and at the last; use 0 0 where classes are not
   about equally frequent (default: the recipe's)."""
@@ -81,7 +82,8 @@ class Recipe:
   consistency: float
   balance: tuple[float, float]
   """Weight of the balance of classes at the first update and at the last, in a straight line between.
-  Without it a part of a class may be taken for another for good; with too much batches by chance decide."""
+  Without it a part of a class may be taken for another for good; too much of it follows the make-up of
+  single batches, which is chance."""
   strong: Mapping[str, float] | None
   """Ranges of the affine maps that all images go through on their way into D."""
   threshold: float = 0.95
@@ -90,8 +92,8 @@ class Recipe:
 
 
 RECIPES = {
-  # Tuned on training images alone, part of them held out, split seeds 100-102: on MNIST the weights,
-  # augmentation and schedule, on the digits the number of updates.
+  # Tuned on training images alone, part of them held out, split seeds 100-105: on MNIST the weights,
+  # augmentation and schedule, on the digits the number of updates and the balance.
   "conv": Recipe(
     steps=6000,
     batch_lab=50,
@@ -258,16 +260,16 @@ def make_objective(recipe: Recipe) -> objectives.Objective:
   """The semi-supervised GAN with the recipe's weights."""
   return objectives.semi_supervised_gan(
     adversarial=recipe.adversarial,
-    consistency_weight=ramp(recipe, recipe.consistency) if recipe.consistency else 0.0,
+    consistency_weight=ramp(recipe, recipe.consistency),
     weak=augment.affine(**WEAK),
     threshold=recipe.threshold,
     balance_weight=balance(recipe),
   )
 
 
-def ramp(recipe: Recipe, weight: float) -> optax.Schedule:
-  """From 0 to `weight` over the recipe's share of the updates."""
-  return optax.linear_schedule(0.0, weight, max(1, int(recipe.ramp * recipe.steps)))
+def ramp(recipe: Recipe, weight: float) -> float | optax.Schedule:
+  """From 0 to `weight` over the recipe's share of the updates; no schedule where it stays 0."""
+  return optax.linear_schedule(0.0, weight, max(1, int(recipe.ramp * recipe.steps))) if weight else 0.0
 
 
 def balance(recipe: Recipe) -> float | optax.Schedule:

@@ -65,7 +65,7 @@ def main(config: Config) -> Json:
     interrupted = pretrained["interrupted"]
     for split_seed in range(config.split_seed, config.split_seed + config.splits):
       if not interrupted:
-        # Without a GAN and without consistency the one phase fine-tunes D on the labels alone, and the
+        # Without a GAN, consistency and balance the one phase fine-tunes D on the labels alone, and the
         # other, its control, does the same from scratch.
         pairs.append(
           runs.run_inside(
@@ -76,6 +76,7 @@ def main(config: Config) -> Json:
             split_seed=split_seed,
             adversarial=0.0,
             consistency=0.0,
+            balance=(0.0, 0.0),
             init_from=str(run.path / "pretrained"),
             init_parts="d",
           )

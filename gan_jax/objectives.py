@@ -361,7 +361,7 @@ def semi_supervised_gan(
   threshold: float = 0.95,
   balance_weight: Weight = 0.0,
 ) -> Objective:
-  """The K + 1 discriminator against a feature-matching generator, with or without consistency.
+  """The K + 1 discriminator against a feature-matching generator, with or without consistency and balance.
 
   `L_D = CE(x_lab, y) + a [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + c L_consistency + b L_balance`,
   `L_G = mean_j (E f_j(x_unl) - E f_j(G(z)))^2`, with `r` the realness logit and `f` the features.
@@ -370,7 +370,7 @@ def semi_supervised_gan(
     adversarial: a. The published recipe has 1/2: "is it real?" is then one question, asked half of
       the time on real and half of the time on generated images, beside the one question "which class?".
       With 0 there is no GAN: D does not look at generated images and G is not trained.
-    consistency_weight: c, a number or a schedule; 0 gives the published GAN.
+    consistency_weight: c, a number or a schedule; 0, and no balance, gives the published GAN.
     weak: the augmentation under which an image has its class; needed where c is not 0.
     threshold: confidence from which an image's own class is taught, in [0, 1].
     balance_weight: b, a number or a schedule; for classes that are about equally frequent.
@@ -378,6 +378,7 @@ def semi_supervised_gan(
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, sections 3.1 and 5.
     Sohn et al., 2020, https://arxiv.org/abs/2001.07685 (the consistency term).
+    Springenberg, 2016, https://arxiv.org/abs/1511.06390 (the balance of classes, `losses.imbalance`).
   """
   d: dict[str, tuple[Weight, Term]] = {
     "supervised": (1.0, supervised),

@@ -81,6 +81,10 @@ def test_transfer_takes_two_steps_and_resumes(tmp_path, quick_judge, capsys):
   result = two_steps(transfer, tmp_path, **flags)
   assert "D's head is new: 10 classes here, 1 there" in capsys.readouterr().err
   assert len(result["fine_tuned_test_errors"]) == len(result["scratch_test_errors"]) == 1
+  lines = (tmp_path / "run" / "split-0" / "metrics.jsonl").read_text().splitlines()
+  terms = {key for line in lines for key in json.loads(line)}
+  assert "d/supervised" in terms
+  assert not terms & {"d/realness", "d/consistency", "d/balance"}  # labels alone, as its control has
   before = (tmp_path / "run" / "split-0" / "result.json").stat().st_mtime_ns
   again = two_steps(transfer, tmp_path, **flags, resume=True)
   assert again["fine_tuned_test_errors"] == result["fine_tuned_test_errors"]

@@ -130,6 +130,8 @@ BAD = [
   ({"splits": (99, 100)}, "for tuning: add --tune"),
   ({"splits": (99, 100), "tune": True}, "seeds from 100 on"),
   ({"splits": ()}, "--splits must name at least one"),
+  ({"splits": (-1,)}, "--splits must not be negative"),
+  ({"tensorboard": True}, "--tensorboard is not for the study"),
   ({"methods": ("vat", "vat")}, "none twice"),
   ({"budgets": (25,)}, "--budgets 25 is not a multiple of the 10 classes"),
   ({"budgets": (0,)}, "--budgets 0 is not a multiple"),
@@ -149,9 +151,16 @@ def test_bad_flags(flags, words, tmp_path):
   assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_images_too_small_for_the_networks_leave_no_run(tmp_path):
+  flags = {"dataset": "digits", "image_size": 4, "steps": 2, "workdir": str(tmp_path / "run")}
+  with pytest.raises(InputError, match="8x8"):
+    label_study.main(label_study.Config(**flags))
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_each_method_is_another_objective_over_the_same_batches():
   config = label_study.Config()
-  recipe = _methods.make_recipe(config, small=True)
+  recipe = _methods.make_recipe(config, few=True)
   methods = _methods.make_methods(config, recipe, norm=3.0)
   assert tuple(methods) == config.methods
   terms = {name: frozenset(method.objective.d) for name, method in methods.items()}
