@@ -116,13 +116,13 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
 def make_recipe(config: Config, few: bool) -> mnist_ssgan.Recipe:
   """The recipe of mnist_ssgan; augmentation, consistency and balance are those of its conv pair for both.
 
-  From `few` training images, below 10,000, it is 800 updates and a smaller adversarial weight, chosen on
-  the digits.
+  From `few` training images, below 10,000, it is 800 updates, a smaller adversarial weight and a
+  constant balance, chosen on the digits.
   """
   conv = mnist_ssgan.RECIPES["conv"]
   shared = {"strong": conv.strong, "consistency": conv.consistency, "balance": conv.balance}
   if few:
-    shared |= {"balance": mnist_ssgan.FEW["conv"]["balance"], "steps": 800, "adversarial": 0.2}
+    shared |= {"balance": (1.0, 1.0), "steps": 800, "adversarial": 0.2}
   chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
   names = {"batch_size": "batch_unl"}
   flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency", "balance")

@@ -125,7 +125,7 @@ RECIPES = {
   ),
 }
 
-FEW: dict[str, dict[str, Any]] = {"conv": {"steps": 1000, "balance": (1.0, 1.0)}, "mlp": {"steps": 4000}}
+FEW: dict[str, dict[str, Any]] = {"conv": {"steps": 1000, "balance": (1.0, 0.0)}, "mlp": {"steps": 4000}}
 """What is different for fewer than 10,000 training images, which are soon learned by heart."""
 
 
