@@ -154,7 +154,7 @@ def resumed_config(config_class: type[Config], path: Path, flags: Sequence[str])
   try:
     fields = json.loads((path / "config.json").read_text())["config"]
     kwargs: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    stored = config_class(**kwargs)
+    stored = config_class(**kwargs | {"overwrite": False})  # that was about the run before
   except FileNotFoundError as error:
     raise InputError(f"{path} holds no run to resume: it has no config.json") from error
   except (ValueError, TypeError, KeyError) as error:

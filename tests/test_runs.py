@@ -99,6 +99,13 @@ def test_resume_takes_the_stored_flags_and_refuses_others(monkeypatch):
     runs.resumed_config(runs.Config, run.path / "nowhere", [])
 
 
+def test_a_run_that_replaced_another_can_be_resumed():
+  run = open_run(workdir="here", overwrite=True)
+  config = runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume"])
+  config.check()
+  assert not config.overwrite
+
+
 def test_what_a_run_starts_from_is_part_of_its_recipe():
   source = open_run(workdir="source")
   with pytest.raises(InputError, match="are the same folder"):
