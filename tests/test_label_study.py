@@ -167,6 +167,12 @@ def test_each_method_is_another_objective_over_the_same_batches():
   assert terms["supervised"] == terms["supervised_augmented"] == {"supervised"}
   assert len(set(terms.values())) == len(methods) - 1
   assert [name for name, method in methods.items() if not method.augmented] == ["supervised"]
+  balanced = [name for name, method in methods.items() if "balance" in method.objective.d]
+  assert balanced == ["pseudo_label", "gan_consistency"]
+  assert {"consistency", "balance"} < set(methods["gan_augmented"].before.objective.d)
+  off = label_study.Config(consistency=0.0, balance=(0.0, 0.0))
+  methods = _methods.make_methods(off, _methods.make_recipe(off, few=True), norm=3.0)
+  assert terms["supervised"] == set(methods["pseudo_label"].objective.d)  # no weight, no term
 
 
 def test_markdown_and_verdicts(tmp_path):
