@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from gan_jax.types import Json
+from gan_jax.types import InputError, Json
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -28,11 +28,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_metrics(path: Path) -> list[Json]:
-  """The rows of a `metrics.jsonl`; a last line that was cut off does not count."""
+  """The rows of a `metrics.jsonl`; a last line that was cut off does not count.
+
+  Raises:
+    InputError: a whole line is not JSON.
+  """
   if not path.exists():
     return []
   lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  rows = []
+  for i, line in enumerate(lines):
+    if line.endswith("\n"):
+      try:
+        rows.append(json.loads(line))
+      except ValueError as error:
+        raise InputError(f"line {i + 1} of {path} is not JSON: mend or remove it") from error
+  return rows
 
 
 # --- Pictures

@@ -1,9 +1,11 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from gan_jax import report
+from gan_jax.types import InputError
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -19,6 +21,13 @@ def test_metrics_without_a_cut_off_line(tmp_path):
   assert report.read_metrics(path) == []
   path.write_text('{"step": 1}\n{"step": 2}\n{"st')
   assert report.read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_corrupt_line_of_metrics_is_a_sentence(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\nnot json\n')
+  with pytest.raises(InputError, match="line 2 of .*metrics.jsonl is not JSON"):
+    report.read_metrics(path)
 
 
 def test_sample_grid_puts_images_in_rows(tmp_path):
