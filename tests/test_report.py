@@ -26,7 +26,7 @@ def test_metrics_without_a_cut_off_line(tmp_path):
 def test_a_corrupt_line_of_metrics_is_a_sentence(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\nnot json\n')
-  with pytest.raises(InputError, match="line 2 of .*metrics.jsonl is not JSON"):
+  with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is not JSON"):
     report.read_metrics(path)
 
 
