@@ -35,8 +35,8 @@ class Config(runs.Config):
   consistency: float | None = None
   """Weight of consistency in pseudo_label, gan_consistency and gan_augmented (default: the recipe's)."""
   balance: tuple[float, float] | None = None
-  """Weight of the balance of classes in the same three, at the first and the last update (default: the
-  recipe's)."""
+  """Weight of the balance of classes, at the first and the last update, in all that see unlabelled images
+  (default: the recipe's)."""
   teacher: float = 5.0
   """Weight of the averaged teacher in mean_teacher."""
   vat: float = 1.0
@@ -74,15 +74,17 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
   """All of them; `norm` is the mean norm of an image.
 
   What D is taught by its own predictions gains its weight with the recipe's ramp: early ones are wrong.
+  All that see unlabelled images share the balance of classes, so that it decides nothing between them.
   """
   ramp, weak = partial(mnist_ssgan.ramp, recipe), augment.affine(**mnist_ssgan.WEAK)
   consistent = {
     "consistency_weight": ramp(recipe.consistency),
     "weak": weak,
     "threshold": recipe.threshold,
-    "balance_weight": mnist_ssgan.balance(recipe),
   }
+  balanced = partial(objectives.balanced, weight=mnist_ssgan.balance(recipe))
   gan = objectives.semi_supervised_gan
+  teacher = objectives.averaged_teacher(weight=ramp(config.teacher), weak=weak)
   vat = objectives.virtual_adversarial_training(
     epsilon=config.vat_epsilon * norm,
     weight=ramp(config.vat),
@@ -90,19 +92,21 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
   )
   bad = objectives.bad_gan(entropy_weight=ramp(config.bad_entropy), density_weight=config.bad_density)
   generator = Method(
-    objectives.conditional_gan(penalty="r1", penalty_every=4, **consistent),
+    balanced(objectives.conditional_gan(penalty="r1", penalty_every=4, **consistent)),
     uses_generated=True,
     conditional=True,
   )
   return {
     "supervised": Method(objectives.supervised_only(), uses_unlabelled=False, augmented=False),
     "supervised_augmented": Method(objectives.supervised_only(), uses_unlabelled=False),
-    "pseudo_label": Method(gan(adversarial=0.0, **consistent)),
-    "mean_teacher": Method(objectives.averaged_teacher(weight=ramp(config.teacher), weak=weak)),
-    "vat": Method(vat),
-    "feature_matching": Method(gan(adversarial=recipe.adversarial), uses_generated=True),
-    "gan_consistency": Method(gan(adversarial=recipe.adversarial, **consistent), uses_generated=True),
-    "bad_generator": Method(bad, uses_generated=True),
+    "pseudo_label": Method(balanced(gan(adversarial=0.0, **consistent))),
+    "mean_teacher": Method(balanced(teacher)),
+    "vat": Method(balanced(vat)),
+    "feature_matching": Method(balanced(gan(adversarial=recipe.adversarial)), uses_generated=True),
+    "gan_consistency": Method(
+      balanced(gan(adversarial=recipe.adversarial, **consistent)), uses_generated=True
+    ),
+    "bad_generator": Method(balanced(bad), uses_generated=True),
     "gan_augmented": Method(
       objectives.generator_augmented(weight=config.generated),
       uses_unlabelled=False,
@@ -116,13 +120,13 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
 def make_recipe(config: Config, few: bool) -> mnist_ssgan.Recipe:
   """The recipe of mnist_ssgan; augmentation, consistency and balance are those of its conv pair for both.
 
-  From `few` training images, below 10,000, it is 800 updates, a smaller adversarial weight and a
-  constant balance, chosen on the digits.
+  From `few` training images, below 10,000, it is 800 updates, shorter averages, a smaller adversarial
+  weight and a constant balance, chosen on the digits.
   """
   conv = mnist_ssgan.RECIPES["conv"]
   shared = {"strong": conv.strong, "consistency": conv.consistency, "balance": conv.balance}
   if few:
-    shared |= {"balance": (1.0, 1.0), "steps": 800, "adversarial": 0.2}
+    shared |= {"balance": (1.0, 1.0), "steps": 800, "adversarial": 0.2, "ema_decay": 0.99}
   chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)
   names = {"batch_size": "batch_unl"}
   flags = ("steps", "batch_size", "learning_rate", "adversarial", "consistency", "balance")

@@ -143,14 +143,14 @@ def feature_matching(view: View) -> Float[Array, ""]:
 
 
 def consistency(weak: Augment, *, threshold: float) -> Term:
-  """Unlabelled images, as augmented as D saw them, keep the class that D gives them under `weak`.
+  """Unlabelled images, as augmented as D saw them, keep the class that the averaged D gives under `weak`.
 
   The second pass is for the target alone, so it is a forward pass.
   """
 
   def term(view: View) -> Float[Array, ""]:
     key_augment, key_d = jax.random.split(view.key)
-    logits_weak = view.d_fn(weak(key_augment, view.batch.x_unl), key_d)[0]
+    logits_weak = view.teacher_fn(weak(key_augment, view.batch.x_unl), key_d)[0]
     return losses.consistency(logits_weak, view.unl.logits, threshold=threshold).mean()
 
   return term
@@ -307,6 +307,19 @@ def rotation(part: Callable[[View], Part]) -> Term:
 # --- Methods
 
 
+def balanced(objective: Objective, weight: Weight) -> Objective:
+  """The objective with the balance of classes beside it, for classes that are about equally frequent.
+
+  Args:
+    objective: any with unlabelled images.
+    weight: a number or a schedule.
+
+  References:
+    Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5, see `losses.imbalance`.
+  """
+  return replace(objective, d={**objective.d, "balance": (weight, balance)})
+
+
 def gan(
   loss: losses.Adversarial = losses.non_saturating,
   *,
@@ -359,31 +372,27 @@ def semi_supervised_gan(
   consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
-  balance_weight: Weight = 0.0,
 ) -> Objective:
-  """The K + 1 discriminator against a feature-matching generator, with or without consistency and balance.
+  """The K + 1 discriminator against a feature-matching generator, with or without consistency.
 
-  `L_D = CE(x_lab, y) + a [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + c L_consistency + b L_balance`,
+  `L_D = CE(x_lab, y) + a [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + c L_consistency`,
   `L_G = mean_j (E f_j(x_unl) - E f_j(G(z)))^2`, with `r` the realness logit and `f` the features.
 
   Args:
     adversarial: a. The published recipe has 1/2: "is it real?" is then one question, asked half of
       the time on real and half of the time on generated images, beside the one question "which class?".
       With 0 there is no GAN: D does not look at generated images and G is not trained.
-    consistency_weight: c, a number or a schedule; 0, and no balance, gives the published GAN.
+    consistency_weight: c, a number or a schedule; 0 gives the published GAN.
     weak: the augmentation under which an image has its class; needed where c is not 0.
     threshold: confidence from which an image's own class is taught, in [0, 1].
-    balance_weight: b, a number or a schedule; for classes that are about equally frequent.
 
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, sections 3.1 and 5.
     Sohn et al., 2020, https://arxiv.org/abs/2001.07685 (the consistency term).
-    Springenberg, 2016, https://arxiv.org/abs/1511.06390 (the balance of classes, `losses.imbalance`).
   """
   d: dict[str, tuple[Weight, Term]] = {
     "supervised": (1.0, supervised),
     "realness": (adversarial, adversarial_d(losses.non_saturating)),
-    "balance": (balance_weight, balance),
   }
   if weak is not None:
     d["consistency"] = (consistency_weight, consistency(weak, threshold=threshold))
@@ -400,7 +409,6 @@ def conditional_gan(
   consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
-  balance_weight: Weight = 0.0,
   **penalty: Any,
 ) -> Objective:
   """A class-conditional GAN from any number of labels, over the same K logits.
@@ -414,16 +422,12 @@ def conditional_gan(
   Args:
     loss: the pair.
     supervised_weight: of the cross-entropy of the labelled images.
-    consistency_weight, weak, threshold, balance_weight: as in `semi_supervised_gan`.
+    consistency_weight, weak, threshold: as in `semi_supervised_gan`.
     penalty: `penalty`, `gamma`, `penalty_every` and `rotation_weight` as in `gan`.
   """
   adversarial = gan(loss, labelled=True, **penalty)
   classifier = semi_supervised_gan(
-    adversarial=0.0,
-    consistency_weight=consistency_weight,
-    weak=weak,
-    threshold=threshold,
-    balance_weight=balance_weight,
+    adversarial=0.0, consistency_weight=consistency_weight, weak=weak, threshold=threshold
   )
   d = {**adversarial.d, **classifier.d, "supervised": (supervised_weight, supervised)}
   return Objective(d=d, g=adversarial.g)

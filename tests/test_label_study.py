@@ -168,7 +168,8 @@ def test_each_method_is_another_objective_over_the_same_batches():
   assert len(set(terms.values())) == len(methods) - 1
   assert [name for name, method in methods.items() if not method.augmented] == ["supervised"]
   balanced = [name for name, method in methods.items() if "balance" in method.objective.d]
-  assert balanced == ["pseudo_label", "gan_consistency"]
+  assert balanced == [name for name, method in methods.items() if method.uses_unlabelled]
+  assert {"pseudo_label", "mean_teacher", "vat", "feature_matching"} < set(balanced)
   assert {"consistency", "balance"} < set(methods["gan_augmented"].before.objective.d)
   off = label_study.Config(consistency=0.0, balance=(0.0, 0.0))
   methods = _methods.make_methods(off, _methods.make_recipe(off, few=True), norm=3.0)

@@ -155,6 +155,16 @@ def test_the_teacher_is_the_averaged_network_and_a_constant(key):
   assert gradients[1] == 0
 
 
+def test_the_targets_of_consistency_are_the_averaged_networks(key):
+  x = jnp.float32(np.random.default_rng(0).uniform(size=(6, 3)))
+  batch = types.Batch(x[:0], jnp.zeros(0, int), x, x)
+  teacher_fn = lambda x, key: (-x, None)
+  view = View(key=key, unl=part(x, [-1] * 6), batch=batch, teacher_fn=teacher_fn)
+  value = objectives.consistency(lambda key, x: 2 * x, threshold=0.0)(view)
+  p = np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)
+  np.testing.assert_allclose(value, -np.log(p[np.arange(6), x.argmin(axis=1)]).mean(), rtol=1e-5)
+
+
 def test_methods_of_the_study_by_hand():
   """Their terms and weights; the entropy is of unlabelled, the generated classes of generated images."""
   logits = np.array([[1.0, -1.0], [0.0, 2.0]])

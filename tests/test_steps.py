@@ -16,7 +16,9 @@ from gan_jax.types import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "steps.json"
 WEAK = augment.affine(shift=0.05)
-FULL = objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2, balance_weight=3.0)
+FULL = objectives.balanced(
+  objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2), 3.0
+)
 
 
 def test_d_and_g_move_only_themselves(make_tiny):

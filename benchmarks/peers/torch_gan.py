@@ -322,7 +322,7 @@ class Gan:
 
   def _consistency(self, weak: Tensor, unl: Part) -> Tensor:
     with torch.no_grad():
-      best, y = F.softmax(self.discriminate(self.d.const, weak)[0], 1).max(1)
+      best, y = F.softmax(self.discriminate(self.d.ema, weak)[0], 1).max(1)
     return ((best >= self.update.threshold) * F.cross_entropy(unl.logits, y, reduction="none")).mean()
 
   def _r1(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
