@@ -4,12 +4,13 @@
   python -m experiments.label_study --dataset mnist --budgets 100     10 labels a class of MNIST
   python -m experiments.label_study --dataset digits --tune --splits 100 101 102 --vat 0.5
 
-All methods share the discriminator, the optimizer, the batches and the number of updates, and all but
-`supervised` the augmentation; they differ in their objective. `gan_augmented` trains its generator before,
-for as many updates again, on all images. All splits of one method and budget are trained together in one
-compiled program. The unlabelled images are all training images, labelled ones included. What is read is
-the last update's averaged parameters, on the test set, once, in `_test_errors`. Hyper-parameters are tuned
-with --tune: it reports on training images held out, on splits that no result is reported on.
+All methods share the discriminator, the optimizer, the batches and the number of updates, all but
+`supervised` the augmentation, and those that see unlabelled images the balance of classes; they differ in
+the rest of their objective. `gan_augmented` trains its generator before, for as many updates again, on all
+images. All splits of one method and budget are trained together in one compiled program. The unlabelled
+images are all training images, labelled ones included. What is read is the last update's averaged
+parameters, on the test set, once, in `_test_errors`. Hyper-parameters are tuned with --tune: it reports on
+training images held out, on splits that no result is reported on.
 """
 
 import dataclasses
