@@ -6,7 +6,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from experiments import mnist_ssgan
-from gan_jax import augment, data, networks, objectives, runs
+from gan_jax import data, networks, objectives, runs
 from gan_jax.types import Generator, Network
 
 Name = Literal[
@@ -28,6 +28,9 @@ class Config(runs.Config):
 
   network: Literal["conv", "mlp"] = "conv"
   """The pair of networks of mnist_ssgan; for images below 16x16 a smaller conv pair."""
+  augmentation: bool = True
+  """Whether D sees augmented images. Else consistency and the averaged teacher ask for the same class under
+  D's own noise alone: the mlp has much of it, the conv pair none."""
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
   adversarial: float | None = None
@@ -54,7 +57,8 @@ class Config(runs.Config):
 
   def check(self) -> None:
     super().check()
-    self.check_not_negative(*(name for name in Config.__annotations__ if name != "network"))
+    weights = (name for name in Config.__annotations__ if name not in ("network", "augmentation"))
+    self.check_not_negative(*weights)
 
 
 class Method(NamedTuple):
@@ -76,7 +80,7 @@ def make_methods(config: Config, recipe: mnist_ssgan.Recipe, norm: float) -> dic
   What D is taught by its own predictions gains its weight with the recipe's ramp: early ones are wrong.
   All that see unlabelled images share the balance of classes, so that it decides nothing between them.
   """
-  ramp, weak = partial(mnist_ssgan.ramp, recipe), augment.affine(**mnist_ssgan.WEAK)
+  ramp, weak = partial(mnist_ssgan.ramp, recipe), mnist_ssgan.weak(recipe)
   consistent = {
     "consistency_weight": ramp(recipe.consistency),
     "weak": weak,
@@ -124,7 +128,11 @@ def make_recipe(config: Config, few: bool) -> mnist_ssgan.Recipe:
   weight and a constant balance, chosen on the digits.
   """
   conv = mnist_ssgan.RECIPES["conv"]
-  shared = {"strong": conv.strong, "consistency": conv.consistency, "balance": conv.balance}
+  shared = {
+    "strong": conv.strong if config.augmentation else None,
+    "consistency": conv.consistency,
+    "balance": conv.balance,
+  }
   if few:
     shared |= {"balance": (1.0, 1.0), "steps": 800, "adversarial": 0.2, "ema_decay": 0.99}
   chosen = dataclasses.replace(mnist_ssgan.RECIPES[config.network], **shared)

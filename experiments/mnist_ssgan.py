@@ -36,7 +36,7 @@ from gan_jax import (
   steps,
   train,
 )
-from gan_jax.types import Generator, Json, Network
+from gan_jax.types import Augment, Generator, Json, Network
 
 
 @dataclass(frozen=True)
@@ -266,10 +266,15 @@ def make_objective(recipe: Recipe) -> objectives.Objective:
   objective = objectives.semi_supervised_gan(
     adversarial=recipe.adversarial,
     consistency_weight=ramp(recipe, recipe.consistency),
-    weak=augment.affine(**WEAK),
+    weak=weak(recipe),
     threshold=recipe.threshold,
   )
   return objectives.balanced(objective, balance(recipe))
+
+
+def weak(recipe: Recipe) -> Augment:
+  """Under what the consistency term takes its targets: nothing, where D sees images as they are."""
+  return augment.affine(**WEAK) if recipe.strong else augment.chain()
 
 
 def ramp(recipe: Recipe, weight: float) -> float | optax.Schedule:

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _methods, label_study
+from experiments import _methods, label_study, mnist_ssgan
 from gan_jax import data, networks
 from gan_jax.types import InputError
 
@@ -174,6 +174,15 @@ def test_each_method_is_another_objective_over_the_same_batches():
   off = label_study.Config(consistency=0.0, balance=(0.0, 0.0))
   methods = _methods.make_methods(off, _methods.make_recipe(off, few=True), norm=3.0)
   assert terms["supervised"] == set(methods["pseudo_label"].objective.d)  # no weight, no term
+
+
+def test_without_augmentation_consistency_compares_the_images_as_they_are(key):
+  recipe = _methods.make_recipe(label_study.Config(network="mlp", augmentation=False), few=True)
+  assert recipe.strong is None
+  x = np.float32(np.random.default_rng(0).uniform(size=(2, 4, 4, 1)))
+  np.testing.assert_array_equal(mnist_ssgan.weak(recipe)(key, x), x)
+  recipe = _methods.make_recipe(label_study.Config(network="mlp"), few=True)
+  assert (mnist_ssgan.weak(recipe)(key, x) != x).any()
 
 
 def test_markdown_and_verdicts(tmp_path):
