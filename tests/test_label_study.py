@@ -176,6 +176,15 @@ def test_each_method_is_another_objective_over_the_same_batches():
   assert terms["supervised"] == set(methods["pseudo_label"].objective.d)  # no weight, no term
 
 
+def test_the_learning_rate_warms_up_and_falls_to_a_fifth_and_no_lower():
+  recipe = mnist_ssgan.RECIPES["conv"]
+  rate = mnist_ssgan.learning_rate(recipe, 2.0)
+  found = [float(rate(t)) for t in (0, 49, recipe.steps // 2, recipe.steps, 2 * recipe.steps)]
+  fall = np.cos(7 / 16 * np.pi * np.array([49 / recipe.steps, 0.5, 1, 1]))
+  np.testing.assert_allclose(found, [2 / 50, *(2 * fall)], rtol=1e-5)
+  assert mnist_ssgan.learning_rate(mnist_ssgan.RECIPES["mlp"], 2.0) == 2.0
+
+
 def test_without_augmentation_consistency_compares_the_images_as_they_are(key):
   recipe = _methods.make_recipe(label_study.Config(network="mlp", augmentation=False), few=True)
   assert recipe.strong is None
