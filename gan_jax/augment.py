@@ -158,7 +158,7 @@ def sometimes(augment: Augment, prob: Float[Array, ""] | float) -> Augment:
 class Adaptive:
   """Transformations whose probability grows while D overfits and falls while it does not (ADA).
 
-  D overfits where it is sure of real training images: `r = E sign(realness of real images)` near 1. While
+  D overfits where it is sure of real training images: `r = E sign(real logit of real images)` near 1. While
   an average of r is above `target`, the probability p of each transformation grows, by 1 over
   `num_images` real images; below it falls. p and the average live in `TrainState.aux`, so a resumed run
   goes on with them.

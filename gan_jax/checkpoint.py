@@ -85,21 +85,18 @@ class Checkpoints:
     return InputError(f"{self.directory / str(self.latest_step)} is damaged: remove it or start anew")
 
 
-_HEADS = {"head": "classes", "aux_head": "outputs"}
-"""The layers of D that belong to a task, and what they have one output each for."""
-
-
 def transfer(
-  state: TrainState, run_dir: str | Path, *, parts: Sequence[str] = ("g", "d")
+  state: TrainState, run_dir: str | Path, *, layers: Sequence[str], parts: Sequence[str] = ("g", "d")
 ) -> tuple[TrainState, list[str]]:
   """Starts networks from the averaged ones of another run's newest checkpoint.
 
   Both the parameters and their averages become the averages stored there; `model_state` comes along.
-  Steps, key, and optimizers stay fresh, and so does a head of D that is of another size there.
+  Step, key and optimizers stay fresh, and so does a head of D that has another size there.
 
   Args:
     state: a fresh state.
     run_dir: the directory of the other run. Nothing in it is changed.
+    layers: `d.layers(image_shape)`; the other modules of D are its heads.
     parts: "g", "d", or both.
 
   Returns:
@@ -119,36 +116,39 @@ def transfer(
     wanted, notes = set(), []
     for part in parts:
       network = re.compile(rf"(?:ema/{part}|{part}/model_state/[^/]+)/([^/]+)")
-      layers = {path: found[1] for path in sorted(here | there) if (found := network.match(path))}
-      differing = {path: layer for path, layer in layers.items() if here.get(path) != there.get(path)}
-      heads = set(differing.values()) & set(_HEADS) if part == "d" else set()
-      for path, layer in differing.items():
-        if layer not in heads:
+      modules = {path: found[1] for path in sorted(here | there) if (found := network.match(path))}
+      differing = {path: name for path, name in modules.items() if here.get(path) != there.get(path)}
+      new_heads = set(differing.values()) - set(layers) if part == "d" else set()
+      for path, name in differing.items():
+        if name not in new_heads:
           raise InputError(
             f"{run_dir} holds networks of another kind or for images of another size: {path} is"
             f" {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
           )
-      notes += [_new_head(name, here, there) for name in _HEADS if name in heads]
-      wanted |= {path for path, layer in layers.items() if layer not in heads}
-    likes = {path: _abstract(leaf) for path, leaf in _leaves(_pack(state)).items() if path in wanted}
-    loaded = _leaves(checkpoints.load(_map(lambda path, _: likes.get(path, ...), saved)))
+      notes += [_new_head(name, here, there) for name in sorted(new_heads)]
+      wanted |= {path for path, name in modules.items() if name not in new_heads}
+    abstract = {path: _abstract(leaf) for path, leaf in _leaves(_pack(state)).items() if path in wanted}
+    loaded = _leaves(checkpoints.load(_map(lambda path, _: abstract.get(path, ...), saved)))
   taken = {path: loaded[path] for path in wanted}
   for path in wanted:
     if path.startswith("ema/"):  # copies: a donated state must not hold one buffer twice
       _, part, layer = path.split("/", 2)
       taken[f"{part}/params/{layer}"] = jnp.copy(loaded[path])
-  return _map(taken.get, state), notes
+  return _map(lambda path, leaf: taken.get(path, leaf), state), notes
 
 
 def _new_head(name: str, here: dict, there: dict) -> str:
-  def outputs(shapes: dict[str, tuple[int, ...]]) -> int | None:
-    kernels = (s for path, s in shapes.items() if re.match(rf"ema/d/{name}/(.*/)?kernel$", path))
-    return next((shape[-1] for shape in kernels), None)
+  def outputs(shapes: dict[str, tuple[int, ...]]) -> str:
+    module = {path: shape for path, shape in shapes.items() if path.startswith(f"ema/d/{name}/")}
+    widths = {shape[-1] for path, shape in module.items() if path.endswith("/kernel")}
+    if not module:
+      return "none"
+    return f"{widths.pop()} outputs" if len(widths) == 1 else "another structure"
 
   ours, theirs = outputs(here), outputs(there)
-  if ours is None:
-    return f"D's {name} is left behind: none here, {theirs} {_HEADS[name]} there"
-  return f"D's {name} is new: {ours} {_HEADS[name]} here, {'none' if theirs is None else theirs} there"
+  if ours == "none":
+    return f"D's {name} is left behind: none here, {theirs} there"
+  return f"D's {name} is new: {ours} here, {theirs} there"
 
 
 def _orbax() -> Any:
@@ -174,9 +174,9 @@ def _map(fn: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-  leaves = {}
-  _map(leaves.setdefault, tree)
-  return leaves
+  """The leaves of a tree by their paths."""
+  keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
+  return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def realness(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
+def real_logit(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
   """The logit of "real", `logsumexp_k l_k`: positive where the discriminator takes x for real.
 
   References:
@@ -32,14 +32,14 @@ def realness(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
   return jax.nn.logsumexp(logits, axis=-1)
 
 
-def class_realness(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array, "b"]:
+def class_logit(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array, "b"]:
   """The logit of "a real image of class y", `l_y`, for class-conditional GANs."""
   return jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
 
 
-def known_realness(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array, "b"]:
-  """Each image's realness with what is known of its class: `l_y`, or `logsumexp(l)` where y is -1."""
-  return jnp.where(y < 0, realness(logits), class_realness(logits, jnp.maximum(y, 0)))
+def known_real_logit(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array, "b"]:
+  """Each image's real logit with what is known of its class: `l_y`, or `logsumexp(l)` where y is -1."""
+  return jnp.where(y < 0, real_logit(logits), class_logit(logits, jnp.maximum(y, 0)))
 
 
 def class_probs(logits: Float[Array, "b k"]) -> Float[Array, "b k"]:
@@ -50,19 +50,19 @@ def class_probs(logits: Float[Array, "b k"]) -> Float[Array, "b k"]:
 def cross_entropy(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array, "b"]:
   """`-log p(y | x, real) = logsumexp(l) - l_y`. Labels outside 0 .. K-1 give NaN."""
   in_range = (y >= 0) & (y < logits.shape[-1])
-  return jnp.where(in_range, realness(logits) - class_realness(logits, y), jnp.nan)
+  return jnp.where(in_range, real_logit(logits) - class_logit(logits, y), jnp.nan)
 
 
 class Adversarial(NamedTuple):
-  """A pair of losses on realness logits: what D minimises on real and fake images, and what G does.
+  """A pair of losses on real logit: what D minimises on real and fake images, and what G does.
 
-  Below, `r` and `f` are the realness logits of real and generated images.
+  Below, `r` and `f` are the real logit of real and generated images.
   """
 
   d: Callable[[Float[Array, "n"], Float[Array, "m"]], tuple[Float[Array, "n"], Float[Array, "m"]]]
-  """(real, fake) realness -> (loss of each real image, loss of each fake image)."""
+  """(real, fake) real logit -> (loss of each real image, loss of each fake image)."""
   g: Callable[[Float[Array, "n"], Float[Array, "m"]], Float[Array, "m"]]
-  """(real, fake) realness -> loss of each fake image."""
+  """(real, fake) real logit -> loss of each fake image."""
 
 
 def _cross_entropy_d(real: Array, fake: Array) -> tuple[Array, Array]:
@@ -83,7 +83,7 @@ non_saturating = Adversarial(d=_cross_entropy_d, g=lambda real, fake: jax.nn.sof
 """The GAN loss: D minimises `-log p(real|x) - log(1 - p(real|G(z)))`, G minimises `-log p(real|G(z))`.
 
 In logits `-log sigmoid(r) = softplus(-r)` and `-log(1 - sigmoid(r)) = softplus(r)`, which neither
-under- nor overflow. On the realness of K logits, D's half is the unsupervised loss of the (K+1)-class
+under- nor overflow. On the real logit of K logits, D's half is the unsupervised loss of the (K+1)-class
 discriminator: `-log p(real|x) = -logsumexp(l) + softplus(logsumexp(l))`.
 
 References:
@@ -204,7 +204,7 @@ def entropy(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
   return jnp.sum(jax.nn.softmax(logits) * -jax.nn.log_softmax(logits), axis=-1)
 
 
-def imbalance(logits: Float[Array, "b k"]) -> Float[Array, ""]:
+def class_imbalance(logits: Float[Array, "b k"]) -> Float[Array, ""]:
   """How far the classes that a batch is given are from equally frequent: `sum_k m_k log(K m_k)`.
 
   `m_k = E p_k` over the batch: the divergence of its mean prediction from uniform, in nats, 0 at best.

@@ -1,54 +1,56 @@
-"""Many replicates of a run in one compiled program, on one device or on several.
+"""Many replicates of a training run in one compiled program, on one device or on several.
 
 A replicate is a run of its own: a label split and a seed. States and labelled sets carry a leading axis
 `[S]`; the unlabelled images are there once. Nothing is averaged over replicates, so spreading them over
-devices leaves each as it was. In the loop on one device a replicate is its single run bit for bit;
-elsewhere the compiled program is another one, and they agree to rounding.
+devices leaves each as it was. One after the other on one device, a replicate is its single run bit for
+bit; elsewhere the compiled program is another one, and they agree to rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from gan_jax.data import DeviceData
-from gan_jax.types import Metrics, TrainState
+from gan_jax.steps import MultiStep
+from gan_jax.types import TrainState
 
-How = Literal["loop", "vmap"]
-Updates = Callable[[TrainState, DeviceData, Int[Array, ""]], tuple[TrainState, Metrics]]
+Strategy = Literal["sequential", "vmap"]
 
 _EACH, _WHOLE = PartitionSpec("replicate"), PartitionSpec()
-_DATA = DeviceData(_EACH, _EACH, _WHOLE, _WHOLE)  # pyright: ignore[reportArgumentType]
+_DATA = DeviceData(_EACH, _EACH, _WHOLE, _WHOLE, _WHOLE)  # pyright: ignore[reportArgumentType]
 
 
-def replicate(updates: Updates, *, how: How | None = None, devices: Sequence[Any] | None = None) -> Updates:
-  """`updates` for S replicates at once.
+def replicate(
+  multi_step: MultiStep, *, strategy: Strategy | None = None, devices: Sequence[Any] | None = None
+) -> MultiStep:
+  """`multi_step` for S replicates at once.
 
   Args:
-    updates: from `steps.make_updates`.
-    how: `loop` trains one replicate after the other, `vmap` all in step: they must be at the same update.
-      By default `loop` on CPU, where the kernels of a replicate's own make `vmap`'s convolutions grouped
-      ones, which XLA has no fast code for there; else `vmap`, for a device that one small network does
-      not fill.
+    multi_step: from `steps.make_multi_step`.
+    strategy: `sequential` trains one replicate after the other, `vmap` all in lockstep: they must be at
+      the same step. By default `sequential` on CPU, where `vmap` makes convolutions with a kernel for each
+      replicate grouped ones, which XLA has no fast code for there; else `vmap`, for a device that one
+      small network does not fill.
     devices: over which the replicates are spread evenly, as many of them as divide S; all by default.
 
   Returns:
-    `updates(states, data, num) -> (states, metrics)` with `[S]` in front of every leaf of `states` and
-    `metrics`, and of `x_lab` and `y_lab` in `data`. Uncompiled; give it what `place` gives back.
+    `multi_step(states, data, num) -> (states, metrics)` with `[S]` in front of every leaf of `states` and
+    `metrics`, and of `x_lab` and `y_lab` in `data`. Uncompiled; give it what `place` returns.
   """
-  how = how or ("loop" if jax.default_backend() == "cpu" else "vmap")
+  strategy = strategy or ("sequential" if jax.default_backend() == "cpu" else "vmap")
 
   def one(state: TrainState, labelled: tuple[Array, Array], data: DeviceData, num: Array):
     x_lab, y_lab = labelled
-    return updates(state, data.replace(x_lab=x_lab, y_lab=y_lab), num)
+    return multi_step(state, data.replace(x_lab=x_lab, y_lab=y_lab), num)
 
   def local(states: TrainState, data: DeviceData, num: Array):
     labelled = data.x_lab, data.y_lab
-    if how == "vmap":
-      # One count of updates for all: with a count each, a term that is seldom due would always be computed.
+    if strategy == "vmap":
+      # One step count for all: with a count each, a term that is due once in k steps would always be computed.
       axes = jax.tree.map(lambda _: 0, states).replace(step=None)
       all_as_one = jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=(axes, 0))
       after, metrics = all_as_one(states.replace(step=states.step[0]), labelled, data, num)
@@ -69,7 +71,7 @@ def replicate(updates: Updates, *, how: How | None = None, devices: Sequence[Any
 def place(
   states: TrainState, data: DeviceData, *, devices: Sequence[Any] | None = None
 ) -> tuple[TrainState, DeviceData]:
-  """Puts replicates and data where `replicate` wants them; on one device they stay where they are."""
+  """Puts replicates and data where `replicate` needs them; on one device they stay where they are."""
   mesh = _mesh(len(states.step), devices)
   if mesh.size == 1:
     return states, data
@@ -78,7 +80,7 @@ def place(
 
 
 def stack(trees: Sequence[Any]) -> Any:
-  """Replicates as one: each leaf with `[S]` in front."""
+  """Stacks replicates: each leaf with `[S]` in front."""
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 

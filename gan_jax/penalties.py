@@ -1,6 +1,6 @@
 """Gradient penalties: a discriminator that cannot be steep. One value an example; the caller averages.
 
-All take `realness_fn: images [B, H, W, C] -> realness logits [B]`, in which every example must depend on
+All take `real_logit_fn: images [B, H, W, C] -> real logit [B]`, in which every example must depend on
 its own image alone (no batch normalisation): then the gradient of the sum over the batch holds the
 gradient of every example.
 """
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-RealnessFn = Callable[[Float[Array, "b h w c"]], Float[Array, "b"]]
+RealLogitFn = Callable[[Float[Array, "b h w c"]], Float[Array, "b"]]
 
 
-def squared_gradient_norm(realness_fn: RealnessFn, x: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+def squared_gradient_norm(real_logit_fn: RealLogitFn, x: Float[Array, "b h w c"]) -> Float[Array, "b"]:
   """`|grad_x D(x)|^2` of every image: R1 at real images, R2 at generated ones.
 
   Args:
-    realness_fn: images to realness logits `[B]`.
+    real_logit_fn: images to real logit `[B]`.
     x: images in [0, 1], `[B, H, W, C]`.
 
   Returns:
@@ -28,13 +28,13 @@ def squared_gradient_norm(realness_fn: RealnessFn, x: Float[Array, "b h w c"]) -
   References:
     Mescheder et al., 2018, https://arxiv.org/abs/1801.04406, equations 9 (R1) and 10 (R2).
   """
-  gradient = jax.grad(lambda x: realness_fn(x).sum())(x)
+  gradient = jax.grad(lambda x: real_logit_fn(x).sum())(x)
   return jnp.square(gradient).sum(axis=tuple(range(1, x.ndim)))
 
 
 def wgan_gp(
   key: Key[Array, ""],
-  realness_fn: RealnessFn,
+  real_logit_fn: RealLogitFn,
   x_real: Float[Array, "b h w c"],
   x_fake: Float[Array, "b h w c"],
 ) -> Float[Array, "b"]:
@@ -42,7 +42,7 @@ def wgan_gp(
 
   Args:
     key: consumed.
-    realness_fn: images to realness logits `[B]`.
+    real_logit_fn: images to real logit `[B]`.
     x_real, x_fake: images in [0, 1], as many of one kind as of the other.
 
   Returns:
@@ -53,6 +53,6 @@ def wgan_gp(
   """
   chex.assert_equal_shape([x_real, x_fake])
   share = jax.random.uniform(key, (len(x_real),) + (1,) * (x_real.ndim - 1))
-  squared = squared_gradient_norm(realness_fn, share * x_real + (1 - share) * x_fake)
+  squared = squared_gradient_norm(real_logit_fn, share * x_real + (1 - share) * x_fake)
   # The root has no gradient at zero: a tiny constant keeps it finite for a D that is flat.
   return jnp.square(jnp.sqrt(squared + 1e-12) - 1)

@@ -1,6 +1,6 @@
 """Classifiers on frozen discriminator features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from gan_jax import networks
-from gan_jax.types import Network, TrainState
+from gan_jax.types import Discriminator, TrainState
 
 
 class LinearProbe(struct.PyTreeNode):
@@ -98,27 +97,28 @@ def fit_nearest(features: Float[Array, "n f"], y: Int[Array, "n"]) -> NearestNei
   return NearestNeighbour(mean, std, z, y)
 
 
-def make_layers(d: Network) -> Callable[[TrainState, Float[Array, "b h w c"]], dict[str, Array]]:
-  """Builds `layers(state, x) -> {name: [B, F]}`: what every `Block` of the averaged D gives, in order.
+def make_layers(
+  d: Discriminator, image_shape: Sequence[int]
+) -> Callable[[TrainState, Float[Array, "b h w c"]], dict[str, Array]]:
+  """Builds `layers(state, x) -> {name: [B, F]}`: outputs of the averaged D's layers, in order.
 
   Convolutional outputs are max-pooled to a grid of at most 4x4 first. Deterministic.
 
   References:
     Radford et al., 2016, https://arxiv.org/abs/1511.06434, section 5.1 (the grid).
   """
+  names = d.layers(image_shape)
 
-  def is_output(module: nn.Module, method: str) -> bool:
-    return isinstance(module, networks.Block) and method == "__call__"
+  def is_layer(module: nn.Module, method: str) -> bool:
+    return module.path in {(name,) for name in names} and method == "__call__"
 
   def layers(state: TrainState, x: Float[Array, "b h w c"]) -> dict[str, Array]:
     variables = {"params": state.ema["d"], **state.d.model_state}
     _, captured = d.apply(
-      variables, x, train=False, capture_intermediates=is_output, mutable=["intermediates"]
+      variables, x, train=False, capture_intermediates=is_layer, mutable=["intermediates"]
     )
-    outputs = {name: found["__call__"][0] for name, found in captured["intermediates"].items()}
-    return {
-      f"layer {i + 1}": _pooled(outputs[f"Block_{i}"]).reshape(len(x), -1) for i in range(len(outputs))
-    }
+    outputs = captured["intermediates"]
+    return {name: _pooled(outputs[name]["__call__"][0]).reshape(x.shape[0], -1) for name in names}
 
   return layers
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: JSON, pictures and a page that shows them. Files are written whole or not."""
+"""What a run writes: sentences on the terminal, JSON, pictures and a page. Files are written whole or not."""
 
 import base64
 import io
@@ -10,8 +10,17 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from rich.console import Console
 
 from gan_jax.types import InputError, Json
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+  """Prints a plain sentence on standard error."""
+  console.print(text, markup=False, soft_wrap=True)
+
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -81,19 +90,19 @@ def _figure(path: Path, size: tuple[float, float], draw: Callable) -> None:
 
 
 _CURVES = {
-  "losses of D": ("d/loss", "d/supervised", "d/realness", "d/consistency", "d/rotation"),
+  "losses of D": ("d/loss", "d/supervised", "d/adversarial", "d/consistency", "d/rotation"),
   "penalties": ("d/r1", "d/r2", "d/wgan_gp"),
   "loss of G": ("g/loss",),
-  "realness logit": ("d/realness_real", "d/realness_fake", "watch/realness_held_out"),
+  "real logit": ("d/real_logit_real", "d/real_logit_fake", "diagnostics/real_logit_held_out"),
   "error on the labelled batch, %": ("d/error",),
-  "images that D judges rightly, %": ("watch/train_right", "watch/fake_right"),
-  "overfitting": ("watch/memorisation", "d/overfitting", "d/strength"),
-  "entropy of the generated classes, nats": ("watch/class_entropy",),
+  "images that D classifies correctly, %": ("diagnostics/train_accuracy", "diagnostics/fake_accuracy"),
+  "overfitting": ("diagnostics/memorisation", "d/overfitting", "d/strength"),
+  "entropy of the generated classes, nats": ("diagnostics/class_entropy",),
 }
 
 
 def learning_curves(path: Path, rows: Sequence[Json]) -> None:
-  """Metrics over updates: a line a phase and metric, a panel a kind that the run has."""
+  """Metrics over steps: a line a phase and metric, a panel a kind that the run has."""
   logged = set().union(*rows)
   curves = {title: names for title, names in _CURVES.items() if logged & set(names)}
 
@@ -109,7 +118,7 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
             dashes = "-" if phase == rows[0]["phase"] else "--"
             axes.plot(*zip(*points, strict=True), dashes, label=f"{name}, {phase}", linewidth=1)
       axes.set_title(title)
-      axes.set_xlabel("updates")
+      axes.set_xlabel("steps")
       if axes.lines:
         axes.legend(fontsize=7)
 
@@ -132,8 +141,8 @@ def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[
       for i in ticks:
         for j in ticks:
           if counts[i, j]:
-            grey = "0.6" if i == j else "black"
-            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color=grey)
+            colour = "0.6" if i == j else "white" if mistakes[i, j] > mistakes.max() / 2 else "black"
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color=colour)
 
   _figure(path, (6, 6), draw)
 

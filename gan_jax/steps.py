@@ -1,11 +1,11 @@
-"""The update as a pure function: `step(state, batch) -> (state, metrics)`, and what stands around it.
+"""One step of training as a pure function, `step(state, batch) -> (state, metrics)`, and many in a dispatch.
 
 Networks and optimizers are closed over by the `make_*` builders; the state holds arrays only.
 Randomness is derived: `fold_in(state.key, state.step)`, split once into named parts. The base key
 never changes, so a run that is saved and restored goes on bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,14 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from gan_jax import losses, objectives
 from gan_jax.augment import Adaptive
+from gan_jax.objectives import Objective
+from gan_jax.terms import DiscOutputs, StepOutputs
 from gan_jax.types import (
   Augment,
   Batch,
   ClassLatents,
+  Discriminator,
   Generator,
-  InputError,
   Latents,
   Metrics,
   NetState,
@@ -33,11 +35,15 @@ from gan_jax.types import (
 )
 
 
+MultiStep = Callable[[TrainState, Any, Int[Array, ""]], tuple[TrainState, dict[str, Float[Array, "m"]]]]
+"""`(state, data, num) -> (state, metrics)`: `num` steps in one call, see `make_multi_step`."""
+
+
 @partial(jax.jit, static_argnames=("g", "d", "g_tx", "d_tx"))
 def init_state(
   key: Key[Array, ""],
   g: Generator,
-  d: Network,
+  d: Discriminator,
   *,
   g_tx: optax.GradientTransformation,
   d_tx: optax.GradientTransformation,
@@ -48,8 +54,7 @@ def init_state(
 
   Args:
     key: consumed; the state keeps a key derived from it.
-    g: generator: `g.latents(key, n) -> z` and `g(z, train=) -> x` in [0, 1].
-    d: discriminator: `d(x, train=) -> (logits [B, K], features [B, F])`.
+    g, d: networks, see `gan_jax.types`.
     g_tx, d_tx: optimizers.
     x_init: real images in [0, 1], `[B, H, W, C]`. They give the shapes, and weight-normalised layers
       start from their statistics: a few hundred images are enough.
@@ -71,31 +76,30 @@ def init_state(
   )
 
 
-def update_keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
-  """The two keys of the update to come: one draws its batch, the other is the step's own."""
+def step_keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
+  """The two keys of the next step: one samples its batch, the other is the step's own."""
   key_batch, key_step = jax.random.split(jax.random.fold_in(state.key, state.step))
   return key_batch, key_step
 
 
 def make_step(
   g: Generator,
-  d: Network,
+  d: Discriminator,
   *,
   g_tx: optax.GradientTransformation,
   d_tx: optax.GradientTransformation,
-  objective: objectives.Objective,
+  objective: Objective,
   augment: Augment | Adaptive | None = None,
   ema_decay: float = 0.999,
 ) -> Step:
-  """Builds one update of D, then one of G against the new D: pure, uncompiled.
+  """Builds one step: an update of D, then one of G against the new D. Pure, uncompiled.
 
-  D sees `[labelled; unlabelled; generated]` in one pass. G's update has latents and unlabelled images
-  of its own. The batch sets the sizes, and a part without rows costs nothing: with labelled images
-  alone, the same step is the supervised control. A network without terms in the objective is left as
-  it is.
+  D sees `[labelled; unlabelled; generated]` in one pass. G's update has latents and unlabelled images of
+  its own. The batch sets the sizes; an empty input costs nothing, so with labelled images alone the same
+  step is the supervised control. A network without terms in the objective is left as it is.
 
   Args:
-    g, d: networks, see `init_state`.
+    g, d: networks, see `gan_jax.types`.
     g_tx, d_tx: optimizers, those that the state was made with.
     objective: the terms of both networks.
     augment: applied to all that D sees, real and generated alike, in D's update and in G's. With
@@ -105,9 +109,10 @@ def make_step(
 
   Returns:
     `step(state, batch) -> (state, metrics)`. Metrics are scalars: `d/loss`, each term under its name
-    (`d/supervised`, `g/feature_matching`), mean realness (`d/realness_real`, `d/realness_fake`) and mean
-    sign of the realness of real images (`d/real_sign`), error on the labelled batch in percent, norms of
-    gradients and updates, and with `Adaptive` its state (`d/strength`, `d/overfitting`).
+    (`d/supervised`, `g/feature_matching`), mean real logits (`d/real_logit_real`, `d/real_logit_fake`), mean
+    sign of the real logits of real images (`d/real_sign`), error on the labelled batch in percent, norms of
+    gradients and updates, and with `Adaptive` its state (`d/strength`, `d/overfitting`). The real logit is
+    the one that D's update is about: `l_y` where its question is the class, else `logsumexp(l)`.
   """
 
   def apply(net: Network, params: Params, model_state: PyTree, x: Latents, key: Array):
@@ -115,7 +120,7 @@ def make_step(
     out, changed = net.apply(variables, x, train=True, rngs={"noise": key}, mutable=list(model_state))
     return out, dict(changed)
 
-  def see(state: TrainState, key: Array, x: Array) -> Array:
+  def augmented(state: TrainState, key: Array, x: Array) -> Array:
     transform = augment.at(state.aux) if isinstance(augment, Adaptive) else augment
     return transform(key, x) if transform and len(x) else x
 
@@ -123,16 +128,20 @@ def make_step(
     """Images, the classes that they were asked to be of, and G's new state."""
     latents = g.latents(key_z, num)
     x, model_state = apply(g, params, model_state, latents, key_g)
-    return x, latents.y if isinstance(latents, ClassLatents) else jnp.full(num, -1), model_state
+    return x, latents.y if isinstance(latents, ClassLatents) else unknown(x), model_state
+
+  def by_class(batch: Batch) -> bool:
+    """Whether all that D judges has a class: labelled images, and images of a class-conditional G."""
+    return not len(batch.x_unl) and batch.num_generated > 0 and is_class_conditional(g)
 
   def update_d(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     key_z, key_g, key_augment, key_noise, key_terms = jax.random.split(key, 5)
-    x_fake, y_fake = batch.x_unl_g, jnp.full(len(batch.x_unl_g), -1)  # of no rows: nothing is generated
-    if len(x_fake):
-      x_fake, y_fake, _ = generate(state.g.params, state.g.model_state, key_z, key_g, len(x_fake))
-    x = jax.lax.stop_gradient(jnp.concatenate([batch.x_lab, batch.x_unl, x_fake]))
-    x = see(state, key_augment, x)
-    y = jnp.concatenate([batch.y_lab, jnp.full(len(batch.x_unl), -1), y_fake])
+    x_fake, y_fake = batch.x_unl[:0], jnp.zeros(0, batch.y_lab.dtype)
+    if batch.num_generated:
+      x_fake, y_fake, _ = generate(state.g.params, state.g.model_state, key_z, key_g, batch.num_generated)
+    x_raw = jax.lax.stop_gradient(jnp.concatenate([batch.x_lab, batch.x_unl, x_fake]))
+    x = augmented(state, key_augment, x_raw)
+    y = jnp.concatenate([batch.y_lab, unknown(batch.x_unl), y_fake])
     ends = [len(batch.x_lab), len(batch.x_lab) + len(batch.x_unl)]
 
     def loss_fn(params: Params):
@@ -143,19 +152,21 @@ def make_step(
         return apply(d, state.ema["d"], state.d.model_state, x, key)[0]
 
       (logits, features, *_), model_state = apply(d, params, state.d.model_state, x, key_noise)
-      columns = (jnp.split(a, ends) for a in (x, logits, features, y))
-      parts = (objectives.Part(*part) for part in zip(*columns, strict=True))
-      view = objectives.View(
-        *parts, batch=batch, key=key_terms, d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
+      columns = (jnp.split(a, ends) for a in (x_raw, x, logits, features, y))
+      lab, unl, fake = (DiscOutputs(*kind) for kind in zip(*columns, strict=True))
+      outputs = StepOutputs(
+        *(lab, unl, fake, by_class(batch), key_terms), d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
       )
-      loss, values = objectives.total(objective.d, view)
-      for name, part in (("real", view.unl if len(view.unl.x) else view.lab), ("fake", view.fake)):
-        if len(part.x):
-          values[f"realness_{name}"] = losses.realness(part.logits).mean()
-      if len(view.lab.x):
-        values["error"] = 100 * (view.lab.logits.argmax(axis=-1) != batch.y_lab).mean()
+      loss, values = objectives.weighted_sum(objective.d, outputs)
+      known = y if outputs.by_class else jnp.full_like(y, -1)
+      real_lab, real_unl, real_fake = jnp.split(losses.known_real_logit(logits, known), ends)
+      for name, real_logits in (("real", real_unl if len(real_unl) else real_lab), ("fake", real_fake)):
+        if len(real_logits):
+          values[f"real_logit_{name}"] = real_logits.mean()
+      if len(lab.x):
+        values["error"] = 100 * (lab.logits.argmax(axis=-1) != lab.y).mean()
       if ends[1]:
-        values["real_sign"] = jnp.sign(losses.realness(logits[: ends[1]])).mean()
+        values["real_sign"] = jnp.sign(jnp.concatenate([real_lab, real_unl])).mean()
       return loss, (values, model_state)
 
     net, metrics = descend(d_tx, state.d, loss_fn)
@@ -174,26 +185,27 @@ def make_step(
     def teacher_fn(x: Array, key: Array):
       return apply(d, state.ema["d"], state.d.model_state, x, key)[0]
 
-    def look(x: Array, y: Array, key: Array) -> objectives.Part:
+    def look(x_raw: Array, y: Array, key: Array) -> DiscOutputs:
       key_augment, key_noise = jax.random.split(key)
-      x = see(state, key_augment, x)
+      x = augmented(state, key_augment, x_raw)
       logits, features, *_ = d_fn(x, key_noise)
-      return objectives.Part(x, logits, features, y)
+      return DiscOutputs(x_raw, x, logits, features, y)
 
     # Real images are constants here, so they go through D forwards only, and not at all where no term
     # asks for them: the compiler drops what is not used.
-    unl = look(batch.x_unl_g, jnp.full(len(batch.x_unl_g), -1), key_unl)
-    lab = objectives.Part(*(a[:0] for a in unl))
-    if len(batch.x_lab):
-      lab = look(batch.x_lab, batch.y_lab, key_lab)
+    unl = look(batch.x_unl_g, unknown(batch.x_unl_g), key_unl)
+    lab = look(batch.x_lab, batch.y_lab, key_lab)
 
     def loss_fn(params: Params):
-      x_fake, y_fake, model_state = generate(params, state.g.model_state, key_z, key_g, len(batch.x_unl_g))
-      fake = look(x_fake, y_fake, key_fake)
-      view = objectives.View(
-        *(lab, unl, fake), batch=batch, key=key_terms, d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
+      x_fake, y_fake, model_state = generate(
+        params, state.g.model_state, key_z, key_g, batch.num_generated
       )
-      loss, values = objectives.total(objective.g, view)
+      fake = look(x_fake, y_fake, key_fake)
+      known = by_class(batch) and not len(batch.x_unl_g)
+      outputs = StepOutputs(
+        *(lab, unl, fake, known, key_terms), d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
+      )
+      loss, values = objectives.weighted_sum(objective.g, outputs)
       return loss, (values, model_state)
 
     net, metrics = descend(g_tx, state.g, loss_fn)
@@ -202,7 +214,9 @@ def make_step(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     chex.assert_rank([batch.x_lab, batch.x_unl, batch.x_unl_g, batch.y_lab], [4, 4, 4, 1])
     chex.assert_equal_shape([batch.x_lab, batch.x_unl, batch.x_unl_g], dims=(1, 2, 3))
-    _, key = update_keys(state)
+    if objective.g and not batch.num_generated:
+      raise ValueError("an objective with terms for G needs a batch with num_generated above 0")
+    _, key = step_keys(state)
     key_d, key_g = jax.random.split(key)
     metrics = {}
     if objective.d:
@@ -219,6 +233,16 @@ def make_step(
   return step
 
 
+def is_class_conditional(g: Generator) -> bool:
+  """Whether a generator is asked for classes."""
+  return isinstance(jax.eval_shape(lambda: g.latents(jax.random.key(0), 1)), ClassLatents)
+
+
+def unknown(x: Float[Array, "b h w c"]) -> Int[Array, "b"]:
+  """The class of images without a label."""
+  return jnp.full(len(x), -1)
+
+
 def descend(
   tx: optax.GradientTransformation,
   net: NetState,
@@ -232,66 +256,60 @@ def descend(
   return NetState(params, model_state, opt_state), {"loss": loss, **metrics, **norms}
 
 
-def freeze_first(tx: optax.GradientTransformation, num_layers: int) -> optax.GradientTransformation:
-  """FreezeD: `tx` that leaves the first `num_layers` layers of D as they are.
+def freeze_layers(tx: optax.GradientTransformation, layers: Sequence[str]) -> optax.GradientTransformation:
+  """FreezeD: `tx` that leaves these layers of D as they are.
 
-  The layers are its `Block`s, counted from the image; the heads always learn. What a normalisation
-  keeps beside the parameters, such as running averages, still follows the batches.
+  What a layer keeps beside its parameters, such as the vectors of a power iteration, still follows the
+  batches.
 
   Args:
     tx: optimizer of the other layers; it does not see the frozen ones.
-    num_layers: 0 gives back `tx` itself.
-
-  Raises:
-    InputError: from `init`, where D has fewer layers.
+    layers: names at the top of the parameters, usually the first of `d.layers(image_shape)`; without any,
+      `tx` itself is returned.
 
   References:
     Mo et al., 2020, https://arxiv.org/abs/2002.10964.
   """
-  if num_layers == 0:
+  if not layers:
     return tx
 
   def labels(params: Params) -> dict[str, str]:
-    num_blocks = sum(name.startswith("Block_") for name in params)
-    if num_layers > num_blocks:
-      raise InputError(f"D has {num_blocks} layers before its head: {num_layers} cannot be frozen")
-    frozen = {f"Block_{i}" for i in range(num_layers)}
-    return {name: "frozen" if name in frozen else "trained" for name in params}
+    return {name: "frozen" if name in layers else "trained" for name in params}
 
   return optax.partition({"frozen": optax.set_to_zero(), "trained": tx}, labels)
 
 
-def make_updates(
-  step: Step, draw: Callable[[Key[Array, ""], Any], Batch], *, max_updates: int
-) -> Callable[[TrainState, Any, Int[Array, ""]], tuple[TrainState, dict[str, Float[Array, "m"]]]]:
-  """Many updates as one pure function, so that one dispatch to the device does them all.
+def make_multi_step(
+  step: Step, sample_batch: Callable[[Key[Array, ""], Any], Batch], *, max_steps: int
+) -> MultiStep:
+  """Many steps as one pure function, so that one dispatch to the device does them all.
 
   Args:
     step: from `make_step`.
-    draw: `(key, data) -> Batch`; consumes the key. `data` is any pytree that lives on the device.
-    max_updates: the most updates that one call does.
+    sample_batch: `(key, data) -> Batch`; consumes the key. `data` is any pytree that lives on the device.
+    max_steps: the most steps that one call does.
 
   Returns:
-    `updates(state, data, num) -> (state, metrics)`: `num <= max_updates` is traced, so one compiled
-    program serves every length. Each metric is `[max_updates]`, of which the first `num` are set.
+    `multi_step(state, data, num) -> (state, metrics)`: `num <= max_steps` is traced, so one compiled
+    program serves every length. Each metric is `[max_steps]`, of which the first `num` are set.
   """
 
   @jax.jit  # the shapes of the metrics and the loop's body share one trace
   def one(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
-    key_batch, _ = update_keys(state)
-    return step(state, draw(key_batch, data))
+    key_batch, _ = step_keys(state)
+    return step(state, sample_batch(key_batch, data))
 
-  def updates(state: TrainState, data: Any, num: Int[Array, ""]):
+  def multi_step(state: TrainState, data: Any, num: Int[Array, ""]):
     def body(i: Array, carry):
       state, history = carry
       state, metrics = one(state, data)
       return state, {name: history[name].at[i].set(metrics[name]) for name in history}
 
     _, shapes = jax.eval_shape(one, state, data)
-    history = {name: jnp.zeros(max_updates, shape.dtype) for name, shape in shapes.items()}
+    history = {name: jnp.zeros(max_steps, shape.dtype) for name, shape in shapes.items()}
     return jax.lax.fori_loop(0, num, body, (state, history))
 
-  return updates
+  return multi_step
 
 
 def make_sampler(
@@ -318,7 +336,7 @@ def make_sampler(
 
 
 def make_classifier(
-  d: Network,
+  d: Discriminator,
 ) -> Callable[[TrainState, Float[Array, "b h w c"]], tuple[Float[Array, "b k"], Float[Array, "b f"]]]:
   """Builds `classify(state, x) -> (logits [B, K], features [B, F])` from the averaged discriminator.
 

@@ -1,96 +1,121 @@
-"""The loop around the step."""
+"""The loop around the step: many steps a dispatch, metrics, checkpoints, diagnostics, Ctrl-C."""
 
 import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Key
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-import gan_jax
-from gan_jax import checkpoint, data, report, runs, steps, watch
-from gan_jax.types import Generator, InputError, Json, Metrics, Network, Step, TrainState
-
+from gan_jax import checkpoint, data, diagnostics, report
+from gan_jax.recipes import Recipe
+from gan_jax.report import console
+from gan_jax.types import InputError, Json, TrainState
 
 @dataclass(frozen=True)
 class Fit:
-  """What `fit` gives back."""
+  """What `fit` returns."""
 
   state: TrainState
   seconds_train: float
-  """In updates, compilation not included."""
+  """In steps, compilation not included; those of a run that was resumed count from its beginning."""
   seconds_compile: float
-  seconds_to_first_update: float | None
-  """From the start of the process; None where there was nothing left to do."""
+  first_step_at: float | None
+  """`time.time()` when the first step of this call was done; None where there was nothing left to do."""
   interrupted: bool
   alarms: tuple[str, ...] = ()
-  """What the watch has to say of the end of training, in words."""
+  """Problems that the diagnostics report at the end of training, a sentence each."""
 
 
 def fit(
-  run: runs.Run,
-  phase: str,
-  state: TrainState,
-  step: Step,
-  draw: Callable,
-  device_data: data.DeviceData,
+  recipe: Recipe,
+  images: data.DeviceData,
+  key: Key[Array, ""],
   *,
-  num_steps: int,
-  dispatch: int = 50,
-  checkpoints: checkpoint.Checkpoints | None = None,
-  observe: Callable[[TrainState, data.DeviceData], Metrics] | None = None,
+  workdir: Path | None = None,
+  resume: bool = False,
+  phase: str = "train",
+  checkpoint_every: int | None = 1000,
+  start: Callable[[TrainState], TrainState] | None = None,
+  diagnose: bool = False,
+  classify: diagnostics.Classify | None = None,
+  class_names: Sequence[str] = (),
+  tensorboard: bool = False,
+  steps_per_dispatch: int = 50,
 ) -> Fit:
-  """Runs `step` until `state.step` is `num_steps`, or until Ctrl-C, and logs under the name `phase`.
+  """Trains a recipe: `recipe.num_steps` steps, or fewer on Ctrl-C.
 
-  With `checkpoints` the state is saved as it goes, and a resumed run goes on from the newest.
-
-  `dispatch` updates go to the device at a time. The metrics of one dispatch are read when the next
+  `steps_per_dispatch` steps go to the device at a time. The metrics of one dispatch are read when the next
   has been sent, so the device never waits for the host.
 
-  `observe`, a pure function, is called about twenty times, its metrics are logged beside the others, and
-  the alarms that `watch` raises over them are printed when they appear.
+  Args:
+    recipe: what to train.
+    images: the training set on the device.
+    key: consumed: it gives the initial state, and with it all randomness of the run.
+    workdir: where `metrics.jsonl` and `checkpoints/` go; without it nothing is written.
+    resume: go on from the newest checkpoint in `workdir`, bit for bit, where there is one.
+    phase: the name of these rows in `metrics.jsonl`; rows of other phases there are kept.
+    checkpoint_every: steps between two checkpoints; None saves none.
+    start: changes the fresh state, for networks that come from elsewhere; not called on a resumed run.
+    diagnose: whether `diagnostics` are computed, about twenty times. Their metrics are logged beside the
+      others, and alarms are printed when they first appear.
+    classify: names the classes of generated images for the diagnostics, see `make_diagnostics`.
+    class_names: for the alarms.
+    tensorboard: whether to log for TensorBoard too, under `workdir/tensorboard`.
+    steps_per_dispatch: the most steps in one dispatch.
 
   Raises:
     InputError: a metric is not finite; nothing from then on has been saved.
   """
-  updates = jax.jit(steps.make_updates(step, draw, max_updates=dispatch), donate_argnums=0)
-  begin = time.perf_counter()
-  compiled = updates.lower(state, device_data, np.int32(0)).compile()
-  seconds_compile = time.perf_counter() - begin
+  state = recipe.init_state(key, images)
+  with contextlib.ExitStack() as stack:
+    checkpoints = None
+    if workdir is not None and checkpoint_every is not None:
+      checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
+    if resume and checkpoints is not None and checkpoints.latest_step is not None:
+      state = checkpoints.restore(state)
+    elif start is not None:
+      state = start(state)
+    multi_step = jax.jit(recipe.make_multi_step(steps_per_dispatch), donate_argnums=0)
+    begin = time.perf_counter()
+    compiled = multi_step.lower(state, images, np.int32(0)).compile()
+    seconds_compile = time.perf_counter() - begin
+    observe = None
+    if diagnose:
+      observe = jax.jit(
+        diagnostics.make_diagnostics(recipe.g, recipe.d, classify=classify, by_class=recipe.by_class)
+      )
 
-  if run.config.resume and checkpoints is not None and checkpoints.latest_step is not None:
-    state = checkpoints.restore(state)
-  first = int(state.step)
-  every = run.config.checkpoint_every
-  observe = jax.jit(observe) if observe else None
-  observe_every = max(1, num_steps // 20)
-  done, pending, to_first = first, None, None
-
-  with _MetricsLog(run, phase, first, num_steps) as log, _progress(phase, first, num_steps) as show:
+    num_steps, every = recipe.num_steps, checkpoint_every or recipe.num_steps
+    observe_every = max(1, num_steps // 20)
+    done = first = int(state.step)
+    pending, first_step_at = None, None
+    log = stack.enter_context(_MetricsLog(workdir, phase, first, num_steps, class_names, tensorboard))
+    show = stack.enter_context(_progress(phase, first, num_steps))
     with _stop_on_interrupt() as stop:
       while done < num_steps and not stop.is_set:
-        # The very first update goes alone: it tells when the run began to move.
-        num = 1 if done == 0 else min(dispatch - done % dispatch, num_steps - done)
+        # The very first step goes alone: it tells when the run began to move.
+        num = 1 if done == 0 else min(steps_per_dispatch - done % steps_per_dispatch, num_steps - done)
         num = min(num, every - done % every)
         if observe:
           num = min(num, observe_every - done % observe_every)
-        state, metrics = compiled(state, device_data, np.int32(num))
+        state, metrics = compiled(state, images, np.int32(num))
         done += num
         if observe and done % observe_every == 0:
-          metrics |= observe(state, device_data)
+          metrics |= observe(state, images)
         if pending is not None:
           show(log.write(*pending))
         pending = (done, num, metrics)
-        if to_first is None:
+        if first_step_at is None:
           jax.block_until_ready(metrics)
-          to_first = round(time.time() - gan_jax.PROCESS_START, 2)
+          first_step_at = time.time()
         if checkpoints is not None and done % every == 0 and done < num_steps:
           show(log.write(*pending))  # what is not finite must not be saved
           pending = None
@@ -99,64 +124,47 @@ def fit(
       show(log.write(*pending))
     if checkpoints is not None:
       checkpoints.save(state)
-    return Fit(state, log.seconds, seconds_compile, to_first, done < num_steps, log.alarms)
-
-
-def transferred(run: runs.Run, state: TrainState) -> TrainState:
-  """A fresh state as --init-from would have it; says what could not be taken.
-
-  A resumed run has left that state behind, and the run that it came from may be gone.
-  """
-  config = run.config
-  if config.init_from is None or (config.resume and (run.path / "checkpoints").is_dir()):
-    return state
-  parts = {"both": ("g", "d"), "g": ("g",), "d": ("d",)}[config.init_parts]
-  state, notes = checkpoint.transfer(state, config.init_from, parts=parts)
-  for note in notes:
-    runs.say(f"--init-from: {note}")
-  return state
-
-
-def observer(
-  g: Generator, d: Network, classify: watch.Classify | None = None
-) -> Callable[[TrainState, data.DeviceData], Metrics]:
-  """`watch.make_observe` on 500 training and as many held-out images; for `fit`."""
-  observe = watch.make_observe(g, d, classify)
-
-  def observe_data(state: TrainState, device_data: data.DeviceData) -> Metrics:
-    x_train, x_held_out = (data.to_float(x[:500]) for x in (device_data.x_unl, device_data.x_held_out))
-    # No update has this number, so the watch has latents of its own, the same every time.
-    return observe(state, jax.random.fold_in(state.key, 2**32 - 1), x_train, x_held_out)
-
-  return observe_data
+    return Fit(state, log.seconds, seconds_compile, first_step_at, done < num_steps, log.alarms)
 
 
 class _MetricsLog:
-  """Appends to `metrics.jsonl`, a line a dispatch: the mean of every metric over its updates.
+  """Appends to `metrics.jsonl`, a line a dispatch: the mean of every metric over its steps.
 
-  Lines of the same phase after `first`, the update that the run goes on from, are dropped.
+  Lines of the same phase after `first`, the step that the run goes on from, are dropped.
   """
 
-  def __init__(self, run: runs.Run, phase: str, first: int, num_steps: int):
-    rows = report.read_metrics(run.metrics_path)
-    rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
-    report.write_bytes(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    self._phase, self._num_steps, self._class_names = phase, num_steps, run.dataset.class_names
+  def __init__(
+    self,
+    workdir: Path | None,
+    phase: str,
+    first: int,
+    num_steps: int,
+    class_names: Sequence[str],
+    tensorboard: bool,
+  ):
+    rows, self._file, self._tensorboard = [], None, None
+    if workdir is not None:
+      path = workdir / "metrics.jsonl"
+      rows = [row for row in report.read_metrics(path) if row["phase"] != phase or row["step"] <= first]
+      report.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+      self._file = open(path, "a", buffering=1)  # noqa: SIM115
+      if tensorboard:
+        self._tensorboard = _tensorboard(workdir / "tensorboard" / phase)
+    self._phase, self._num_steps, self._class_names = phase, num_steps, class_names
     self._rows = [row for row in rows if row["phase"] == phase]
-    self.alarms: tuple[str, ...] = ()
+    found = diagnostics.alarms(self._rows, num_steps=num_steps, class_names=class_names)
+    self.alarms = tuple(found.values())
     self._said: set[str] = set()
     self._before = max((row["seconds"] for row in rows if row["phase"] == phase), default=0.0)
     self._begin = time.perf_counter()
-    self._file = open(run.metrics_path, "a", buffering=1)  # noqa: SIM115
-    self._tensorboard = _tensorboard(run.path / "tensorboard" / phase) if run.config.tensorboard else None
 
   def __enter__(self) -> "_MetricsLog":
     return self
 
   def __exit__(self, *_) -> None:
-    self._file.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    for file in (self._file, self._tensorboard):
+      if file is not None:
+        file.close()
 
   @property
   def seconds(self) -> float:
@@ -164,30 +172,31 @@ class _MetricsLog:
     return self._before + time.perf_counter() - self._begin
 
   def write(self, step: int, num: int, metrics: dict[str, Array]) -> Json:
-    """Waits for the metrics of the `num` updates up to `step`; `InputError` where one is not finite."""
+    """Waits for the metrics of the `num` steps up to `step`; `InputError` where one is not finite."""
     means = {}
     for name, history in metrics.items():
-      values = np.asarray(history).ravel()[:num]  # what was observed once is a scalar
+      values = np.asarray(history).ravel()[:num]  # a diagnostic is a scalar
       if not np.isfinite(values).all():
         where = step - num + 1 + int(np.argmin(np.isfinite(values)))
-        raise InputError(f"{name} is not finite at update {where} ({self._phase}): lower the learning rate")
+        raise InputError(f"{name} is not finite at step {where} ({self._phase}): lower the learning rate")
       means[name] = float(values.mean())
     row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), **means}
-    self._file.write(json.dumps(row) + "\n")
+    if self._file is not None:
+      self._file.write(json.dumps(row) + "\n")
     self._rows.append(row)
-    if any(name.startswith("watch/") for name in row):
-      self._watch()
+    if any(name.startswith("diagnostics/") for name in row):
+      self._raise_alarms()
     if self._tensorboard is not None:
       for name, value in means.items():
         self._tensorboard.add_scalar(name, value, step)
     return row
 
-  def _watch(self) -> None:
+  def _raise_alarms(self) -> None:
     """Prints each kind of alarm when it first appears."""
-    found = watch.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)
+    found = diagnostics.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)
     self.alarms = tuple(found.values())
     for kind in set(found) - self._said:
-      runs.console.print(f"watch: {found[kind]}", style="yellow", markup=False, soft_wrap=True)
+      console.print(f"alarm: {found[kind]}", style="yellow", markup=False, soft_wrap=True)
     self._said |= set(found)
 
 
@@ -212,12 +221,15 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
     del signum, frame
     stop.is_set = True
     signal.signal(signal.SIGINT, previous)
-    runs.console.print("[yellow]stopping: writing what was reached (Ctrl-C again to leave at once)[/]")
+    console.print("[yellow]stopping: writing what was reached (Ctrl-C again to leave at once)[/]")
 
   previous = signal.getsignal(signal.SIGINT)
+  if previous is signal.SIG_IGN:  # as for a job in the background of a shell: it stays ignored
+    yield stop
+    return
   try:
     signal.signal(signal.SIGINT, handle)
-  except ValueError:  # not in the main thread: nobody presses Ctrl-C there
+  except ValueError:  # not in the main thread, where Ctrl-C does not arrive
     yield stop
     return
   try:
@@ -236,7 +248,7 @@ def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], N
     rate = (row["step"] - first) / (time.perf_counter() - begin)
     return rate, "  ".join(f"{label} {row[name]:.3f}" for name, label in shown.items() if name in row)
 
-  if not runs.console.is_terminal:
+  if not console.is_terminal:
     tenths = first * 10 // total
 
     def show_line(row: Json) -> None:
@@ -245,8 +257,8 @@ def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], N
         tenths = row["step"] * 10 // total
         rate, text = describe(row)
         left = (total - row["step"]) / rate
-        line = f"{phase} {row['step']}/{total}  {rate:.1f} updates/s  {left:.0f} s left  {text}"
-        runs.console.print(line, soft_wrap=True)
+        line = f"{phase} {row['step']}/{total}  {rate:.1f} steps/s  {left:.0f} s left  {text}"
+        console.print(line, soft_wrap=True)
 
     yield show_line
     return
@@ -254,11 +266,11 @@ def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], N
   columns = (
     TextColumn("{task.description}"),
     BarColumn(),
-    TextColumn("{task.completed}/{task.total}  {task.fields[rate]:.1f} updates/s"),
+    TextColumn("{task.completed}/{task.total}  {task.fields[rate]:.1f} steps/s"),
     TimeRemainingColumn(),
     TextColumn("{task.fields[text]}"),
   )
-  with Progress(*columns, console=runs.console) as progress:
+  with Progress(*columns, console=console) as progress:
     task = progress.add_task(phase, total=total, completed=first, rate=0.0, text="")
 
     def show_bar(row: Json) -> None:

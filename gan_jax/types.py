@@ -1,6 +1,6 @@
-"""Types that cross module borders: frozen pytrees of arrays, and the interfaces of the networks."""
+"""Types that cross module borders: frozen pytrees of arrays, and the contracts of the networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from flax import struct
@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class Batch(struct.PyTreeNode):
-  """What one update sees. A part with zero rows is a part that the update does not have."""
+  """The input of one step. An empty array disables that input."""
 
   x_lab: Float[Array, "n h w c"]
   """Labelled images, in [0, 1]."""
@@ -27,7 +27,18 @@ class Batch(struct.PyTreeNode):
   x_unl: Float[Array, "u h w c"]
   """Unlabelled images for D's update, in [0, 1]."""
   x_unl_g: Float[Array, "m h w c"]
-  """Unlabelled images for G's update; each network is shown as many generated images."""
+  """Unlabelled images for G's update, for terms that compare generated images with real ones."""
+  num_generated: int = struct.field(pytree_node=False, default=0)
+  """Generated images in D's update, and as many in G's; 0 disables the generator."""
+
+
+class BatchSizes(NamedTuple):
+  """Images per step."""
+
+  labelled: int
+  unlabelled: int
+  generated: int
+  """Generated images in D's update and in G's, beside as many unlabelled images for G's terms."""
 
 
 class NetState(struct.PyTreeNode):
@@ -45,9 +56,9 @@ class TrainState(struct.PyTreeNode):
   """All that a training run is; arrays only, so it checkpoints, compares, vmaps and shards."""
 
   step: Int[Array, ""]
-  """Updates done so far."""
+  """Steps done so far; one step updates D, then G."""
   key: Key[Array, ""]
-  """The base key. It never changes: `fold_in(key, step)` gives each update its own."""
+  """The base key. It never changes: `fold_in(key, step)` gives each step its own."""
   g: NetState
   """The generator."""
   d: NetState
@@ -55,7 +66,7 @@ class TrainState(struct.PyTreeNode):
   ema: dict[str, Params]
   """Exponential moving averages of the parameters, under `"g"` and `"d"`."""
   aux: PyTree[Array] = struct.field(default_factory=dict)
-  """What else an algorithm carries from update to update."""
+  """What else an algorithm carries from step to step."""
 
 
 class LabelSplit(NamedTuple):
@@ -72,7 +83,7 @@ class LabelSplit(NamedTuple):
   images: tuple[int, ...]
   """Positions of all images that the run trains on, labelled ones included, ascending."""
   held_out: tuple[int, ...]
-  """Positions of training images that no update sees: D is watched on them."""
+  """Positions of training images that no update sees, for diagnostics."""
 
 
 class Network(Protocol):
@@ -94,18 +105,35 @@ Latents = Float[Array, "n z"] | ClassLatents
 
 
 class Generator(Network, Protocol):
-  """A Linen module `g(latents, train=) -> x` in [0, 1] that also draws its own latents."""
+  """A Linen module `g(latents, train=) -> x [N, H, W, C]` in [0, 1] that also draws its own latents."""
 
   def latents(self, key: Key[Array, ""], num: int) -> Latents:
     """`num` latents; consumes the key. A class-conditional generator draws the classes too."""
     ...
 
 
-class DiscriminatorFn(Protocol):
-  """`D(x) -> (logits [B, K], features [B, F], ...)` with its parameters bound; consumes `key`.
+class Discriminator(Network, Protocol):
+  """A Linen module `d(x, train=) -> (logits [B, K], features [B, F])`; this is its whole contract.
 
-  A discriminator with a head for a task of its own, see `num_aux` in `networks`, gives its logits third.
+  - A discriminator with a head for a task of its own returns the logits `[B, A]` of that head third.
+  - The outputs for an image depend on that image alone, so no statistics of the batch: D's update passes
+    real and generated images together, G's update passes them apart, and gradient penalties are per image.
+  - Each layer is a submodule of the top level, called once, and its parameters are found at the top of the
+    parameters under its name. What else is there are the heads: layers that belong to a task, which are
+    never frozen and start anew where a transfer finds another number of outputs.
+  - Noise in training comes from the random stream "noise".
   """
+
+  def layers(self, image_shape: Sequence[int]) -> tuple[str, ...]:
+    """Names of its layers for images of this shape, in order from the image on, without the heads.
+
+    FreezeD freezes the first of them, probes read the output `[B, ...]` of each.
+    """
+    ...
+
+
+class DiscriminatorFn(Protocol):
+  """`D(x) -> (logits [B, K], features [B, F], ...)` with its parameters bound; consumes `key`."""
 
   def __call__(self, x: Float[Array, "b h w c"], key: Key[Array, ""]) -> tuple[Array, ...]: ...
 
@@ -114,6 +142,6 @@ Augment = Callable[[Key[Array, ""], Float[Array, "b h w c"]], Float[Array, "b h 
 """Draws one random transformation an image and applies it; consumes the key."""
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-"""One update as a pure function."""
+"""One step, an update of D and then of G, as a pure function."""
 
 Json = dict[str, Any]

@@ -58,7 +58,7 @@ class Tiny:
     tx = tx or ADAM
     self.txs = {"g_tx": tx, "d_tx": tx}
     self.objective = objective or objectives.semi_supervised_gan()
-    self.draw = data.make_draw(4, 6, 6)
+    self.sample_batch = data.make_sample_batch(4, 6, 6)
     self.seed = seed
 
   def state(self, aux=None):
@@ -69,7 +69,7 @@ class Tiny:
     return steps.make_step(self.g, self.d, **self.txs, objective=self.objective, **kwargs)
 
   def batch(self, seed=0):
-    return self.draw(jax.random.key(seed), self.data)
+    return self.sample_batch(jax.random.key(seed), self.data)
 
 
 @pytest.fixture

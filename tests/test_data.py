@@ -87,18 +87,18 @@ def test_resized_images_keep_their_mean_and_have_another_name():
 
 
 def test_draw_gives_the_batch_asked_for(tiny):
-  batch = data.make_draw(4, 5, 7)(jax.random.key(0), tiny.data)
+  batch = data.make_sample_batch(4, 5, 7)(jax.random.key(0), tiny.data)
   assert [len(a) for a in (batch.x_lab, batch.y_lab, batch.x_unl, batch.x_unl_g)] == [4, 4, 5, 7]
   assert batch.x_unl.dtype == jnp.float32
   assert 0 <= batch.x_unl.min() <= batch.x_unl.max() <= 1
-  whole = data.make_draw(6, 0, 0)(jax.random.key(0), tiny.data)
+  whole = data.make_sample_batch(6, 0, 0)(jax.random.key(0), tiny.data)
   np.testing.assert_array_equal(whole.y_lab, tiny.data.y_lab)
 
 
 def test_draw_is_uniform(tiny):
   """Six standard errors around 1 / 60, image by image."""
   n = 60_000
-  batch = data.make_draw(0, n, 0)(jax.random.key(0), tiny.data)
+  batch = data.make_sample_batch(0, n, 0)(jax.random.key(0), tiny.data)
   images, counts = np.unique(np.asarray(batch.x_unl).reshape(n, -1), axis=0, return_counts=True)
   assert len(images) == 60
   assert np.abs(counts - n / 60).max() < 6 * np.sqrt(n / 60)

@@ -34,7 +34,7 @@ def test_mnist_ssgan_takes_two_steps(network, tmp_path):
 
 @pytest.fixture
 def quick_judge(monkeypatch, tmp_path):
-  """A judge of digits that has hardly been trained, kept in the test's own folder."""
+  """A feature_extractor of digits that has hardly been trained, kept in the test's own folder."""
   monkeypatch.setattr("gan_jax.metrics.feature_network.default_steps", lambda num_images: 2)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -57,7 +57,7 @@ def test_mnist_gan_takes_two_steps(tmp_path, quick_judge):
   assert result.keys() >= GENERATOR
   assert any(name.startswith("frechet_digits-") and name.endswith("_n300") for name in result)
   (row, *_) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  assert row.keys() >= {"d/r1", "d/rotation", "g/rotation", "watch/realness_gap", "watch/share_9"}
+  assert row.keys() >= {"d/r1", "d/rotation", "g/rotation", "diagnostics/real_logit_gap", "diagnostics/share_9"}
 
 
 @pytest.mark.parametrize("labels_per_class", [None, 5])
@@ -84,7 +84,7 @@ def test_transfer_takes_two_steps_and_resumes(tmp_path, quick_judge, capsys):
   lines = (tmp_path / "run" / "split-0" / "metrics.jsonl").read_text().splitlines()
   terms = {key for line in lines for key in json.loads(line)}
   assert "d/supervised" in terms
-  assert not terms & {"d/realness", "d/consistency", "d/balance"}  # labels alone, as its control has
+  assert not terms & {"d/adversarial", "d/consistency", "d/class_balance"}  # labels alone, as its control has
   before = (tmp_path / "run" / "split-0" / "result.json").stat().st_mtime_ns
   again = two_steps(transfer, tmp_path, **flags, resume=True)
   assert again["fine_tuned_test_errors"] == result["fine_tuned_test_errors"]

@@ -96,7 +96,7 @@ def test_a_penalty_is_the_terms_of_its_name():
   for penalty, weights in PENALTY_WEIGHTS.items():
     expected = {name for name, weight in zip(("r1", "r2", "wgan_gp"), weights, strict=True) if weight}
     found = objectives.gan(penalty=penalty, gamma=3.0).d
-    assert set(found) - {"realness"} == expected
+    assert set(found) - {"adversarial"} == expected
     assert {found[name][0] for name in expected} <= {3.0}
 
 
@@ -120,7 +120,7 @@ def two_steps(norm: str):
     for i, name in enumerate(("r1", "r2", "wgan_gp")):
       objective.d[name] = (lambda step, i=i: weights[i], penalties[name][1])
     step = steps.make_step(G, d, g_tx=TX, d_tx=TX, objective=objective)
-    return steps.make_updates(step, lambda key, batch: batch, max_updates=2)(state, batch, jnp.int32(2))
+    return steps.make_multi_step(step, lambda key, batch: batch, max_steps=2)(state, batch, jnp.int32(2))
 
   return lambda which, weights: (state, *updates(which, jnp.array(weights), state, batch))
 

@@ -87,7 +87,7 @@ def test_two_methods_take_two_steps_and_only_test_errors_sees_the_test_set(tmp_p
 
 def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, spied):
   config = label_study.Config(
-    **SMALL, methods=("supervised", "pseudo_label"), workdir=str(tmp_path / "run")
+    **SMALL, methods=("supervised", "fixmatch_ema"), workdir=str(tmp_path / "run")
   )
   result = label_study.main(config)
   path = tmp_path / "run" / "study.jsonl"
@@ -98,7 +98,7 @@ def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, spied):
   assert [cell["errors"] for cell in again["cells"]] == [cell["errors"] for cell in result["cells"]]
   assert [json.loads(line)["method"] for line in path.read_text().splitlines()] == [
     "supervised",
-    "pseudo_label",
+    "fixmatch_ema",
   ]
 
 
@@ -139,7 +139,7 @@ BAD = [
   ({"labels_per_class": 3}, "use --budgets and --splits"),
   ({"exclude_labelled": True}, "not for the study"),
   ({"vat_epsilon": -0.1}, "--vat-epsilon must not be negative, and it is -0.1"),
-  ({"balance": (1.0, -1.0)}, "--balance must not be negative"),
+  ({"class_balance": (1.0, -1.0)}, "--balance must not be negative"),
   ({"num_images": 100}, "--num-images is not for the study"),
 ]
 
@@ -167,13 +167,13 @@ def test_each_method_is_another_objective_over_the_same_batches():
   assert terms["supervised"] == terms["supervised_augmented"] == {"supervised"}
   assert len(set(terms.values())) == len(methods) - 1
   assert [name for name, method in methods.items() if not method.augmented] == ["supervised"]
-  balanced = [name for name, method in methods.items() if "balance" in method.objective.d]
+  balanced = [name for name, method in methods.items() if "class_balance" in method.objective.d]
   assert balanced == [name for name, method in methods.items() if method.uses_unlabelled]
-  assert {"pseudo_label", "mean_teacher", "vat", "feature_matching"} < set(balanced)
-  assert {"consistency", "balance"} < set(methods["gan_augmented"].before.objective.d)
+  assert {"fixmatch_ema", "mean_teacher", "vat", "feature_matching"} < set(balanced)
+  assert {"consistency", "class_balance"} < set(methods["gan_augmented"].before.objective.d)
   off = label_study.Config(consistency=0.0, balance=(0.0, 0.0))
   methods = _methods.make_methods(off, _methods.make_recipe(off, few=True), norm=3.0)
-  assert terms["supervised"] == set(methods["pseudo_label"].objective.d)  # no weight, no term
+  assert terms["supervised"] == set(methods["fixmatch_ema"].objective.d)  # no weight, no term
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_fifth_and_no_lower():

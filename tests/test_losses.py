@@ -17,23 +17,23 @@ def explicit_k_plus_one(logits):
 def test_the_three_readings_are_those_of_a_k_plus_one_softmax():
   p = explicit_k_plus_one(LOGITS)
   real = p[:, :3].sum(axis=-1)
-  np.testing.assert_allclose(jax.nn.sigmoid(losses.realness(LOGITS)), real, rtol=1e-6)
+  np.testing.assert_allclose(jax.nn.sigmoid(losses.real_logit(LOGITS)), real, rtol=1e-6)
   np.testing.assert_allclose(losses.class_probs(LOGITS), p[:, :3] / real[:, None], rtol=1e-6)
   y = jnp.array([2, 0, 1])
-  joint = jnp.exp(losses.class_realness(LOGITS, y)) * p[:, 3]
+  joint = jnp.exp(losses.class_logit(LOGITS, y)) * p[:, 3]
   np.testing.assert_allclose(joint, p[jnp.arange(3), y], rtol=1e-6)
 
 
 def test_k_plus_one_loss_is_the_gan_loss_on_realness():
   p = explicit_k_plus_one(LOGITS)
-  real, fake = losses.non_saturating.d(losses.realness(LOGITS), losses.realness(LOGITS))
+  real, fake = losses.non_saturating.d(losses.real_logit(LOGITS), losses.real_logit(LOGITS))
   np.testing.assert_allclose(real, -jnp.log(p[:, :3].sum(axis=-1)), rtol=1e-5)
   np.testing.assert_allclose(fake, -jnp.log(p[:, 3]), rtol=1e-5)
 
 
 def test_one_class_is_the_plain_gan():
   r = jnp.array([-2.0, 0.0, 3.0])
-  np.testing.assert_allclose(losses.realness(r[:, None]), r)
+  np.testing.assert_allclose(losses.real_logit(r[:, None]), r)
   real, fake = losses.non_saturating.d(r, r)
   np.testing.assert_allclose(real, -jnp.log(jax.nn.sigmoid(r)), rtol=1e-6)
   np.testing.assert_allclose(fake, -jnp.log(1 - jax.nn.sigmoid(r)), rtol=1e-6)
@@ -45,7 +45,7 @@ def test_losses_and_gradients_are_finite_far_out(value):
   y = jnp.array([1])
 
   def everything(logits):
-    r = losses.realness(logits)
+    r = losses.real_logit(logits)
     real, fake = losses.non_saturating.d(r, r)
     kept = losses.consistency(logits, logits, threshold=0.5)
     return jnp.stack(
@@ -83,11 +83,11 @@ def test_consistency_counts_the_confident_and_stops_the_gradient_of_the_target()
 
 def test_imbalance_is_the_divergence_of_the_mean_prediction_from_uniform():
   probs = jax.nn.softmax(LOGITS, axis=-1).mean(axis=0)
-  np.testing.assert_allclose(losses.imbalance(LOGITS), (probs * np.log(3 * probs)).sum(), rtol=1e-5)
+  np.testing.assert_allclose(losses.class_imbalance(LOGITS), (probs * np.log(3 * probs)).sum(), rtol=1e-5)
   one_each = 200.0 * jnp.eye(4)
-  np.testing.assert_allclose(losses.imbalance(one_each), 0.0, atol=1e-6)
-  np.testing.assert_allclose(losses.imbalance(one_each[:1].repeat(3, axis=0)), np.log(4), rtol=1e-6)
-  assert np.isfinite(jax.grad(losses.imbalance)(one_each[:1])).all()  # though three probabilities are 0
+  np.testing.assert_allclose(losses.class_imbalance(one_each), 0.0, atol=1e-6)
+  np.testing.assert_allclose(losses.class_imbalance(one_each[:1].repeat(3, axis=0)), np.log(4), rtol=1e-6)
+  assert np.isfinite(jax.grad(losses.class_imbalance)(one_each[:1])).all()  # though three probabilities are 0
 
 
 R = np.array([-2.0, 0.0, 0.3, 1.5, 4.0])
@@ -115,7 +115,7 @@ def test_adversarial_pairs_by_hand(name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_adversarial_pairs_pull_apart_and_are_finite_far_out(name):
-  """D's descent raises real and lowers fake realness, G's raises that of fakes; nowhere infinite."""
+  """D's descent raises real and lowers fake real logit, G's raises that of fakes; nowhere infinite."""
   pair, far = getattr(losses, name), jnp.array([-1e4, 0.0, 1e4])
   real, fake = (a.ravel() for a in jnp.meshgrid(far, far))
   d = lambda r, f: sum(loss.sum() for loss in pair.d(r, f))
@@ -135,7 +135,7 @@ def test_adversarial_pairs_pull_apart_and_are_finite_far_out(name):
 
 
 def test_min_max_and_non_saturating_share_the_fixed_point():
-  """The same D, and where D cannot tell (realness 0) the same gradient of G; elsewhere another."""
+  """The same D, and where D cannot tell (real logit 0) the same gradient of G; elsewhere another."""
   r = jnp.array([-3.0, 0.0, 3.0])
   for a, b in zip(losses.min_max.d(r, r), losses.non_saturating.d(r, r), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -172,8 +172,8 @@ def test_smoothing_is_a_softer_target():
 def test_known_realness_reads_the_class_where_it_is_known():
   y = jnp.array([2, -1, 0])
   expected = [2.0, np.log(3), -3.0]
-  np.testing.assert_allclose(losses.known_realness(LOGITS, y), expected, rtol=1e-6)
-  grads = jax.grad(lambda logits: losses.known_realness(logits, y).sum())(LOGITS)
+  np.testing.assert_allclose(losses.known_real_logit(LOGITS, y), expected, rtol=1e-6)
+  grads = jax.grad(lambda logits: losses.known_real_logit(logits, y).sum())(LOGITS)
   np.testing.assert_allclose(grads, [[0, 0, 1], [1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import confusion_matrix as reference
 
 from experiments import feature_network as experiment
 from gan_jax import data, metrics
-from gan_jax.metrics import feature_network, judge
+from gan_jax.metrics import feature_network, feature_extractor
 from gan_jax.types import InputError
 
 
@@ -109,11 +109,11 @@ def digits():
 
 @pytest.fixture(scope="module")
 def cached(digits, tmp_path_factory):
-  """A judge of the digits after a few updates, and where it is kept."""
+  """A feature_extractor of the digits after a few updates, and where it is kept."""
   folder, said = tmp_path_factory.mktemp("judges"), []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(feature_network, "default_steps", lambda num_images: 40)
-    trained = metrics.load_judge(digits, cache_dir=folder, say=said.append)
+    trained = metrics.load_feature_extractor(digits, cache_dir=folder, say=said.append)
   assert len(said) == 1
   assert "digits" in said[0]
   return trained, folder
@@ -121,22 +121,22 @@ def cached(digits, tmp_path_factory):
 
 def must_not_train(patch):
   def refuse(*args, **kwargs):
-    raise AssertionError("a judge was to be trained")
+    raise AssertionError("a feature_extractor was to be trained")
 
-  patch.setattr(judge, "train_judge", refuse)
+  patch.setattr(feature_extractor, "train_feature_extractor", refuse)
 
 
 def test_a_judge_is_trained_once(cached, digits, monkeypatch):
   trained, folder = cached
   must_not_train(monkeypatch)
-  again = metrics.load_judge(digits, cache_dir=folder)
+  again = metrics.load_feature_extractor(digits, cache_dir=folder)
   assert again.name == trained.name
   assert jax.tree.all(jax.tree.map(np.array_equal, again.params, trained.params))
   order = np.random.default_rng(0).permutation(len(digits.x_train))
   shuffled = dataclasses.replace(
     digits, name="other", x_train=digits.x_train[order], y_train=digits.y_train[order]
   )
-  assert metrics.load_judge(shuffled, cache_dir=folder).name == trained.name
+  assert metrics.load_feature_extractor(shuffled, cache_dir=folder).name == trained.name
 
 
 @pytest.mark.parametrize("what", ["a pixel", "a label", "a damaged file"])
@@ -151,17 +151,17 @@ def test_a_judge_is_trained_anew(what, cached, digits, tmp_path, monkeypatch):
   y[3] ^= what == "a label"
   must_not_train(monkeypatch)
   with pytest.raises(AssertionError, match="was to be trained"):
-    metrics.load_judge(dataclasses.replace(digits, x_test=x, y_test=y), cache_dir=tmp_path)
+    metrics.load_feature_extractor(dataclasses.replace(digits, x_test=x, y_test=y), cache_dir=tmp_path)
 
 
 def test_a_damaged_judge_is_refused(tmp_path):
-  content = bytearray(judge.MNIST_PATH.read_bytes())
+  content = bytearray(feature_extractor.MNIST_PATH.read_bytes())
   content[len(content) // 2] ^= 1
   (tmp_path / "mnist.npz").write_bytes(content)
   with pytest.raises(InputError, match="damaged"):
-    metrics.read_judge(tmp_path / "mnist.npz", judge.MNIST_SHA256)
+    metrics.read_feature_extractor(tmp_path / "mnist.npz", feature_extractor.MNIST_SHA256)
   with pytest.raises(InputError, match="cannot be read"):
-    metrics.read_judge(tmp_path / "none.npz", judge.MNIST_SHA256)
+    metrics.read_feature_extractor(tmp_path / "none.npz", feature_extractor.MNIST_SHA256)
 
 
 def test_a_judge_tells_replayed_digits_from_noise(cached, digits):
@@ -213,7 +213,7 @@ def test_images_that_cannot_be_judged(x, words, cached):
 
 def test_a_judge_needs_enough_real_images(tiny, tmp_path):
   with pytest.raises(InputError, match="at least 256 images, not 60"):
-    metrics.load_judge(tiny.dataset, cache_dir=tmp_path)
+    metrics.load_feature_extractor(tiny.dataset, cache_dir=tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -240,9 +240,9 @@ def test_training_is_deterministic_and_has_a_seed(digits):
 def test_the_experiment_writes_a_judge(digits, tmp_path, monkeypatch):
   monkeypatch.setattr(feature_network, "default_steps", lambda num_images: 2)
   result = experiment.main(experiment.Config(dataset="digits", out=tmp_path / "judges" / "digits.npz"))
-  written = metrics.read_judge(tmp_path / "judges" / "digits.npz", result["sha256"])
-  assert (result["judge"], result["bytes"] < 3e6) == (written.name, True)
-  assert result["fingerprint"] == judge.fingerprint(digits)
+  written = metrics.read_feature_extractor(tmp_path / "judges" / "digits.npz", result["sha256"])
+  assert (result["feature_extractor"], result["bytes"] < 3e6) == (written.name, True)
+  assert result["fingerprint"] == feature_extractor.fingerprint(digits)
   assert f"frechet_{written.name}_n1198" in result
 
 
@@ -265,8 +265,8 @@ if REAL:
   def test_the_bundled_judge_of_real_mnist(mnist, tmp_path, monkeypatch):
     """Known by its content, in the order of the original files; its stored moments are those found."""
     must_not_train(monkeypatch)
-    bundled = metrics.load_judge(mnist, cache_dir=tmp_path)
-    assert bundled.name == f"mnist-{judge.MNIST_SHA256[:8]}"
+    bundled = metrics.load_feature_extractor(mnist, cache_dir=tmp_path)
+    assert bundled.name == f"mnist-{feature_extractor.MNIST_SHA256[:8]}"
     assert (bundled.image_shape, bundled.num_classes) == ((28, 28, 1), 10)
     assert bundled.test_accuracy >= 99.4
     logits, features = bundled.predict(mnist.x_test)
@@ -281,7 +281,7 @@ if REAL:
     np.testing.assert_array_equal(again, logits[:2000])
     changed = mnist.x_test.copy()
     changed[0, 0, 0] ^= 1
-    assert judge.fingerprint(dataclasses.replace(mnist, x_test=changed)) != judge.MNIST_FINGERPRINT
+    assert feature_extractor.fingerprint(dataclasses.replace(mnist, x_test=changed)) != feature_extractor.MNIST_FINGERPRINT
 
 
 def test_a_place_that_cannot_be_a_file_is_refused_before_training(tmp_path):

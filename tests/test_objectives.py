@@ -61,8 +61,8 @@ def part(logits, y):
 def test_a_lazy_term_is_heavier_and_rare():
   """Value, metric and gradient: n times the term where n divides the step, else zero."""
   term = lambda view: jnp.square(view.unl)
-  assert objectives.lazily(term, 1) is term
-  terms = {"r1": (0.5, objectives.lazily(term, 3))}
+  assert objectives.every_k(term, 1) is term
+  terms = {"r1": (0.5, objectives.every_k(term, 3))}
 
   @jax.jit
   def run(w, step):
@@ -85,7 +85,7 @@ def test_conditional_gan_judges_by_the_class_where_all_are_known():
     fake=part([a, b, a], [0, 1, 1]),
   )
   objective = objectives.conditional_gan(losses.wasserstein)
-  d, g = objective.d["realness"][1], objective.g["realness"][1]
+  d, g = objective.d["adversarial"][1], objective.g["adversarial"][1]
   np.testing.assert_allclose(d(view), (2.0 + 0.0 - 1.0) / 3 - (-1.0), rtol=1e-6)
   np.testing.assert_allclose(g(view), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
   lse_a, lse_b = (np.log(np.exp(row).sum()) for row in (a, b))
@@ -173,7 +173,7 @@ def test_methods_of_the_study_by_hand():
   bad = objectives.bad_gan(entropy_weight=0.3, density_weight=0.1)
   assert {name: weight for name, (weight, _) in bad.d.items()} == {
     "supervised": 1.0,
-    "realness": 0.5,
+    "adversarial": 0.5,
     "entropy": 0.3,
   }
   assert bad.g["low_density"][0] == 0.1

@@ -18,7 +18,7 @@ def replicates(tiny):
   states = [
     steps.init_state(jax.random.key(i), tiny.g, tiny.d, **tiny.txs, x_init=x_init) for i in range(4)
   ]
-  updates = steps.make_updates(tiny.step(), tiny.draw, max_updates=3)
+  updates = steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3)
   singles = [data.to_device(tiny.dataset, split) for split in splits]
   return updates, states, singles, data.to_device_splits(tiny.dataset, splits)
 
@@ -31,7 +31,7 @@ def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
   assert not any(leaves_equal(expected[0][0].d.params, expected[1][0].d.params))
   for num in (1, 4):
     devices = jax.devices()[:num]
-    run = jax.jit(parallel.replicate(updates, how="loop", devices=devices))
+    run = jax.jit(parallel.replicate(updates, strategy="sequential", devices=devices))
     placed = parallel.place(parallel.stack(states), together, devices=devices)
     found, metrics = run(*placed, 3)
     assert len(found.step.sharding.device_set) == num
@@ -51,7 +51,7 @@ def test_in_step_they_are_nearly_the_same(make_tiny):
   """With convolutions, whose kernels are then a replicate's own."""
   updates, states, singles, together = replicates(make_tiny(objective=objectives.supervised_only()))
   devices = jax.devices()[:1]
-  run, looped = (jax.jit(parallel.replicate(updates, how=how, devices=devices)) for how in ("vmap", "loop"))
+  run, looped = (jax.jit(parallel.replicate(updates, strategy=how, devices=devices)) for how in ("vmap", "loop"))
   stacked = parallel.stack(states)
   assert run.lower(stacked, together, 1).as_text() != looped.lower(stacked, together, 1).as_text()
   found, _ = run(stacked, together, 1)

@@ -215,7 +215,7 @@ def test_ratios_are_of_the_same_round_and_a_failure_is_a_line():
   assert lines[1]["ours_is_faster_by"] == {"median": 3.0, "smallest": 2.0, "largest": 4.0}
   assert "ours_is_faster_by" not in lines[0]
   assert lines[2]["not_run"] == "no compiler"
-  assert "updates_per_second" not in lines[2]
+  assert "steps_per_second" not in lines[2]
   assert "| torch_compile | not run: no compiler |" in step_time.table(lines)
 
 

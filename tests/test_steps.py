@@ -16,7 +16,7 @@ from gan_jax.types import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "steps.json"
 WEAK = augment.affine(shift=0.05)
-FULL = objectives.balanced(
+FULL = objectives.with_class_balance(
   objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2), 3.0
 )
 
@@ -38,12 +38,12 @@ def test_d_and_g_move_only_themselves(make_tiny):
 def test_metrics_are_named_after_their_terms(make_tiny):
   tiny = make_tiny(objective=FULL)
   _, metrics = jax.jit(tiny.step())(tiny.state(), tiny.batch())
-  d = "loss supervised realness consistency balance error grad_norm update_norm"
-  d += " realness_real realness_fake real_sign"
+  d = "loss supervised real logit consistency balance error grad_norm update_norm"
+  d += " real_logit_real real_logit_fake real_sign"
   g = "loss feature_matching grad_norm update_norm"
   assert set(metrics) == {f"d/{k}" for k in d.split()} | {f"g/{k}" for k in g.split()}
-  parts = metrics["d/supervised"] + 0.5 * metrics["d/realness"] + metrics["d/consistency"]
-  parts += 3.0 * metrics["d/balance"]
+  parts = metrics["d/supervised"] + 0.5 * metrics["d/adversarial"] + metrics["d/consistency"]
+  parts += 3.0 * metrics["d/class_balance"]
   np.testing.assert_allclose(metrics["d/loss"], parts, rtol=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_feature_matching_update_by_hand(make_tiny):
   tiny = make_tiny(tx=optax.sgd(0.1))
   state, batch = tiny.state(), tiny.batch()
   after, _ = jax.jit(tiny.step())(state, batch)
-  _, key = steps.update_keys(state)
+  _, key = steps.step_keys(state)
   key_z = jax.random.split(jax.random.split(key)[1], 6)[0]
   z = tiny.g.latents(key_z, len(batch.x_unl_g))
 
@@ -97,7 +97,7 @@ def test_a_second_call_neither_traces_nor_changes_types(make_tiny):
 def test_no_key_is_used_twice(make_tiny):
   """With the MLP, whose D is noisy: it uses every key that there is."""
   tiny = make_tiny(objective=FULL, network="mlp")
-  updates = steps.make_updates(tiny.step(augment=WEAK), tiny.draw, max_updates=2)
+  updates = steps.make_multi_step(tiny.step(augment=WEAK), tiny.sample_batch, max_steps=2)
   with jax.debug_key_reuse(True):
     jax.jit(updates)(tiny.state(), tiny.data, 2)
 
@@ -112,7 +112,7 @@ def test_frozen_layers_do_not_move(network, objective, make_tiny, tmp_path):
   num = 2 if network == "conv" else 1
   tiny.txs["d_tx"] = steps.freeze_first(tiny.txs["d_tx"], num)
   before = tiny.state()
-  after, _ = jax.jit(steps.make_updates(tiny.step(), tiny.draw, max_updates=3))(before, tiny.data, 3)
+  after, _ = jax.jit(steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3))(before, tiny.data, 3)
   for name in before.d.params:
     still = leaves_equal(before.d.params[name], after.d.params[name])
     assert all(still) if name in [f"Block_{i}" for i in range(num)] else not any(still), name
@@ -146,10 +146,10 @@ def test_updates_are_steps(make_tiny):
   step = jax.jit(tiny.step(augment=WEAK))
   expected, history = tiny.state(), []
   for _ in range(3):
-    key_batch, _ = steps.update_keys(expected)
-    expected, metrics = step(expected, tiny.draw(key_batch, tiny.data))
+    key_batch, _ = steps.step_keys(expected)
+    expected, metrics = step(expected, tiny.sample_batch(key_batch, tiny.data))
     history.append(metrics["d/loss"])
-  updates = jax.jit(steps.make_updates(tiny.step(augment=WEAK), tiny.draw, max_updates=5))
+  updates = jax.jit(steps.make_multi_step(tiny.step(augment=WEAK), tiny.sample_batch, max_steps=5))
   state, metrics = updates(tiny.state(), tiny.data, 3)
   assert int(state.step) == 3
   np.testing.assert_allclose(metrics["d/loss"][:3], jnp.stack(history), rtol=1e-4)
@@ -190,8 +190,8 @@ def test_plain_gan_is_the_case_of_one_class(make_tiny):
   """K = 1 and no labels: the same step is the plain GAN."""
   tiny = make_tiny(
     objective=objectives.Objective(
-      d={"realness": (1.0, objectives.adversarial_d(losses.non_saturating))},
-      g={"realness": (1.0, objectives.adversarial_g(losses.non_saturating))},
+      d={"adversarial": (1.0, objectives.adversarial_d(losses.non_saturating))},
+      g={"adversarial": (1.0, objectives.adversarial_g(losses.non_saturating))},
     )
   )
   tiny.d = networks.ConvDiscriminator(1, width=4, num_features=8)
@@ -201,7 +201,7 @@ def test_plain_gan_is_the_case_of_one_class(make_tiny):
   for _ in range(3):
     before = state
     state, metrics = step(state, batch)
-  real, fake = metrics["d/realness_real"], metrics["d/realness_fake"]
+  real, fake = metrics["d/real_logit_real"], metrics["d/real_logit_fake"]
   assert np.isfinite([real, fake]).all()
   assert "d/error" not in metrics
   for net in ("g", "d"):
@@ -302,11 +302,11 @@ def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
   """D's and G's adversarial terms of the first update, from the latents that the step draws."""
   tiny, _, (before, after, *_), (metrics, *_) = three_steps("conditional")
   batch = tiny.batch(1)
-  _, key = steps.update_keys(before)
+  _, key = steps.step_keys(before)
   key_d, key_g = jax.random.split(key)
 
   @jax.jit
-  def judge(d_params, aux, key_z, key_augment):
+  def feature_extractor(d_params, aux, key_z, key_augment):
     """What D says to the labelled, unlabelled and generated images, and the classes asked for."""
     latents = tiny.g.latents(key_z, 6)
     variables = {"params": before.g.params, **before.g.model_state}
@@ -318,17 +318,17 @@ def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
 
   softplus = lambda r: np.log1p(np.exp(r))
   # At strength zero, in D's update, the augmentation does nothing.
-  lab, unl, fake, y = judge(before.d.params, before.aux, jax.random.split(key_d, 5)[0], key_d)
+  lab, unl, fake, y = feature_extractor(before.d.params, before.aux, jax.random.split(key_d, 5)[0], key_d)
   assert len(set(np.asarray(y))) > 1
   # With unlabelled images in the batch D's question is only whether an image is real.
   lse = lambda logits: np.log(np.exp(logits).sum(axis=1))
   expected = softplus(-lse(np.concatenate([lab, unl]))).mean() + softplus(lse(fake)).mean()
-  np.testing.assert_allclose(metrics["d/realness"], expected, rtol=1e-4)
+  np.testing.assert_allclose(metrics["d/adversarial"], expected, rtol=1e-4)
   # G faces the D that was just made, and images as augmented as that says.
   keys = jax.random.split(key_g, 6)
-  *_, fake, y = judge(after.d.params, after.aux, keys[0], jax.random.split(keys[4])[0])
-  np.testing.assert_allclose(metrics["g/realness"], softplus(-fake[np.arange(6), y]).mean(), rtol=1e-4)
-  expected = metrics["g/realness"] + 0.2 * metrics["g/rotation"]
+  *_, fake, y = feature_extractor(after.d.params, after.aux, keys[0], jax.random.split(keys[4])[0])
+  np.testing.assert_allclose(metrics["g/adversarial"], softplus(-fake[np.arange(6), y]).mean(), rtol=1e-4)
+  expected = metrics["g/adversarial"] + 0.2 * metrics["g/rotation"]
   assert metrics["g/loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -381,10 +381,10 @@ def test_r1_update_by_hand(make_tiny, monkeypatch):
   monkeypatch.setattr(kernels, "conv", conv)
 
   def loss(params):
-    def realness(image):
+    def real_logit(image):
       return jax.nn.logsumexp(tiny.d.apply({"params": params}, image[None], train=False)[0][0])
 
-    slopes = jax.vmap(jax.grad(realness))(jnp.concatenate([batch.x_lab, batch.x_unl]))
+    slopes = jax.vmap(jax.grad(real logit))(jnp.concatenate([batch.x_lab, batch.x_unl]))
     return jnp.square(slopes).sum(axis=(1, 2, 3)).mean() / 2
 
   value, grads = jax.jit(jax.value_and_grad(loss))(state.d.params)
@@ -438,7 +438,7 @@ def test_a_ring_of_gaussians_is_covered():
   @jax.vmap
   def train(key):
     state = steps.init_state(key, G(), D(), g_tx=tx, d_tx=tx, x_init=jnp.zeros((2, 1, 2, 1)))
-    state, _ = steps.make_updates(step, draw, max_updates=1500)(state, None, 1500)
+    state, _ = steps.make_multi_step(step, draw, max_steps=1500)(state, None, 1500)
     x = steps.make_sampler(G())(state, jax.random.key(9), 1000).reshape(-1, 2)
     distances = jnp.linalg.norm(x[:, None] - centres[None], axis=-1)
     good = distances.min(axis=-1) < 0.05  # five standard deviations
@@ -466,7 +466,7 @@ def labels_that_reach_the_loss(tiny, device_data, num_updates=20) -> set[tuple[i
   """(position in the training set, label), found by the pixels: no two images are the same."""
   seen = []
   step = steps.make_step(tiny.g, tiny.d, **tiny.txs, objective=audit(tiny, seen))
-  updates = jax.jit(steps.make_updates(step, tiny.draw, max_updates=num_updates))
+  updates = jax.jit(steps.make_multi_step(step, tiny.sample_batch, max_steps=num_updates))
   jax.block_until_ready(updates(tiny.state(), device_data, num_updates))
   jax.effects_barrier()
   position = {image.tobytes(): i for i, image in enumerate(tiny.dataset.x_train)}
@@ -495,7 +495,7 @@ def test_labels_outside_the_split_change_nothing(tiny, make_tiny):
   """Bit for bit the same run when every label outside the split is wrong, another when one inside is."""
   from gan_jax import data
 
-  updates = jax.jit(steps.make_updates(tiny.step(), tiny.draw, max_updates=5))
+  updates = jax.jit(steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=5))
 
   def train(y):
     return updates(

@@ -21,7 +21,7 @@ def run(tiny, tmp_path):
 
 def fit(run, tiny, num_steps, **kwargs):
   step = tiny.step()
-  return train.fit(run, "main", tiny.state(), step, tiny.draw, tiny.data, num_steps=num_steps, **kwargs)
+  return train.fit(run, "main", tiny.state(), step, tiny.sample_batch, tiny.data, num_steps=num_steps, **kwargs)
 
 
 def resumed(run):
@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, tiny):
     checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints,
     pytest.raises(InputError, match=r"d/\w+ is not finite at update 1 \(main\)"),
   ):
-    train.fit(run, "main", tiny.state(), tiny.step(), tiny.draw, bad, num_steps=6, checkpoints=checkpoints)
+    train.fit(run, "main", tiny.state(), tiny.step(), tiny.sample_batch, bad, num_steps=6, checkpoints=checkpoints)
   with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
     assert checkpoints.latest_step is None
 
@@ -89,12 +89,12 @@ def test_tensorboard(run, tiny):
 
 def test_what_is_observed_is_logged_and_alarms_reach_the_result(run, tiny, make_tiny, monkeypatch, capsys):
   """A watch that always sees one class: the rows have its metrics, the alarm is said once, and returned."""
-  observed = {"watch/spread": 1.0, "watch/train_right": 60.0, "watch/fake_right": 60.0}
-  observed |= {"watch/share_0": 1.0, "watch/share_1": 0.0, "watch/share_2": 0.0}
+  observed = {"diagnostics/variance_ratio": 1.0, "diagnostics/train_accuracy": 60.0, "diagnostics/fake_accuracy": 60.0}
+  observed |= {"diagnostics/share_0": 1.0, "diagnostics/share_1": 0.0, "diagnostics/share_2": 0.0}
   observe = lambda state, device_data: {k: jnp.float32(v) for k, v in observed.items()}
   result = fit(run, tiny, 20, dispatch=5, observe=observe)
   rows = report.read_metrics(run.metrics_path)
-  assert [row["step"] for row in rows if "watch/spread" in row] == list(range(1, 21))
+  assert [row["step"] for row in rows if "diagnostics/variance_ratio" in row] == list(range(1, 21))
   (alarm,) = result.alarms
   assert "has lost 2 of 3 classes (b, c)" in alarm
   assert capsys.readouterr().err.count("watch: the generator has lost") == 1
@@ -105,5 +105,5 @@ def test_the_observer_sees_every_kind_of_image(tiny):
   state = tiny.state()
   metrics = jax.jit(train.observer(tiny.g, tiny.d))(state, held_out)
   again = jax.jit(train.observer(tiny.g, tiny.d))(state, held_out)
-  assert {"watch/realness_gap", "watch/share_2", "watch/spread"} <= metrics.keys()
+  assert {"diagnostics/real_logit_gap", "diagnostics/share_2", "diagnostics/variance_ratio"} <= metrics.keys()
   assert metrics == again  # the same latents every time

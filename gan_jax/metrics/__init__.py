@@ -3,24 +3,24 @@
 from gan_jax.metrics.classification import confusion_matrix, error_percent, predict
 from gan_jax.metrics.frechet import Moments, frechet_distance, moments
 from gan_jax.metrics.generator import generator_quality, replay_quality
-from gan_jax.metrics.judge import Judge, load_judge, read_judge, train_judge
-from gan_jax.metrics.spread import Difference, Spread, paired, spread
+from gan_jax.metrics.feature_extractor import FeatureExtractor, load_feature_extractor, read_feature_extractor, train_feature_extractor
+from gan_jax.metrics.summarise import Difference, Spread, paired, spread
 
 __all__ = [
   "Difference",
-  "Judge",
+  "FeatureExtractor",
   "Moments",
   "Spread",
   "confusion_matrix",
   "error_percent",
   "frechet_distance",
   "generator_quality",
-  "load_judge",
+  "load_feature_extractor",
   "moments",
   "paired",
   "predict",
-  "read_judge",
+  "read_feature_extractor",
   "replay_quality",
   "spread",
-  "train_judge",
+  "train_feature_extractor",
 ]

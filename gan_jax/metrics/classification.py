@@ -1,20 +1,20 @@
 """How good is a classifier."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from gan_jax.data import to_float
 
 
-def predict(
-  classify: Callable, x: UInt8[np.ndarray, "n h w c"], *, batch_size: int = 1000
-) -> tuple[Float[np.ndarray, "n k"], Float[np.ndarray, "n f"]]:
-  """Logits and features of many images, a batch at a time.
+def predict(read: Callable[[Array], Any], x: UInt8[np.ndarray, "n h w c"], *, batch_size: int = 1000) -> Any:
+  """What `read` gives for many images, a batch at a time.
 
   Args:
-    classify: float images `[B, H, W, C]` in [0, 1] to `(logits [B, K], features [B, F])`.
+    read: float images `[B, H, W, C]` in [0, 1] to any tree of arrays `[B, ...]`.
     x: images as bytes.
     batch_size: B; the last batch is filled up, so that one compiled program serves all.
   """
@@ -22,10 +22,9 @@ def predict(
   for start in range(0, len(x), batch_size):
     rows = x[start : start + batch_size]
     fill = np.zeros((min(batch_size, len(x)) - len(rows), *x.shape[1:]), np.uint8)
-    logits, features = classify(to_float(np.concatenate([rows, fill])))
-    outputs.append((np.asarray(logits)[: len(rows)], np.asarray(features)[: len(rows)]))
-  logits, features = zip(*outputs, strict=True)
-  return np.concatenate(logits), np.concatenate(features)
+    found = read(to_float(np.concatenate([rows, fill])))
+    outputs.append(jax.tree.map(lambda a, num=len(rows): np.asarray(a)[:num], found))
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 def error_percent(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> float:

@@ -1,4 +1,4 @@
-"""A small classifier whose last hidden layer tells images apart: the eyes of a judge of generators.
+"""A small classifier whose last hidden layer tells images apart: the eyes of a feature_extractor of generators.
 
 It is no discriminator: the networks of the experiments may change, and this one must not, because a
 number measured with it means something only beside other numbers measured with it. Training is

@@ -1,4 +1,4 @@
-"""A judge of generated images: a frozen feature network and what it sees in the real ones."""
+"""A feature_extractor of generated images: a frozen feature network and what it sees in the real ones."""
 
 import contextlib
 import hashlib
@@ -19,14 +19,14 @@ from gan_jax import data, networks, report
 from gan_jax.metrics import classification, feature_network, frechet
 from gan_jax.types import InputError, Params
 
-# The bundled judge, made by experiments/feature_network.py, which prints both.
+# The bundled feature_extractor, made by experiments/feature_network.py, which prints both.
 MNIST_FINGERPRINT = "d91755e07adcedc4f662134604c85fdf9d6e3536fbd5bdf7f0d9bdb0970a5c2f"
 MNIST_SHA256 = "5e89338e7b29846c7dc120e2a27434b1ef1e2719e5e7cde7656277f5e1adf1a2"
 MNIST_PATH = Path(__file__).with_name("mnist.npz")
 
 
 @dataclass(frozen=True)
-class Judge:
+class FeatureExtractor:
   """A trained feature network, and the moments of its features over the real images."""
 
   name: str
@@ -57,20 +57,20 @@ class Judge:
     """
     if x.shape[1:] != self.image_shape:
       wanted, found = ("x".join(map(str, shape)) for shape in (self.image_shape, x.shape[1:]))
-      raise InputError(f"the judge {self.name} looks at images of {wanted}, not of {found}")
+      raise InputError(f"the feature_extractor {self.name} looks at images of {wanted}, not of {found}")
     return _predict(self.num_classes, self.params, x)
 
 
-def load_judge(
+def load_feature_extractor(
   dataset: data.Dataset, *, cache_dir: str | Path | None = None, say: Callable[[str], None] = print
-) -> Judge:
-  """The judge of a data set: the bundled one for MNIST, else one that is trained once and kept.
+) -> FeatureExtractor:
+  """The feature_extractor of a data set: the bundled one for MNIST, else one that is trained once and kept.
 
   A data set is known by its content, so the name and the order of the images make no difference.
 
   Args:
-    dataset: whose judge it is.
-    cache_dir: where trained judges are kept (default: `gan_jax/judges` in `$XDG_CACHE_HOME`, else in
+    dataset: whose feature_extractor it is.
+    cache_dir: where trained judges are kept (default: `gan_jax/feature_extractors` in `$XDG_CACHE_HOME`, else in
       `~/.cache`). A damaged file there is made again, and a folder that cannot be written is no error.
     say: told in one sentence that training begins, which takes up to some minutes.
 
@@ -79,21 +79,21 @@ def load_judge(
   """
   known_as = fingerprint(dataset)
   if known_as == MNIST_FINGERPRINT:
-    return read_judge(MNIST_PATH, MNIST_SHA256)
+    return read_feature_extractor(MNIST_PATH, MNIST_SHA256)
   root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   folder = Path(cache_dir or Path(root) / "gan_jax" / "judges")
   for path in sorted(folder.glob(f"{known_as}-*.npz")):
     with contextlib.suppress(InputError):
-      return read_judge(path, path.stem.removeprefix(f"{known_as}-"))
-  say(f"training a judge of generated images for {dataset.name}, once: it is kept in {folder}")
-  content = train_judge(dataset)
+      return read_feature_extractor(path, path.stem.removeprefix(f"{known_as}-"))
+  say(f"training a feature_extractor of generated images for {dataset.name}, once: it is kept in {folder}")
+  content = train_feature_extractor(dataset)
   with contextlib.suppress(OSError):
     report.write_bytes(folder / f"{known_as}-{_sha256(content)}.npz", content)
   return _decode(content)
 
 
-def read_judge(path: Path, sha256: str) -> Judge:
-  """Reads the file of a judge; `InputError` where it cannot be read or has another SHA-256."""
+def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
+  """Reads the file of a feature_extractor; `InputError` where it cannot be read or has another SHA-256."""
   try:
     content = path.read_bytes()
   except OSError as error:
@@ -103,7 +103,7 @@ def read_judge(path: Path, sha256: str) -> Judge:
   return _decode(content)
 
 
-def train_judge(dataset: data.Dataset, *, seed: int = 0, num_steps: int | None = None) -> bytes:
+def train_feature_extractor(dataset: data.Dataset, *, seed: int = 0, num_steps: int | None = None) -> bytes:
   """Trains a feature network, takes its moments over both parts of the data, and gives the file.
 
   Raises:
@@ -132,7 +132,7 @@ def train_judge(dataset: data.Dataset, *, seed: int = 0, num_steps: int | None =
 
 
 def fingerprint(dataset: data.Dataset) -> str:
-  """SHA-256 of what a judge is made from: the images with their classes, in any order, and the recipe."""
+  """SHA-256 of what a feature_extractor is made from: the images with their classes, in any order, and the recipe."""
   digest = hashlib.sha256(f"{feature_network.RECIPE} {dataset.num_classes}".encode())
   for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
     digest.update(f" {x.shape} ".encode())
@@ -141,14 +141,14 @@ def fingerprint(dataset: data.Dataset) -> str:
   return digest.hexdigest()
 
 
-def _decode(content: bytes) -> Judge:
+def _decode(content: bytes) -> FeatureExtractor:
   with np.load(io.BytesIO(content)) as file:
     arrays = {name: file[name] for name in file}
   tree: dict[str, Any] = traverse_util.unflatten_dict(arrays, sep="/")
   train, test = (
     frechet.Moments(part["mean"], part["cov"], int(part["n"])) for part in (tree["train"], tree["test"])
   )
-  return Judge(
+  return FeatureExtractor(
     name=f"{tree['dataset']}-{_sha256(content)[:8]}",
     image_shape=tuple(tree["image_shape"].tolist()),
     num_classes=int(tree["num_classes"]),

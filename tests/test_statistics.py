@@ -7,7 +7,7 @@ from gan_jax import metrics
 
 def test_spread_is_scipys():
   errors = [1.5, 2.0, 1.8, 9.0, 1.2]
-  found = metrics.spread(errors)
+  found = metrics.summarise(errors)
   assert (found.median, found.best, found.worst, found.failure_rate) == (1.8, 1.2, 9.0, 0.2)
   np.testing.assert_allclose([found.mean, found.std], [np.mean(errors), np.std(errors, ddof=1)])
   expected = scipy.stats.t.interval(0.95, 4, loc=found.mean, scale=scipy.stats.sem(errors))
@@ -28,6 +28,6 @@ def test_paired_is_scipys_and_says_what_it_means():
 
 @pytest.mark.parametrize("errors", [[3.0], [2.0, 2.0]])
 def test_one_run_or_no_difference_tells_nothing(errors):
-  assert metrics.spread(errors).std == 0
+  assert metrics.summarise(errors).std == 0
   assert metrics.paired(errors, errors)[::2] == (0.0, "cannot tell")
-  assert (metrics.spread(errors).interval is None) == (len(errors) == 1)
+  assert (metrics.summarise(errors).interval is None) == (len(errors) == 1)

@@ -56,7 +56,7 @@ class DenseG(nn.Module):
 
 
 def sentences(rows, **kwargs) -> list[str]:
-  return list(watch.alarms(rows, **kwargs).values())
+  return list(diagnostics.alarms(rows, **kwargs).values())
 
 
 def noise(key, num):
@@ -70,10 +70,10 @@ def observe_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
   state = TrainState(
     jnp.int32(0), jax.random.key(0), NetState({}, {}, {}), d, {"g": {}, "d": jnp.float32(9)}
   )
-  observe = jax.jit(watch.make_observe(Images(lambda key, num: images[2][:num]), Looks(), classify))
+  observe = jax.jit(diagnostics.make_diagnostics(Images(lambda key, num: images[2][:num]), Looks(), classify))
   metrics = observe(state, jax.random.key(1), *images[:2])
   assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
-  return {name.removeprefix("watch/"): float(value) for name, value in metrics.items()}
+  return {name.removeprefix("diagnostics/"): float(value) for name, value in metrics.items()}
 
 
 def test_metrics_by_hand_with_one_logit():
@@ -82,13 +82,13 @@ def test_metrics_by_hand_with_one_logit():
     [[1.0], [0.8], [0.6], [0.4]], [[0.5], [0.7]], [[0.2], [0.6], [0.3], [0.1]], shift=-0.5
   )
   expected = {
-    "realness_train": 0.2,
-    "realness_held_out": 0.1,
-    "realness_fake": -0.2,
-    "realness_gap": 0.1,
+    "real_logit_train": 0.2,
+    "real_logit_held_out": 0.1,
+    "real_logit_fake": -0.2,
+    "real_logit_gap": 0.1,
     "memorisation": 0.25,
-    "train_right": 75,
-    "fake_right": 75,
+    "train_accuracy": 75,
+    "fake_accuracy": 75,
     "spread": 0.035 / 0.05,
   }
   assert set(m) == set(expected)  # K = 1: no classes
@@ -96,12 +96,12 @@ def test_metrics_by_hand_with_one_logit():
 
 
 def test_metrics_by_hand_with_classes():
-  """D's own three logits name the class, unless a judge does."""
+  """D's own three logits name the class, unless a feature_extractor does."""
   train, fake = np.eye(3)[[0, 1, 2, 2]], np.eye(3)[[0, 2, 2, 2]]
   m = observe_by_hand(train, np.zeros((1, 3)), fake)
-  realness = np.log(np.e + 2)
+  real logit = np.log(np.e + 2)
   np.testing.assert_allclose(
-    [m["realness_train"], m["realness_held_out"]], [realness, np.log(3)], rtol=1e-6
+    [m["real_logit_train"], m["real_logit_held_out"]], [real logit, np.log(3)], rtol=1e-6
   )
   np.testing.assert_allclose([m[f"share_{k}"] for k in range(3)], [0.25, 0, 0.75])
   np.testing.assert_allclose(m["class_entropy"], -0.25 * np.log(0.25) - 0.75 * np.log(0.75), rtol=1e-6)
@@ -114,7 +114,7 @@ def test_metrics_by_hand_with_classes():
 def test_without_held_out_images_their_metrics_are_absent():
   full = observe_by_hand(np.eye(2), np.eye(2), np.eye(2))
   none = observe_by_hand(np.eye(2), np.eye(2)[:0], np.eye(2))
-  assert set(full) - set(none) == {"realness_held_out", "realness_gap", "memorisation"}
+  assert set(full) - set(none) == {"real_logit_held_out", "real_logit_gap", "memorisation"}
 
 
 def test_one_training_image_is_too_few():
@@ -128,20 +128,20 @@ def test_observing_agrees_with_the_networks_themselves(key):
   x = noise(key, 60)
   state = steps.init_state(key, g, d, g_tx=TX, d_tx=TX, x_init=x)
   state = state.replace(ema=jax.tree.map(lambda p: 1.5 * p, state.ema))
-  m = jax.jit(watch.make_observe(g, d))(state, key, x[:20], x[20:])
+  m = jax.jit(diagnostics.make_diagnostics(g, d))(state, key, x[:20], x[20:])
 
   @jax.jit
   def by_hand(state, x):
     x_fake = g.apply({"params": state.ema["g"]}, g.latents(key, 20), train=False)
     d_fn = lambda x: d.apply({"params": state.d.params}, x, train=False)[0]
     parts = {"train": x[:20], "held_out": x[20:], "fake": x_fake}
-    return x_fake, {name: losses.realness(d_fn(part)).mean() for name, part in parts.items()}
+    return x_fake, {name: losses.real_logit(d_fn(part)).mean() for name, part in parts.items()}
 
   x_fake, expected = by_hand(state, x)
   for name, value in expected.items():
-    np.testing.assert_allclose(m[f"watch/realness_{name}"], value, rtol=1e-4)
+    np.testing.assert_allclose(m[f"diagnostics/real_logit_{name}"], value, rtol=1e-4)
   np.testing.assert_allclose(
-    m["watch/spread"], np.var(x_fake, 0).mean() / np.var(x[:20], 0).mean(), rtol=1e-4
+    m["diagnostics/variance_ratio"], np.var(x_fake, 0).mean() / np.var(x[:20], 0).mean(), rtol=1e-4
   )
 
 
@@ -152,7 +152,7 @@ def test_observing_agrees_with_the_networks_themselves(key):
 def compiled_d_alone():
   """D alone against generated noise: state, forty updates and an observation as compiled functions."""
   g, d = Images(noise), DenseD()
-  objective = objectives.Objective(d={"realness": (1.0, objectives.adversarial_d(losses.non_saturating))})
+  objective = objectives.Objective(d={"adversarial": (1.0, objectives.adversarial_d(losses.non_saturating))})
 
   def draw(key, pool):
     x = pool[jax.random.randint(key, (12,), 0, len(pool))]
@@ -161,7 +161,7 @@ def compiled_d_alone():
   txs = {"g_tx": TX, "d_tx": TX}
   state = steps.init_state(jax.random.key(0), g, d, **txs, x_init=noise(jax.random.key(1), 12))
   step = steps.make_step(g, d, **txs, objective=objective)
-  return state, jax.jit(steps.make_updates(step, draw, max_updates=40)), jax.jit(watch.make_observe(g, d))
+  return state, jax.jit(steps.make_multi_step(step, draw, max_steps=40)), jax.jit(diagnostics.make_diagnostics(g, d))
 
 
 def train(state, updates, observe, pool, x_train, x_held_out, *, every):
@@ -187,7 +187,7 @@ def test_d_that_learns_twelve_images_by_heart_is_told_from_one_that_cannot():
   """All images are noise of one kind, generated ones too: there is nothing to learn but the images."""
   pool, held_out = noise(jax.random.key(2), 6000), noise(jax.random.key(3), 12)
   rows, found = d_alone(jnp.tile(pool[:12], (500, 1, 1, 1)), held_out)
-  assert rows[-1]["watch/memorisation"] == pytest.approx(1, abs=0.3)
+  assert rows[-1]["diagnostics/memorisation"] == pytest.approx(1, abs=0.3)
   assert "memorises" in found[0]
   assert "100 % of them" in found[0]
   assert not [text for text in found if "generator has" in text or "same image" in text]
@@ -219,7 +219,7 @@ def test_dead_units_hold_a_loss_still():
 def observed_rows(g, x, classify=None, change=lambda state: state):
   """Five observations of a generator, with losses that move."""
   state = change(steps.init_state(jax.random.key(0), g, DenseD(), g_tx=TX, d_tx=TX, x_init=x))
-  observe = jax.jit(watch.make_observe(g, DenseD(), classify))
+  observe = jax.jit(diagnostics.make_diagnostics(g, DenseD(), classify))
   rows = []
   for step in range(600, 1001, 100):
     metrics = {"d/loss": 1 + step / 1e4, "g/loss": 1.0} | observe(state, jax.random.key(step), x, x[:0])
@@ -238,15 +238,15 @@ def test_generator_with_zero_parameters_draws_one_image(key):
 def test_generator_of_one_class_lacks_the_others_by_name(tiny):
   """The images of class 1 and no others, judged by where their bright row is."""
   x = data.to_float(tiny.dataset.x_train)
-  judge = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
+  feature_extractor = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
   one = Images(lambda key, num: x[jax.random.randint(key, (num,), 20, 40)])
-  rows = observed_rows(one, x, judge)
+  rows = observed_rows(one, x, feature_extractor)
   (found,) = sentences(rows, num_steps=1000, class_names=tiny.dataset.class_names)
   assert "lost 2 of 3 classes (a, c)" in found
   (found,) = sentences(rows, num_steps=1000)
   assert "(0, 2)" in found
   every = Images(lambda key, num: x[jax.random.randint(key, (num,), 0, 60)])
-  assert sentences(observed_rows(every, x, judge), num_steps=1000) == []
+  assert sentences(observed_rows(every, x, feature_extractor), num_steps=1000) == []
 
 
 def test_healthy_gan_raises_no_alarm(make_tiny):
@@ -254,17 +254,17 @@ def test_healthy_gan_raises_no_alarm(make_tiny):
   tiny.g = networks.MLPGenerator((8, 8, 1), widths=(128,), latent_size=8)
   tiny.d = networks.MLPDiscriminator(3, widths=(128,))
   x, x_held_out = data.to_float(tiny.data.x_unl), data.to_float(tiny.dataset.x_test)
-  updates = jax.jit(steps.make_updates(tiny.step(), data.make_draw(6, 32, 32), max_updates=10))
-  observe = jax.jit(watch.make_observe(tiny.g, tiny.d, lambda x: x[:, 1:6:2].mean(axis=(2, 3))))
+  updates = jax.jit(steps.make_multi_step(tiny.step(), data.make_sample_batch(6, 32, 32), max_steps=10))
+  observe = jax.jit(diagnostics.make_diagnostics(tiny.g, tiny.d, lambda x: x[:, 1:6:2].mean(axis=(2, 3))))
   rows = train(tiny.state(), updates, observe, tiny.data, x, x_held_out, every=10)
   assert sentences(rows, num_steps=150) == []
 
 
-GOOD = {f"watch/share_{k}": 0.05 for k in range(20)} | {
-  "watch/memorisation": 0.1,
-  "watch/train_right": 100.0,
-  "watch/fake_right": 100.0,
-  "watch/spread": 0.9,
+GOOD = {f"diagnostics/share_{k}": 0.05 for k in range(20)} | {
+  "diagnostics/memorisation": 0.1,
+  "diagnostics/train_accuracy": 100.0,
+  "diagnostics/fake_accuracy": 100.0,
+  "diagnostics/variance_ratio": 0.9,
 }
 
 
@@ -277,13 +277,13 @@ def made_up(*parts):
 
 
 def test_what_was_recovered_from_and_the_first_tenth_do_not_count():
-  bad = {"watch/memorisation": 0.9, "watch/spread": 0.1, "watch/share_7": 0.0, "d/loss": 0.5}
+  bad = {"diagnostics/memorisation": 0.9, "diagnostics/variance_ratio": 0.1, "diagnostics/share_7": 0.0, "d/loss": 0.5}
   assert len(sentences(made_up((20, {}), (20, bad)), num_steps=40)) == 4
   assert sentences(made_up((20, bad), (20, {})), num_steps=40) == []
   assert sentences(made_up((20, bad)), num_steps=200) == []
   assert sentences(made_up((18, {}), (2, bad)), num_steps=20) == []  # a minority of the latest five
   unseen = [{k: v for k, v in row.items() if "watch" not in k} for row in made_up((18, bad))]
-  assert len(sentences(unseen + made_up((2, {})), num_steps=20)) == 1  # the loss; two are too few to judge
+  assert len(sentences(unseen + made_up((2, {})), num_steps=20)) == 1  # the loss; two are too few to feature_extractor
   assert sentences([], num_steps=20) == []
 
 
@@ -293,11 +293,11 @@ def test_a_generator_that_stands_still_against_a_d_that_is_always_right():
   (found,) = sentences(made_up((20, still)), num_steps=20)
   assert "has won" in found
   assert "the generator's loss does not move" in found
-  found = sentences(made_up((20, still | {"watch/fake_right": 90.0})), num_steps=20)
+  found = sentences(made_up((20, still | {"diagnostics/fake_accuracy": 90.0})), num_steps=20)
   assert [text[:15] for text in found] == ["d/loss is stuck", "g/loss is stuck"]
   assert sentences(made_up((20, {})), num_steps=20) == []
 
 
 def test_many_missing_classes_are_cut_short():
-  (found,) = sentences(made_up((20, {f"watch/share_{k}": 0.0 for k in range(1, 20)})), num_steps=20)
+  (found,) = sentences(made_up((20, {f"diagnostics/share_{k}": 0.0 for k in range(1, 20)})), num_steps=20)
   assert "lost 19 of 20 classes (1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 9 more)" in found

@@ -1,0 +1,297 @@
+"""The command line: groups of flags that an experiment composes, parsing, and errors as one sentence."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import tyro
+from rich.markup import escape
+
+from gan_jax.report import console, say
+from gan_jax.types import InputError, Json
+
+# --- Groups of flags. Each checks itself; what an experiment does not honour it does not take.
+
+
+@dataclass(frozen=True)
+class DataFlags:
+  """The dataset."""
+
+  dataset: str = "auto"
+  """auto, digits, mnist, fashion_mnist, kmnist, a prepared tfds dataset, or folder:PATH. auto is MNIST
+  where it is prepared or can be had, else the bundled digits; a dataset named outright never falls back."""
+  data_dir: str | None = None
+  """Where tfds keeps its datasets (default: tfds's own choice, TFDS_DATA_DIR included)."""
+  manual_dir: str | None = None
+  """A folder with the dataset's original files, used in place of the network."""
+  image_size: int | None = None
+  """Resize all images to squares of this side."""
+
+  def check(self) -> None:
+    at_least_one(self, "image_size")
+
+
+@dataclass(frozen=True)
+class ImageFlags:
+  """The training images that are used."""
+
+  num_images: int | None = None
+  """Train on so many images only (default: all that are not held out)."""
+  hold_out: int | None = 0
+  """Training images that no update sees, for diagnostics (None: a twentieth, at most 1,000)."""
+
+  def check(self) -> None:
+    at_least_one(self, "num_images")
+    not_negative(self, "hold_out")
+
+
+@dataclass(frozen=True)
+class LabelFlags:
+  """The labels that are used."""
+
+  labels_per_class: int | None = 10
+  """The label budget: so many labelled images of each class (None: every label)."""
+  split_seed: int = 0
+  """Which images are the labelled ones."""
+  exclude_labelled: bool = False
+  """Leave the labelled images out of the unlabelled ones."""
+
+  def check(self) -> None:
+    at_least_one(self, "labels_per_class")
+    not_negative(self, "split_seed")
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+  """Training."""
+
+  steps: int | None = None
+  """Steps, each of which updates D, then G (default: the recipe's)."""
+  batch_size: int | None = None
+  """Unlabelled images per step (default: the recipe's)."""
+  seed: int = 0
+  """Seed of everything random but the label split."""
+
+  def check(self) -> None:
+    at_least_one(self, "steps", "batch_size")
+    not_negative(self, "seed")
+
+
+@dataclass(frozen=True)
+class LoopFlags:
+  """What is written during training."""
+
+  checkpoint_every: int = 1000
+  """Steps between checkpoints."""
+  tensorboard: bool = False
+  """Write the metrics for TensorBoard as well."""
+
+  def check(self) -> None:
+    at_least_one(self, "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class TransferFlags:
+  """Networks from another run."""
+
+  init_from: str | None = None
+  """Start from the averaged networks of the run in this folder. Another number of classes gives D a new
+  head."""
+  init_parts: Literal["both", "g", "d"] = "both"
+  """Which networks --init-from gives: both, the generator, or the discriminator."""
+  freeze_d: int = 0
+  """Leave so many layers of the discriminator, from the image on, as --init-from gave them (FreezeD)."""
+
+  def check(self) -> None:
+    not_negative(self, "freeze_d")
+    if self.init_from is None and self.init_parts != "both":
+      raise InputError("--init-parts needs --init-from, the run to start from")
+    if self.freeze_d and (self.init_from is None or self.init_parts == "g"):
+      raise InputError("--freeze-d needs a discriminator from --init-from: it would freeze random layers")
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """The networks that the other run gives."""
+    return {"both": ("g", "d"), "g": ("g",), "d": ("d",)}[self.init_parts]
+
+
+@dataclass(frozen=True)
+class RunFlags:
+  """The run's directory."""
+
+  workdir: str | None = None
+  """Where the run goes (default: runs/<experiment>/<time>)."""
+  resume: bool = False
+  """Continue the run in --workdir from its last checkpoint, bit for bit."""
+  overwrite: bool = False
+  """Replace the run that --workdir holds."""
+
+  def check(self) -> None:
+    if self.resume and self.workdir is None:
+      raise InputError("--resume needs --workdir, the run to continue")
+    if self.resume and self.overwrite:
+      raise InputError("--resume continues a run and --overwrite replaces it: choose one")
+
+
+def at_least_one(flags: Any, *names: str) -> None:
+  """Raises `InputError` for the first of these flags that is below 1; None is not."""
+  for name in names:
+    value = getattr(flags, name)
+    if value is not None and value < 1:
+      raise InputError(f"{flag(name)} must be at least 1, not {value}")
+
+
+def not_negative(flags: Any, *names: str) -> None:
+  """Raises `InputError` for the first of these flags that is negative; None is not."""
+  for name in names:
+    value = getattr(flags, name)
+    if value is not None and min(value if isinstance(value, tuple) else (value,)) < 0:
+      raise InputError(f"{flag(name)} must not be negative, and it is {value}")
+
+
+def flag(name: str) -> str:
+  """A field as it is typed on the command line."""
+  return f"--{name.replace('_', '-')}"
+
+
+def given(**values: Any) -> Json:
+  """Those that are not None: what replaces the values of a recipe."""
+  return {name: value for name, value in values.items() if value is not None}
+
+
+# --- Configurations: dataclasses of groups and of an experiment's own flags
+
+Config = TypeVar("Config")
+
+# These say where a run finds and puts things, not what it computes.
+_NOT_RECIPE = {"data_dir", "manual_dir", "workdir", "resume", "overwrite", "tensorboard"}
+
+
+def check(config: Any) -> None:
+  """Checks every group, then what the configuration itself has to say."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value) and hasattr(value, "check"):
+      value.check()  # pyright: ignore
+  if hasattr(config, "check"):
+    config.check()
+
+
+def flags_of(config: Any) -> Json:
+  """All flags by their names; a name is there once, in whatever group it is."""
+  flags = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    flags |= flags_of(value) if dataclasses.is_dataclass(value) else {field.name: value}
+  return flags
+
+
+def with_flags(config: Config, **changes: Any) -> Config:
+  """The configuration with some flags changed, in whatever group they are.
+
+  Raises:
+    TypeError: a flag that it does not have.
+  """
+  config, unknown = _with_flags(config, changes)
+  if unknown:
+    raise TypeError(f"no such flag: {', '.join(unknown)}")
+  return config
+
+
+def _with_flags(config: Any, changes: Json) -> tuple[Any, Json]:
+  rest, own = dict(changes), {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      own[field.name], rest = _with_flags(value, rest)
+    elif field.name in rest:
+      own[field.name] = rest.pop(field.name)
+  return dataclasses.replace(config, **own), rest
+
+
+# --- Parsing
+
+
+def run(main: Callable[[Any], Json], config_cls: type) -> None:
+  """Parses the flags and runs `main`; an `InputError` is one sentence and exit code 2.
+
+  With --resume the stored configuration stands in for the flags that are not given, and a flag that
+  contradicts it is an error.
+  """
+  description = sys.modules[main.__module__].__doc__ or ""
+  try:
+    config = _parse(config_cls, sys.argv[1:], description=description)
+    if getattr(getattr(config, "run", None), "resume", False):
+      config.run.check()
+      config = resumed(config_cls, Path(config.run.workdir), sys.argv[1:])
+    check(config)
+    _quiet()
+    enable_compilation_cache()
+    result = main(config)
+  except InputError as error:
+    console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    sys.exit(2)
+  except KeyboardInterrupt:  # outside of training, or for the second time
+    say("stopped at once")
+    sys.exit(130)
+  sys.exit(130 if result.get("interrupted") else 0)
+
+
+def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Config:
+  """The configuration of the run in `path`; `InputError` where a flag contradicts it."""
+  try:
+    fields = json.loads((path / "config.json").read_text())["config"]
+    stored = with_flags(config_cls(), **{name: _tuples(value) for name, value in fields.items()})
+    stored = with_flags(stored, overwrite=False)  # that was about the run before
+  except FileNotFoundError as error:
+    raise InputError(f"{path} holds no run to resume: it has no config.json") from error
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    raise InputError(f"{path / 'config.json'} is not the configuration of this experiment") from error
+  config = _parse(config_cls, flags, default=stored)
+  old, new = flags_of(stored), flags_of(config)
+  for name in old:
+    if name not in _NOT_RECIPE and old[name] != new[name]:
+      raise InputError(
+        f"{path} was begun with {flag(name)} {old[name]}, not {new[name]}: leave the flag out"
+      )
+  return config
+
+
+def _parse(config_cls: type[Config], flags: Sequence[str], **kwargs: Any) -> Config:
+  return tyro.cli(config_cls, args=flags, config=(tyro.conf.OmitArgPrefixes,), **kwargs)
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _quiet() -> None:
+  import absl.logging
+
+  absl.logging.set_verbosity("error")
+
+
+def cache_dir() -> Path:
+  """Where what can be made again is kept: `gan_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gan_jax"
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs on disk, at most 1 GB: a second start does not compile again."""
+  if jax.config.values["jax_compilation_cache_dir"] is None:  # the attribute is untyped in JAX 0.10
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def num_cores() -> int:
+  """Processor cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1

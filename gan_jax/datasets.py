@@ -1,0 +1,336 @@
+"""Datasets as uint8 arrays in host memory.
+
+`load` reads tensorflow-datasets, the digits bundled with scikit-learn, or a folder of pictures.
+TensorFlow itself is never imported: the MNIST family is prepared here without it, and whatever else
+is prepared is read through tfds's data sources.
+"""
+
+import gzip
+import os
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from gan_jax.types import InputError
+
+MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
+_OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "imagenette", "oxford_flowers102")
+
+
+@dataclass(frozen=True)
+class Dataset:
+  """Images and labels in host memory. The test part is for the last evaluation of a run alone."""
+
+  name: str
+  x_train: UInt8[np.ndarray, "n h w c"]
+  y_train: Int[np.ndarray, "n"]
+  x_test: UInt8[np.ndarray, "m h w c"]
+  y_test: Int[np.ndarray, "m"]
+  class_names: tuple[str, ...]
+  note: str = ""
+  """What the user must know about how the data was chosen; empty where there is nothing."""
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width, channels."""
+    return self.x_train.shape[1:]  # pyright: ignore[reportReturnType]
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def of_objects(self) -> bool:
+    """Whether its images show things that stand upright: a mirror keeps the class, a turn shows."""
+    return self.name.partition("@")[0] in _OBJECTS
+
+
+def load(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  manual_dir: str | None = None,
+  image_size: int | None = None,
+) -> Dataset:
+  """Loads a dataset, preparing it first where that can be done.
+
+  Args:
+    name: `digits`, a dataset of tfds such as `mnist`, `folder:PATH` with `PATH/train/CLASS/*.png` and
+      `PATH/test/CLASS/*.png`, or `auto`: MNIST where it is prepared or can be had, else `digits`.
+    data_dir: where tfds keeps its datasets; by default tfds's own choice, `TFDS_DATA_DIR` included.
+    manual_dir: a folder with the original files of the dataset, in place of the network.
+    image_size: resizes all images to squares of this side; the name then ends in `@` and the side.
+
+  Raises:
+    InputError: unknown name, nothing prepared and no way to get it, corrupt files.
+  """
+  dataset = _load(name, data_dir, manual_dir)
+  return dataset if image_size is None else _resized(dataset, image_size)
+
+
+def _load(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
+  if manual_dir is not None and not Path(manual_dir).is_dir():
+    raise InputError(f"--manual-dir {manual_dir} is not a folder")
+  if name == "digits":
+    return _load_digits()
+  if name.startswith("folder:"):
+    return _load_folder(Path(name.removeprefix("folder:")))
+  if name != "auto":
+    return _load_tfds(name, data_dir, manual_dir)
+  if manual_dir or _is_prepared("mnist", data_dir):
+    return _load_tfds("mnist", data_dir, manual_dir)
+  try:
+    return _load_tfds("mnist", data_dir, manual_dir)
+  except InputError:
+    return _load_digits(
+      note="MNIST is not prepared here and cannot be had, so this run uses the bundled digits;"
+      " name a dataset with --dataset to rule that out"
+    )
+
+
+def _resized(dataset: Dataset, side: int) -> Dataset:
+  """Bilinear, over the pixels that go into one where the image shrinks."""
+  from PIL import Image
+
+  def resize(x: np.ndarray) -> np.ndarray:
+    channels = [x[..., c] for c in range(x.shape[-1])]  # Pillow knows no arrays of one channel
+    pictures = [
+      [Image.fromarray(a).resize((side, side), Image.Resampling.BILINEAR) for a in c] for c in channels
+    ]
+    return np.stack([np.stack([np.asarray(p) for p in c]) for c in pictures], axis=-1)
+
+  return replace(
+    dataset,
+    name=f"{dataset.name}@{side}",
+    x_train=resize(dataset.x_train),
+    x_test=resize(dataset.x_test),
+  )
+
+
+# --- Bundled digits and folders
+
+
+def _load_digits(note: str = "") -> Dataset:
+  """The 1,797 digits of scikit-learn, 8x8; every third image, from the third on, is the test set."""
+  from sklearn.datasets import load_digits
+
+  digits: Any = load_digits()
+  x = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+  y = digits.target.astype(np.int64)  # pyright: ignore
+  test = np.arange(len(x)) % 3 == 2
+  names = tuple(str(k) for k in range(10))
+  return Dataset("digits", x[~test], y[~test], x[test], y[test], names, note)
+
+
+def _load_folder(root: Path) -> Dataset:
+  """`root/{train,test}/CLASS/*`: the names of the folders in `train` are the classes."""
+  from PIL import Image, UnidentifiedImageError
+
+  if not (root / "train").is_dir() or not (root / "test").is_dir():
+    raise InputError(f"folder:{root} needs the folders {root / 'train'} and {root / 'test'}")
+  class_names = tuple(sorted(p.name for p in (root / "train").iterdir() if p.is_dir()))
+
+  def read(part: Path) -> Iterable[tuple[np.ndarray, int]]:
+    for label, class_name in enumerate(class_names):
+      for path in sorted((part / class_name).glob("*")):
+        try:
+          with Image.open(path) as picture:
+            mode = "L" if picture.mode in ("1", "L", "I", "I;16") else "RGB"
+            pixels = np.asarray(picture.convert(mode))
+        except (UnidentifiedImageError, OSError) as error:
+          raise InputError(f"{path} is not a picture that Pillow can read") from error
+        yield np.atleast_3d(pixels), label
+
+  x_train, y_train = _stack(read(root / "train"), f"folder:{root}")
+  x_test, y_test = _stack(read(root / "test"), f"folder:{root}")
+  return Dataset(f"folder:{root.name}", x_train, y_train, x_test, y_test, class_names)
+
+
+def _stack(examples: Iterable[tuple[np.ndarray, int]], name: str) -> tuple[np.ndarray, np.ndarray]:
+  images, labels = [], []
+  for image, label in examples:
+    images.append(image)
+    labels.append(label)
+  shapes = {image.shape for image in images}
+  if len(shapes) != 1:
+    found = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3]) or "no images"
+    raise InputError(f"{name} must hold images of one size, not {found}; resize them first")
+  return np.stack(images), np.asarray(labels, np.int64)
+
+
+# --- tensorflow-datasets
+
+
+def _tfds() -> Any:
+  """Imported late, because it takes half a second; untyped, because its lazy modules are."""
+  import tensorflow_datasets
+
+  return tensorflow_datasets
+
+
+def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
+  tfds = _tfds()
+
+  try:
+    builder = tfds.builder(name, data_dir=data_dir)
+  except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+    raise InputError(
+      f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH"
+      " and the image-classification datasets of tensorflow-datasets, such as cifar10"
+    ) from error
+  if not builder.is_prepared():
+    if name not in MNIST_FAMILY:
+      raise InputError(
+        f"{name} is not prepared in {builder.data_dir}; prepare it once with"
+        f' pip install "gan-jax[tf]" && tfds build {name} --file_format=array_record'
+      )
+    builder = _prepare(name, data_dir, manual_dir)
+  return _read_cached(builder, name)
+
+
+def _is_prepared(name: str, data_dir: str | None) -> bool:
+  tfds = _tfds()
+
+  return tfds.builder(name, data_dir=data_dir).is_prepared()
+
+
+def _reachable(url: str, seconds: float = 5.0) -> bool:
+  """Whether anything answers there; a refusal is an answer. tfds itself would try for a minute."""
+  answered = threading.Event()
+
+  def ask() -> None:
+    try:
+      with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
+        answered.set()
+    except urllib.error.HTTPError:
+      answered.set()
+    except OSError:
+      pass
+
+  thread = threading.Thread(target=ask, daemon=True)  # a look-up of the name may hang for longer
+  thread.start()
+  thread.join(seconds)
+  return answered.is_set()
+
+
+def _mnist_builder_cls(name: str) -> Any:
+  """tfds's own builder of an MNIST-like dataset, less the two calls that need TensorFlow.
+
+  The stock builder unzips with TensorFlow and hands arrays to its PNG encoder. This one unzips with
+  Python and hands over Pillow images, which tfds encodes itself; name, version, features and checksums
+  are the parent's, so what it writes is the standard dataset.
+  """
+  tfds = _tfds()
+  from PIL import Image
+
+  stock: Any = tfds.builder_cls(name)
+
+  def unzip(path: Any, header: int) -> np.ndarray:
+    with gzip.open(path) as file:
+      return np.frombuffer(file.read(), np.uint8, offset=header)
+
+  with tfds.core.registered.skip_registration():
+
+    class Builder(stock):
+      pkg_dir_path = stock._get_pkg_dir_path()
+      url_infos = stock.url_infos
+
+      def _split_generators(self, dl_manager):
+        parts = {"train": "train", "test": "t10k"}
+        files = {
+          f"{part}/{kind}": f"{self.URL}{prefix}-{kind}-ubyte.gz"
+          for part, prefix in parts.items()
+          for kind in ("images-idx3", "labels-idx1")
+        }
+        paths = dl_manager.download(files)
+        return {
+          part: self._generate_examples(paths[f"{part}/images-idx3"], paths[f"{part}/labels-idx1"])
+          for part in parts
+        }
+
+      def _generate_examples(self, images, labels):  # pyright: ignore
+        shape = self.info.features["image"].shape[:2]
+        pixels, classes = unzip(images, 16).reshape(-1, *shape), unzip(labels, 8)
+        for i, (image, label) in enumerate(zip(pixels, classes, strict=True)):
+          yield i, {"image": Image.fromarray(image), "label": int(label)}
+
+  Builder.name = stock.name
+  return Builder
+
+
+def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
+  """Prepares a dataset of the MNIST family as the standard tfds one, without TensorFlow."""
+  from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+  tfds = _tfds()
+
+  builder = _mnist_builder_cls(name)(data_dir=data_dir, file_format="array_record")
+  ways_out = "pass --manual-dir FOLDER with its four original .gz files, or use --dataset digits"
+  if manual_dir is not None:
+    for info in builder.url_infos.values():
+      if not (Path(manual_dir) / info.filename).is_file():
+        raise InputError(f"{Path(manual_dir) / info.filename} is missing: {name} needs it")
+  elif not _reachable(builder.URL):
+    raise InputError(f"{name} is not prepared and its host cannot be reached: {ways_out}")
+  tfds.disable_progress_bar()
+  config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+  try:
+    builder.download_and_prepare(download_config=config)
+  except NonMatchingChecksumError as error:
+    urls = [url for url in builder.url_infos if url in str(error)]
+    file = builder.url_infos[urls[0]].filename if urls else "a file"
+    where = f"{manual_dir}/{file}" if manual_dir else f"the downloaded {file}"
+    raise InputError(f"{where} is not the original file of {name}: its checksum is wrong") from error
+  except (tfds.core.download.DownloadError, OSError) as error:
+    raise InputError(f"{name} could not be prepared ({str(error).splitlines()[0]}): {ways_out}") from error
+  return builder
+
+
+def _read_cached(builder: Any, name: str) -> Dataset:
+  """Reads a prepared dataset; the decoded arrays stay beside it and go when it is prepared anew."""
+  cache = Path(os.fspath(builder.data_dir)) / "gan_jax_arrays.npz"
+  try:
+    with np.load(cache) as file:
+      arrays: dict[str, Any] = {key: file[key] for key in file}
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    arrays = _decode(builder, name)
+    _write_quietly(cache, arrays)
+  return Dataset(name=name, class_names=tuple(builder.info.features["label"].names), **arrays)
+
+
+def _decode(builder: Any, name: str) -> dict[str, Any]:
+  features, splits = builder.info.features, builder.info.splits
+  test = next((part for part in ("test", "validation") if part in splits), None)
+  if "image" not in features or "label" not in features or test is None or "train" not in splits:
+    raise InputError(f"{name} is not an image-classification dataset with training and test images")
+  arrays = {}
+  for part, split in (("train", "train"), ("test", test)):
+    try:
+      source = builder.as_data_source(split=split)
+    except NotImplementedError as error:
+      raise InputError(
+        f"{name} is prepared in a format that only TensorFlow reads; prepare it once more with"
+        f" tfds build {name} --file_format=array_record --overwrite"
+      ) from error
+    examples = ((example["image"], int(example["label"])) for example in source)
+    arrays[f"x_{part}"], arrays[f"y_{part}"] = _stack(examples, name)
+  return arrays
+
+
+def _write_quietly(path: Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes a cache beside and renames it; a folder that cannot be written is no cache, no error."""
+  beside = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    with open(beside, "wb") as file:
+      np.savez(file, **arrays)  # pyright: ignore
+    beside.replace(path)
+  except OSError:
+    beside.unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""Diagnostics for discriminator overfitting and mode collapse, and alarms over them in words."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import entr
+from jaxtyping import Array, Float
+
+from gan_jax import data, losses
+from gan_jax.types import ClassLatents, Discriminator, Generator, InputError, Json, Metrics, TrainState
+
+Classify = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
+"""Images in [0, 1], `[B, H, W, C]`, to logits of their classes `[B, K]`."""
+Diagnose = Callable[[TrainState, data.DeviceData], Metrics]
+
+NUM_IMAGES = 500
+"""Images of each kind that are looked at."""
+
+WARM_UP = 0.1
+"""Share of the steps in which no alarm is raised: early networks are one-sided and recover."""
+NUM_OBSERVATIONS = 5
+"""The latest observations, of which the median counts; fewer than 3 raise no alarm."""
+MEMORISED = 0.5
+"""r_v, half of the way from the 0 of no overfitting to the 1 of complete overfitting."""
+MEMORISED_ACCURACY = 80.0
+"""Percent. ADA steers to `E[sign D(train)] = 0.6` as its limit of overfitting: 80 % right, 20 % wrong."""
+MISSING = 0.1
+"""Share of a class relative to an equal one. The rarest had 0.2 and more in healthy runs of 10 classes."""
+IDENTICAL = 0.2
+"""Of `diagnostics/variance_ratio`, which is 1 where samples vary as the data does; 0.8 and 1.0 in healthy runs."""
+MIN_ROWS = 8
+"""Rows without a movement before a loss counts as stuck; a quarter of all rows where that is more."""
+STUCK = 1e-4
+"""Relative range of a stuck loss. Batches alone moved it by 0.06 and more in healthy runs on MNIST."""
+SATURATED_ACCURACY = 99.5
+"""Percent of training and of generated images that D classifies correctly once it has saturated."""
+SATURATED_LOSS = 0.01
+"""D's loss at a confidence of 99 %; healthy runs on MNIST and the digits stayed above 0.08."""
+
+
+def make_diagnostics(
+  g: Generator, d: Discriminator, *, classify: Classify | None = None, by_class: bool = False
+) -> Diagnose:
+  """Builds `diagnose(state, data) -> metrics`: pure, for jit, to be called now and then.
+
+  With `r` the mean real logit of D on up to 500 training images, as many held-out ones, and as many
+  generated ones as training images:
+
+    diagnostics/real_logit_train, _held_out, _fake    r, for each kind of image
+    diagnostics/real_logit_gap     r(train) - r(held out)
+    diagnostics/memorisation       r_v = (r(train) - r(held out)) / (r(train) - r(fake)). Near 0, D treats
+                                   unseen images as it treats those it learns from; near 1, as generated
+                                   ones. 0 where D does not put training images above generated ones
+    diagnostics/train_accuracy, fake_accuracy    percent that D takes for real, and for generated
+    diagnostics/variance_ratio     variance over the generated images, averaged over pixels, as a ratio to
+                                   that of the training images: 0 where all samples are the same
+    diagnostics/class_entropy      of the classes of the generated images, in nats, at most log K
+    diagnostics/share_0 .. K-1     share of each class among them
+
+  The paper shows D augmented images alone; here none is augmented.
+
+  Args:
+    g, d: networks. Images come from the averaged generator; D is the current one, because it is the one
+      that G learns from.
+    classify: names the class of generated images; by default D's own K logits. Without classes (K = 1)
+      the last two kinds of metric are left out.
+    by_class: whether D is asked for the class of every image, as in class-conditional training on all
+      labels: then r is the logit of the class, `l_y`, else `logsumexp(l)`.
+
+  Returns:
+    `diagnose`. Its latents are the same at every call. `data` should hold ten training images a class or
+    more; without held-out images the metrics that need them are left out. Metrics are float32 scalars.
+    Fewer than two training images: `InputError`.
+
+  References:
+    Karras et al., 2020, https://arxiv.org/abs/2006.06676, equation 1 (r_v).
+  """
+
+  def diagnose(state: TrainState, images: data.DeviceData) -> Metrics:
+    x_held_out = data.to_float(images.x_held_out[:NUM_IMAGES])
+    x_train = data.to_float((images.x_lab if by_class else images.x_unl)[:NUM_IMAGES])
+    num = len(x_train)
+    if num < 2:
+      raise InputError(f"diagnostics need at least 2 training images to compare with, not {num}")
+    # No step has this number, so the latents are none of training's.
+    latents = g.latents(jax.random.fold_in(state.key, 2**32 - 1), num)
+    x_fake = g.apply({"params": state.ema["g"], **state.g.model_state}, latents, train=False)
+    x = jnp.concatenate([x_train, x_held_out, x_fake])
+    y = jnp.full(len(x), -1)
+    if by_class and isinstance(latents, ClassLatents):
+      y = jnp.concatenate([images.y_lab[:num], images.y_held_out[:NUM_IMAGES], latents.y])
+    logits = d.apply({"params": state.d.params, **state.d.model_state}, x, train=False)[0]
+    ends = [num, num + len(x_held_out)]
+    train, held_out, fake = jnp.split(losses.known_real_logit(logits, y), ends)
+    r_train, r_fake = train.mean(), fake.mean()
+    metrics = {
+      "real_logit_train": r_train,
+      "real_logit_fake": r_fake,
+      "train_accuracy": 100 * (train > 0).mean(),
+      "fake_accuracy": 100 * (fake < 0).mean(),
+      "variance_ratio": x_fake.var(axis=0).mean() / jnp.maximum(x_train.var(axis=0).mean(), 1e-12),
+    }
+    if len(x_held_out):
+      gap, whole = r_train - held_out.mean(), r_train - r_fake
+      metrics["real_logit_held_out"] = held_out.mean()
+      metrics["real_logit_gap"] = gap
+      metrics["memorisation"] = jnp.where(whole > 1e-6, gap / jnp.maximum(whole, 1e-6), 0.0)
+    class_logits = classify(x_fake) if classify else logits[ends[1] :]
+    num_classes = class_logits.shape[-1]
+    if num_classes > 1:
+      shares = jax.nn.one_hot(class_logits.argmax(axis=-1), num_classes).mean(axis=0)
+      metrics["class_entropy"] = entr(shares).sum()
+      metrics |= {f"share_{k}": shares[k] for k in range(num_classes)}
+    return {f"diagnostics/{name}": value.astype(jnp.float32) for name, value in metrics.items()}
+
+  return diagnose
+
+
+def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] = ()) -> dict[str, str]:
+  """What is going wrong now: kind -> one sentence with the problem, the evidence, and what to try.
+
+  Only the latest part of training counts, so what was recovered from is forgotten, and the first tenth
+  never does. No alarm means that none of these was seen, not that the samples are good. The classes are
+  taken to be about equally frequent in the data.
+
+  Args:
+    rows: the rows of one phase in `metrics.jsonl`, oldest first: `step`, `d/loss`, `g/loss` where G is
+      trained, and in some of them the metrics of `make_diagnostics`.
+    num_steps: steps of the whole phase, those to come included.
+    class_names: names of the K classes; their numbers stand in where there are none.
+  """
+  rows = [row for row in rows if row["step"] > WARM_UP * num_steps]
+  stuck = {name: text for name in ("d/loss", "g/loss") if (text := _stuck(rows, name))}
+  seen = [row for row in rows if "diagnostics/variance_ratio" in row][-NUM_OBSERVATIONS:]
+  if len(seen) < 3:
+    return stuck
+
+  def median(name: str) -> float:
+    return float(np.median([row.get(f"diagnostics/{name}", np.nan) for row in seen]))
+
+  found = {}
+  r_v, train_accuracy, fake_accuracy = median("memorisation"), median("train_accuracy"), median("fake_accuracy")
+  # A D that says "real" to everything has a small denominator in r_v, and so a large r_v by chance.
+  if r_v > MEMORISED and train_accuracy > MEMORISED_ACCURACY and fake_accuracy > 50:
+    found["memorisation"] = (
+      f"the discriminator memorises its training images: it takes {train_accuracy:.0f} % of them for real, and"
+      f" sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try stronger or"
+      " adaptive augmentation, more images, a gradient penalty, or fewer updates"
+    )
+
+  num_classes = sum(name.startswith("diagnostics/share_") for name in seen[-1])
+  shares = [median(f"share_{k}") for k in range(num_classes)]
+  missing = [k for k, share in enumerate(shares) if share < MISSING / num_classes]
+  if missing:
+    names = [class_names[k] if class_names else str(k) for k in missing]
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    most = 100 * max(shares[k] for k in missing)
+    found["lost classes"] = (
+      f"the generator has lost {len(names)} of {num_classes} classes ({listed}): each is at most"
+      f" {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
+      " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
+    )
+  if median("variance_ratio") < IDENTICAL:
+    found["same image"] = (
+      "the generator draws nearly the same image every time: the variance of its pixels is"
+      f" {median('variance_ratio'):.2g} of the data's, where 1 is right; try feature matching, a lower learning"
+      " rate of the generator, or larger batches"
+    )
+
+  d_loss = [row["d/loss"] for row in rows if "d/loss" in row][-NUM_OBSERVATIONS:]
+  no_loss = bool(d_loss) and abs(float(np.median(d_loss))) < SATURATED_LOSS
+  if min(train_accuracy, fake_accuracy) > SATURATED_ACCURACY and (no_loss or "g/loss" in stuck):
+    why = f"its loss is {np.median(d_loss):.2g}" if no_loss else "the generator's loss does not move"
+    found["saturated"] = (
+      f"the discriminator has saturated: it tells {train_accuracy:.1f} % of the training images and"
+      f" {fake_accuracy:.1f} % of the generated ones, and {why}; try a lower learning rate of the"
+      " discriminator, a gradient penalty, stronger augmentation, or feature matching"
+    )
+    stuck = {}
+  return found | stuck
+
+
+def _stuck(rows: Sequence[Json], name: str) -> str | None:
+  """The alarm where a loss has not moved in the last quarter of the rows."""
+  values = [row[name] for row in rows if name in row]
+  values = values[-max(MIN_ROWS, len(values) // 4) :]
+  if len(values) < MIN_ROWS or max(values) - min(values) > STUCK * max(map(abs, values)):
+    return None
+  return (
+    f"{name} is stuck: between {min(values):.6g} and {max(values):.6g} over the last {len(values)} rows of"
+    " metrics; try another learning rate or seed, and check that its terms reach the parameters"
+  )

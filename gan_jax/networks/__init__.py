@@ -1,0 +1,116 @@
+"""Generators and discriminators as Flax Linen modules, for images of any height, width and channels.
+
+Outside a network images are float32 in [0, 1], NHWC. What a generator and a discriminator have to be is
+written in `gan_jax.types`. `train=True` needs the random stream "noise" where a network is noisy.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from gan_jax.networks.conv import ConvDiscriminator, ConvGenerator
+from gan_jax.networks.layers import (
+  BatchNormShift,
+  Block,
+  Linear,
+  Norm,
+  check_image_shape,
+  depth_to_space,
+  leaky_relu,
+)
+from gan_jax.networks.mlp import MLPDiscriminator, MLPGenerator
+from gan_jax.types import Discriminator, Generator
+
+Pair = Literal["conv", "conv_small", "conv_fine", "mlp", "article"]
+"""A pair of networks. The same name is the same pair in every recipe and experiment."""
+
+ImageShape = tuple[int, int, int]
+
+
+def make_pair(
+  name: Pair,
+  image_shape: ImageShape,
+  *,
+  num_logits: int,
+  num_classes: int = 0,
+  num_aux: int = 0,
+  norm: Norm | None = None,
+) -> tuple[Generator, Discriminator]:
+  """The generator and the discriminator of this name.
+
+  Args:
+    name: conv: classifies well from few labels. conv_small: half its width. conv_fine: the same
+      discriminator, a generator that draws finer images. mlp: Improved GAN's pair. article: the source
+      article's pair.
+    image_shape: height, width, channels.
+    num_logits: K of the discriminator.
+    num_classes: classes that the generator is asked for; 0: it is not asked.
+    num_aux: logits of the discriminator's further head.
+    norm: of the discriminator (default: the pair's).
+
+  Raises:
+    InputError: at the first use, images that the networks cannot take.
+  """
+  g, d = PAIRS[name](image_shape, num_logits, num_classes)
+  return g, d.clone(num_aux=num_aux, **({} if norm is None else {"norm": norm}))
+
+
+def _conv(image_shape: ImageShape, num_logits: int, num_classes: int, *, scale: int = 1):
+  norm = "layer" if num_classes else "shift"
+  g = ConvGenerator(image_shape, width=64 // scale, norm=norm, num_classes=num_classes)
+  return g, ConvDiscriminator(num_logits, width=32 // scale, num_features=256 // scale)
+
+
+def _conv_small(image_shape: ImageShape, num_logits: int, num_classes: int):
+  return _conv(image_shape, num_logits, num_classes, scale=2)
+
+
+def _conv_fine(image_shape: ImageShape, num_logits: int, num_classes: int):
+  g = ConvGenerator(image_shape, width=32, norm="layer", num_classes=num_classes, fine=True)
+  return g, ConvDiscriminator(num_logits)
+
+
+def _mlp(image_shape: ImageShape, num_logits: int, num_classes: int):
+  norm = "batch" if num_classes else "shift"
+  return MLPGenerator(image_shape, norm=norm, num_classes=num_classes), MLPDiscriminator(num_logits)
+
+
+def _article(image_shape: ImageShape, num_logits: int, num_classes: int):
+  g = MLPGenerator(
+    image_shape,
+    widths=(128, 256),
+    latent="normal",
+    norm="none",
+    activation=leaky_relu,
+    num_classes=num_classes,
+  )
+  d = MLPDiscriminator(
+    num_logits, widths=(256, 128), noise_in=0.0, noise_hidden=0.0, norm="none", activation=leaky_relu
+  )
+  return g, d
+
+
+PAIRS: dict[str, Callable] = {
+  "conv": _conv,
+  "conv_small": _conv_small,
+  "conv_fine": _conv_fine,
+  "mlp": _mlp,
+  "article": _article,
+}
+"""Builders of pairs, `(image_shape, num_logits, num_classes) -> (generator, discriminator)`."""
+
+__all__ = [
+  "PAIRS",
+  "BatchNormShift",
+  "Block",
+  "ConvDiscriminator",
+  "ConvGenerator",
+  "Linear",
+  "MLPDiscriminator",
+  "MLPGenerator",
+  "Norm",
+  "Pair",
+  "check_image_shape",
+  "depth_to_space",
+  "leaky_relu",
+  "make_pair",
+]

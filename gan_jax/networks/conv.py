@@ -1,0 +1,109 @@
+"""A small convolutional pair for images from 8x8 up."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from gan_jax.networks.layers import (
+  Block,
+  Linear,
+  Norm,
+  check_image_shape,
+  depth_to_space,
+  embed,
+  heads,
+  latents,
+  leaky_relu,
+  normalise,
+)
+from gan_jax.types import Latents
+
+
+class ConvDiscriminator(nn.Module):
+  """A small convolutional discriminator for images from 8x8 up.
+
+  Convolutions of stride 2 halve the image until its shorter side is at most 4; a dense layer gives the
+  features. Images below 16x16 begin with a convolution of stride 1. Layer normalisation by default,
+  because it does not mix the real and the generated images of a batch, and leaky ReLU.
+  """
+
+  num_classes: int
+  width: int = 32
+  """Channels of the first layer; they double from layer to layer, up to four times as many."""
+  num_features: int = 256
+  dropout: float = 0.0
+  """Share of the last convolution's outputs that the dense layer does without in training."""
+  norm: Norm = "layer"
+  num_aux: int = 0
+  """Logits of a further head, see `heads`."""
+
+  def strides(self, image_shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of the convolutions."""
+    side = min(image_shape[:2])
+    strides = [1 if side < 16 else 2]
+    side = -(-side // strides[0])
+    while side > 4:
+      strides.append(2)
+      side = -(-side // 2)
+    return tuple(strides)
+
+  def layers(self, image_shape: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"Block_{i}" for i in range(len(self.strides(image_shape)) + 1))
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
+    check_image_shape(x.shape[1:])
+    block = partial(Block, norm=self.norm, activation=leaky_relu)
+    h = 2 * x - 1
+    for i, stride in enumerate(self.strides(x.shape[1:])):
+      kernel = 5 if i == 0 and stride == 2 else 3
+      h = block(min(2**i, 4) * self.width, kernel, stride)(h, train=train)
+    h = h.reshape(h.shape[0], -1)
+    h = nn.Dropout(self.dropout, rng_collection="noise")(h, deterministic=not train)
+    features = block(self.num_features)(h, train=train)
+    return heads(self, features, features, train)
+
+
+class ConvGenerator(nn.Module):
+  """A small convolutional generator: z ~ N(0, I), a dense layer, then convolutions and pixel shuffles.
+
+  The work is done at a quarter of the image's size: it starts there or, for sides over 32, smaller and
+  doubles. The last convolution gives each position its 4x4 pixels; with `fine`, it doubles once more
+  before and gives 2x2. What exceeds the image is cropped. Batch normalisation as in `MLPGenerator`.
+  """
+
+  image_shape: tuple[int, int, int]
+  width: int = 64
+  """Channels of the hidden layers."""
+  latent_size: int = 64
+  latent: Literal["uniform", "normal"] = "normal"
+  norm: Norm = "shift"
+  num_classes: int = 0
+  """Classes that it makes images of, with any `norm` but "shift"; 0: it is not asked for a class."""
+  fine: bool = False
+
+  latents = latents
+
+  @nn.compact
+  def __call__(self, z: Latents, *, train: bool) -> Float[Array, "n h w c"]:
+    check_image_shape(self.image_shape)
+    height, width, channels = self.image_shape
+    doublings = max(0, math.ceil(math.log2(max(height, width) / 32)))
+    base = [math.ceil(side / (4 * 2**doublings)) for side in (height, width)]
+    block = partial(Block, self.width, norm=self.norm)
+    h = Linear(math.prod(base) * self.width, use_bias=self.norm == "none")(embed(self, z), train=train)
+    h = nn.relu(normalise(h.reshape(-1, *base, self.width), self.norm, train))
+    for _ in range(doublings):
+      h = block(3, depth_to_space=2)(h, train=train)
+    h = block(3)(h, train=train)
+    if self.fine:
+      h = block(3, depth_to_space=2)(h, train=train)
+    shuffle = 2 if self.fine else 4
+    x = depth_to_space(Linear(shuffle**2 * channels, 3)(h, train=train), shuffle)
+    return nn.sigmoid(x[:, :height, :width])
+
+

@@ -1,0 +1,208 @@
+"""Layers, heads and latents that the networks share."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from gan_jax import kernels
+from gan_jax.types import ClassLatents, InputError, Latents
+
+Norm = Literal["none", "weight", "spectral", "layer", "batch", "shift"]
+"""How a layer is normalised: its weights (`weight`, `spectral`) or its outputs. See `Block`."""
+
+
+class Linear(nn.Module):
+  """A dense layer or, with `kernel`, a convolution, `y = W x + b`, its weights normalised or not.
+
+  - `weight`: `y = s <v, x> / |v| + b` for every output feature. With `init_from_data`, `s` and `b` start
+    such that every feature of `y` has mean 0 and variance 1 over the batch that the parameters are
+    initialised with; else `s = 1`, `b = 0`. A frozen `s` lives in the collection "frozen".
+  - `spectral`: `W / sigma(W)`, the largest singular value by one power iteration an update in training;
+    its vectors live in the collection "batch_stats".
+  - any other: plain weights.
+
+  References:
+    Salimans & Kingma, 2016, https://arxiv.org/abs/1602.07868, equations 2, 5 and 6.
+    Miyato et al., 2018, https://arxiv.org/abs/1802.05957, algorithm 1.
+  """
+
+  features: int
+  kernel: int | None = None
+  strides: int = 1
+  norm: Norm = "none"
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+  train_scale: bool = False
+  """Whether the optimizer moves the scale of the weight norm."""
+  init_from_data: bool = True
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b *dims c"], *, train: bool) -> Float[Array, "b *odims features"]:
+    if self.norm == "weight":
+      return self._weight_norm(x)
+    if self.kernel is None:
+      layer: nn.Module = nn.Dense(self.features, self.use_bias, kernel_init=self.kernel_init)
+    else:
+      layer = nn.Conv(
+        self.features,
+        (self.kernel, self.kernel),
+        self.strides,
+        use_bias=self.use_bias,
+        kernel_init=_as_matrix(self.kernel_init),
+        conv_general_dilated=kernels.conv,
+      )
+    return nn.SpectralNorm(layer)(x, update_stats=train) if self.norm == "spectral" else layer(x)
+
+  def _weight_norm(self, x: Array) -> Array:
+    shape = (x.shape[-1], self.features)
+    if self.kernel is not None:
+      shape = (self.kernel, self.kernel, *shape)
+    v = self.param("kernel", nn.initializers.normal(0.1), shape)
+    # The columns of the product are scaled and not those of v, which in a dense layer is much larger.
+    y = x @ v if self.kernel is None else kernels.conv(x, v, (self.strides, self.strides))
+    axes = tuple(range(y.ndim - 1))
+
+    def each(value: Array) -> Array:
+      return value.reshape((1,) * len(axes) + (-1,))
+
+    y = y * each(jax.lax.rsqrt(jnp.square(v).sum(axis=tuple(range(v.ndim - 1)))))
+
+    def init_scale(*_) -> Array:
+      return jax.lax.rsqrt(y.var(axis=axes) + 1e-8) if self.init_from_data else jnp.ones(self.features)
+
+    def init_bias(*_) -> Array:
+      return -y.mean(axis=axes) * scale if self.init_from_data else jnp.zeros(self.features)
+
+    if self.train_scale:
+      scale = self.param("scale", init_scale)
+    else:
+      scale = self.variable("frozen", "scale", init_scale).value
+    bias = self.param("bias", init_bias)
+    return y * each(scale) + each(bias)
+
+
+def _as_matrix(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
+  # The same numbers, but XLA's CPU backend takes seconds to compile a draw of four dimensions.
+  def draw(key: Key[Array, ""], shape: Sequence[int], *args) -> Array:
+    return init(key, (math.prod(shape[:-1]), shape[-1]), *args).reshape(shape)
+
+  return draw
+
+
+class BatchNormShift(nn.Module):
+  """Batch normalisation that shifts but does not scale, by the statistics of the batch at all times."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b *dims c"]) -> Float[Array, "b *dims c"]:
+    axes = tuple(range(x.ndim - 1))
+    shift = self.param("shift", nn.initializers.zeros, (x.shape[-1],))
+    mean, var = x.mean(axis=axes, keepdims=True), x.var(axis=axes, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(var + 1e-6) + shift.reshape(*mean.shape)
+
+
+class Block(nn.Module):
+  """A linear layer, normalised, then `activation`: what all networks here are built from.
+
+  Normalisation of the outputs: `layer` over the channels of each position, `batch` with running
+  averages for evaluation, `shift` as in `BatchNormShift`. A discriminator refuses `batch`, see `heads`.
+  """
+
+  features: int
+  kernel: int | None = None
+  strides: int = 1
+  norm: Norm = "layer"
+  activation: Callable[[Array], Array] = nn.relu
+  kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+  depth_to_space: int = 1
+  """A convolution then has `depth_to_space ** 2` times the channels, and the image grows by this factor."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b *dims c"], *, train: bool) -> Float[Array, "b *odims features"]:
+    bias = self.norm in ("none", "spectral")
+    features = self.features * self.depth_to_space**2
+    linear = Linear(features, self.kernel, self.strides, self.norm, bias, self.kernel_init)
+    y = linear(x, train=train)
+    if self.depth_to_space > 1:
+      y = depth_to_space(y, self.depth_to_space)
+    return self.activation(normalise(y, self.norm, train))
+
+
+def normalise(y: Array, norm: Norm, train: bool) -> Array:
+  if norm == "layer":
+    return nn.LayerNorm()(y)
+  if norm == "batch":
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
+  return BatchNormShift()(y) if norm == "shift" else y
+
+
+def leaky_relu(x: Array) -> Array:
+  """`max(x, 0.1 x)`."""
+  return nn.leaky_relu(x, 0.1)
+
+
+def depth_to_space(x: Float[Array, "b h w cc"], factor: int) -> Float[Array, "b hh ww c"]:
+  """Moves channels into `factor x factor` blocks of pixels: `[B, H, W, f*f*C]` to `[B, f*H, f*W, C]`."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h, w, factor, factor, c // factor**2).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, h * factor, w * factor, -1)
+
+
+def heads(d: Any, h: Float[Array, "b h"], features: Float[Array, "b f"], train: bool) -> tuple[Array, ...]:
+  """What a discriminator returns: `(logits [B, K], features [B, F])`, with `num_aux` also `[B, A]`.
+
+  Args:
+    d: the discriminator: `num_classes` K, `num_aux` A and `norm`.
+    h: input of the heads.
+    features: what the discriminator calls its features.
+    train: as in the network.
+
+  Raises:
+    InputError: `norm="batch"`. D's update passes real and generated images together and G's passes them
+      apart, so with statistics of the batch the two updates would play against different functions.
+  """
+  if d.norm == "batch":
+    raise InputError("batch normalisation mixes the real and the generated images of D: use norm='layer'")
+
+  def head(num: int, name: str) -> Array:
+    return Linear(num, norm=d.norm, train_scale=True, name=name)(h, train=train)
+
+  out = head(d.num_classes, "head"), features
+  return (*out, head(d.num_aux, "aux_head")) if d.num_aux else out
+
+
+def latents(g: Any, key: Key[Array, ""], num: int) -> Latents:
+  """`[num, Z]` from G's distribution and, for a class-conditional G, uniform classes beside it.
+
+  `g` has `latent`, `latent_size` Z and `num_classes`; the key is consumed.
+  """
+  draw = jax.random.uniform if g.latent == "uniform" else kernels.normal
+  if not g.num_classes:
+    return draw(key, (num, g.latent_size))
+  key_z, key_y = jax.random.split(key)
+  z = draw(key_z, (num, g.latent_size))
+  return ClassLatents(z, jax.random.randint(key_y, (num,), 0, g.num_classes))
+
+
+def embed(g: Any, z: Latents) -> Float[Array, "n zy"]:
+  """The latents as one vector: the class as a one-hot code, about as long as z."""
+  if not isinstance(z, ClassLatents):
+    return z
+  if g.norm == "shift":
+    # In a batch of one class the code is a constant, and the batch's mean takes it away.
+    raise InputError("norm='shift' hides the class from a class-conditional generator; use norm='batch'")
+  code = jax.nn.one_hot(z.y, g.num_classes) * jnp.sqrt(z.z.shape[-1])
+  return jnp.concatenate([z.z, code], axis=-1)
+
+
+def check_image_shape(shape: Sequence[int]) -> None:
+  """Raises `InputError` where the convolutional networks cannot take images of this shape."""
+  if min(shape[:2]) < 8:
+    raise InputError(
+      f"images of {shape[0]}x{shape[1]} are too small for the conv networks, which need 8x8 or more;"
+      " use --network mlp"
+    )

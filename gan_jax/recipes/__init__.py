@@ -1,0 +1,88 @@
+"""What is trained, as values: families of recipes, and recipes derived from recipes.
+
+  hparams = recipes.ssgan.tuned("conv", num_images=60_000)
+  recipe = recipes.ssgan.build(hparams, image_shape=(28, 28, 1), num_classes=10)
+  control = recipes.supervised_control(recipe)
+
+A family is a frozen dataclass of hyper-parameters and a pure function
+`build(hparams, image_shape, num_classes) -> Recipe`. `describe` is what a run stores of its recipe, and
+`rebuild` makes the same recipe of that.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from gan_jax.recipes import gan, ssgan, study
+from gan_jax.recipes.recipe import (
+  DERIVATIONS,
+  Hparams,
+  Recipe,
+  adam,
+  learning_rate,
+  supervised_control,
+  with_frozen,
+  without_augmentation,
+  without_generator,
+)
+from gan_jax.types import BatchSizes, InputError, Json
+
+FAMILIES: dict[str, tuple[type[Hparams], Callable[..., Recipe]]] = {
+  "ssgan": (ssgan.Hparams, ssgan.build),
+  "gan": (gan.Hparams, gan.build),
+  "study": (study.Hparams, study.build),
+}
+"""Families by name: hyper-parameters and `build`. A new family has a line here."""
+
+
+def describe(recipe: Recipe) -> Json:
+  """Family, hyper-parameters, image shape, classes, and what was derived since: enough for `rebuild`."""
+  return {
+    "family": recipe.family,
+    "hparams": dataclasses.asdict(recipe.hparams),
+    "image_shape": list(recipe.image_shape),
+    "num_classes": recipe.num_classes,
+    "derived": [[name, kwargs] for name, kwargs in recipe.derived],
+  }
+
+
+def rebuild(description: Json) -> Recipe:
+  """The recipe that `describe` was given, from its JSON.
+
+  Raises:
+    InputError: an unknown family or derivation, or hyper-parameters of another version.
+  """
+  try:
+    hparams_cls, build = FAMILIES[description["family"]]
+    hparams = hparams_cls(**{name: _as_tuple(value) for name, value in description["hparams"].items()})
+    recipe = build(hparams, tuple(description["image_shape"]), description["num_classes"])
+    for name, kwargs in description["derived"]:
+      recipe = DERIVATIONS[name](recipe, **kwargs)
+  except (KeyError, TypeError, ValueError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"this recipe is of another version of gan_jax: {error}") from error
+  return recipe
+
+
+def _as_tuple(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
+
+
+__all__ = [
+  "FAMILIES",
+  "BatchSizes",
+  "Hparams",
+  "Recipe",
+  "adam",
+  "describe",
+  "gan",
+  "learning_rate",
+  "rebuild",
+  "ssgan",
+  "study",
+  "supervised_control",
+  "with_frozen",
+  "without_augmentation",
+  "without_generator",
+]

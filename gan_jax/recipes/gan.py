@@ -1,0 +1,180 @@
+"""Generators: GANs without labels, or class-conditional ones from all labels or from few.
+
+Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661. A class-conditional D is asked for one logit a
+class: the projection discriminator of Miyato & Koyama, 2018, https://arxiv.org/abs/1802.05637, without its
+unconditional part. With few labels, cross-entropy and consistency teach D the classes of the rest.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import optax
+
+from gan_jax import augment, losses, networks, objectives
+from gan_jax.recipes import recipe as base
+from gan_jax.recipes.recipe import Recipe
+from gan_jax.types import Augment, BatchSizes, InputError
+
+Loss = Literal["min_max", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"]
+Penalty = Literal["none", "r1", "r2", "r1_r2", "wgan_gp"]
+Norm = Literal["none", "weight", "spectral", "layer"]
+Augmentation = Literal["none", "affine", "fixed", "adaptive"]
+
+LOSSES: dict[Loss, losses.Adversarial] = {
+  "min_max": losses.min_max,
+  "non_saturating": losses.non_saturating,
+  "least_squares": losses.least_squares,
+  "hinge": losses.hinge,
+  "wasserstein": losses.wasserstein,
+  "relativistic": losses.relativistic,
+}
+"""Adversarial losses by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hparams(base.Hparams):
+  """Hyper-parameters; the defaults are those tuned for the conv_fine pair on MNIST.
+
+  Learning rates, width and the weight of R1 were chosen by the distance to the training images.
+  """
+
+  network: networks.Pair = "conv_fine"
+  num_steps: int = 4000
+  batch_size: int = 64
+  """Real images per step, and as many generated ones."""
+  labels: Literal["none", "few", "all"] = "none"
+  """none: an unconditional GAN. all: class-conditional, every real image has its label. few: the same with
+  labels for a quarter of each batch."""
+  d_learning_rate: float = 3e-3
+  g_learning_rate: float = 3e-3
+  schedule: Literal["constant", "cosine", "linear"] = "linear"
+  b1: float = 0.0
+  b2: float = 0.99
+  ema_decay: float = 0.999
+  loss: Loss = "non_saturating"
+  real_label: float = 1.0
+  """One-sided label smoothing: the target probability of "real" for real images."""
+  penalty: Penalty = "r1"
+  gamma: float = 1.0
+  """Weight of the penalty, for pixels in [0, 1]: a quarter of the same weight for pixels in [-1, 1]."""
+  penalty_every: int = 4
+  """Steps from one application of the penalty to the next, which counts as many times."""
+  norm: Norm = "none"
+  """Normalisation in D."""
+  augmentation: Augmentation = "none"
+  """Of all that D sees: none, mild affine maps, a stronger policy always, or the same as often as D
+  overfits (ADA)."""
+  flip: bool = False
+  """Whether a mirror image has the same class: not for digits."""
+  rotation: float = 0.0
+  """Weight of rotation prediction."""
+
+
+def tuned(network: Literal["conv_fine", "article"]) -> Hparams:
+  """The hyper-parameters of a pair: tuned for conv_fine, the source article's for its own."""
+  if network == "conv_fine":
+    return Hparams()
+  return Hparams(
+    network="article",
+    num_steps=10_000,
+    batch_size=100,
+    d_learning_rate=2e-4,
+    g_learning_rate=2e-4,
+    schedule="constant",
+    b1=0.9,
+    b2=0.999,
+    penalty="none",
+    penalty_every=1,
+  )
+
+
+def check(hparams: Hparams) -> None:
+  """Raises `InputError` for combinations that make no sense, with the flag to change."""
+  h = hparams
+  if h.loss == "wasserstein" and h.penalty != "wgan_gp" and h.norm != "spectral":
+    raise InputError("--loss wasserstein needs a Lipschitz D: add --penalty wgan_gp or --norm spectral")
+  if not 0.5 < h.real_label <= 1:
+    raise InputError(f"--real-label must be above 0.5 and at most 1, and it is {h.real_label}")
+  if h.real_label < 1 and h.loss not in ("min_max", "non_saturating", "least_squares"):
+    raise InputError(f"--real-label is a target, which --loss {h.loss} has not: leave it at 1")
+  if h.labels == "few" and h.batch_size < 4:
+    raise InputError("--batch-size must be at least 4: a quarter of it are labelled images")
+  if h.labels != "none" and h.loss == "relativistic":
+    raise InputError("--loss relativistic compares images pair by pair, of whatever classes: choose another")
+
+
+def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int) -> Recipe:
+  """The recipe for images of this shape: height, width, channels.
+
+  Raises:
+    InputError: hyper-parameters that make no sense together, or rotation of images that are not square.
+  """
+  h = hparams
+  check(h)
+  if h.rotation and image_shape[0] != image_shape[1]:
+    raise InputError(
+      f"--rotation turns images by 90 degrees, and these are {image_shape[0]}x{image_shape[1]}: use 0"
+    )
+  conditional = h.labels != "none"
+  g, d = networks.make_pair(
+    h.network,
+    image_shape,
+    num_logits=num_classes if conditional else 1,
+    num_classes=num_classes if conditional else 0,
+    num_aux=4 if h.rotation else 0,
+    norm=h.norm,
+  )
+  num_labelled = {"none": 0, "few": h.batch_size // 4, "all": h.batch_size}[h.labels]
+  return Recipe(
+    g=g,
+    d=d,
+    g_tx=base.adam(h, h.g_learning_rate),
+    d_tx=base.adam(h, h.d_learning_rate),
+    objective=_objective(h),
+    batch=BatchSizes(num_labelled, h.batch_size - num_labelled, h.batch_size),
+    num_steps=h.num_steps,
+    ema_decay=h.ema_decay,
+    augment=_augment(h),
+    image_shape=image_shape,
+    num_classes=num_classes,
+    family="gan",
+    hparams=h,
+  )
+
+
+def _objective(h: Hparams) -> objectives.Objective:
+  loss = LOSSES[h.loss]
+  if h.real_label < 1:
+    loss = losses.smooth(loss, h.real_label)
+  penalty = {
+    "penalty": h.penalty,
+    "gamma": h.gamma,
+    "penalty_every": h.penalty_every,
+    "rotation_weight": h.rotation,
+  }
+  if h.labels == "none":
+    return objectives.gan(loss, **penalty)
+  if h.labels == "all":
+    return objectives.conditional_gan(loss, **penalty)
+  ramp = optax.linear_schedule(0.0, 1.0, max(1, int(0.4 * h.num_steps)))  # early pseudo-labels are wrong
+  weak = augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1)
+  return objectives.conditional_gan(loss, consistency_weight=ramp, weak=weak, **penalty)
+
+
+def _augment(h: Hparams) -> Augment | augment.Adaptive | None:
+  affine = augment.affine(shift=0.06, rotate=12.5, scale=0.1, shear=0.15)
+  policy = (
+    *([augment.flip] if h.flip else []),
+    augment.translate(0.125),
+    affine,
+    augment.brightness_contrast(brightness=0.2, contrast=0.5),
+    augment.cutout(0.3),
+  )
+  if h.augmentation == "none":
+    return None
+  if h.augmentation == "affine":
+    return affine
+  if h.augmentation == "fixed":
+    return augment.chain(*policy)
+  # The probability may cross its whole range in a quarter of the run.
+  return augment.Adaptive(policy, num_images=max(1, h.num_steps * h.batch_size // 4))

@@ -1,0 +1,199 @@
+"""A recipe: all that a training run is but its data and its key."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Key
+
+from gan_jax import augment, data, objectives, steps
+from gan_jax.networks import Pair
+from gan_jax.objectives import Objective
+from gan_jax.types import (
+  Augment,
+  BatchSizes,
+  Discriminator,
+  Generator,
+  InputError,
+  Json,
+  Step,
+  TrainState,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hparams:
+  """What the hyper-parameters of every family have: plain values that go into JSON."""
+
+  network: Pair
+  """The pair of networks."""
+  num_steps: int
+  """Steps of training; each updates D, then G."""
+  d_learning_rate: float
+  g_learning_rate: float
+  schedule: Literal["constant", "cosine", "linear"]
+  """Of both learning rates, see `learning_rate`."""
+  b1: float
+  b2: float
+  eps: float = 1e-8
+  eps_root: float = 0.0
+  """Adam's updates are `m / (sqrt(v + eps_root) + eps)`."""
+  ema_decay: float
+  """Decay of the parameter averages, from which everything is read."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+  """A training run but for its data and its key. Build one with a family, `ssgan.build(hparams, ...)`."""
+
+  g: Generator
+  d: Discriminator
+  g_tx: optax.GradientTransformation
+  d_tx: optax.GradientTransformation
+  objective: Objective
+  batch: BatchSizes
+  num_steps: int
+  ema_decay: float
+  augment: Augment | augment.Adaptive | None
+  """Of all that D sees, real and generated alike."""
+  image_shape: tuple[int, int, int]
+  """Height, width, channels."""
+  num_classes: int
+  """Classes of the data."""
+  family: str
+  """The family that built it; with `hparams`, shape and classes it builds the recipe again."""
+  hparams: Hparams
+  derived: tuple[tuple[str, Json], ...] = ()
+  """Functions of this module that were applied since, in order, with their arguments."""
+
+  @property
+  def by_class(self) -> bool:
+    """Whether D is asked for the class of every image: no image without a label, and a conditional G."""
+    return not self.batch.unlabelled and self.batch.generated > 0 and steps.is_class_conditional(self.g)
+
+  def init_state(self, key: Key[Array, ""], images: data.DeviceData) -> TrainState:
+    """A fresh state; consumes the key. Weight-normalised layers start from the first 500 images."""
+    x_init = data.to_float((images.x_unl if len(images.x_unl) else images.x_lab)[:500])
+    aux = self.augment.init() if isinstance(self.augment, augment.Adaptive) else None
+    return steps.init_state(key, self.g, self.d, g_tx=self.g_tx, d_tx=self.d_tx, x_init=x_init, aux=aux)
+
+  def make_step(self) -> Step:
+    """The step as a pure function, see `steps.make_step`."""
+    return steps.make_step(
+      self.g,
+      self.d,
+      g_tx=self.g_tx,
+      d_tx=self.d_tx,
+      objective=self.objective,
+      augment=self.augment,
+      ema_decay=self.ema_decay,
+    )
+
+  def make_multi_step(self, max_steps: int) -> steps.MultiStep:
+    """Many steps in one call, on batches sampled on the device, see `steps.make_multi_step`."""
+    return steps.make_multi_step(
+      self.make_step(), data.make_sample_batch(self.batch), max_steps=max_steps
+    )
+
+
+# --- Optimizers
+
+
+def learning_rate(hparams: Hparams, peak: float) -> float | optax.Schedule:
+  """The learning rate over the steps t of T.
+
+  `constant`: the peak. `cosine`: `peak cos(7 pi t / 16 T)` after a short linear warm-up; a fifth is left
+  at the end, so that the averaged parameters go on improving. `linear`: the peak, and a fall to zero over
+  the last half.
+
+  References:
+    Sohn et al., 2020, https://arxiv.org/abs/2001.07685, section 2.3 (cosine).
+  """
+  num_steps = hparams.num_steps
+  if hparams.schedule == "constant":
+    return peak
+  if hparams.schedule == "linear":
+    half = num_steps // 2
+    return optax.linear_schedule(peak, 0.0, max(1, num_steps - half), transition_begin=half)
+  warmup = max(1, min(50, num_steps // 10))
+
+  def schedule(t: ArrayLike) -> Array:
+    t = jnp.asarray(t)
+    done = jnp.minimum(1.0, t / num_steps)
+    return peak * jnp.minimum(1.0, (t + 1) / warmup) * jnp.cos(7 / 16 * jnp.pi * done)
+
+  return schedule
+
+
+def adam(hparams: Hparams, peak: float) -> optax.GradientTransformation:
+  """Adam with the schedule of `learning_rate`."""
+  h = hparams
+  return optax.adam(learning_rate(h, peak), b1=h.b1, b2=h.b2, eps=h.eps, eps_root=h.eps_root)
+
+
+# --- Recipes from recipes
+
+
+def supervised_control(recipe: Recipe) -> Recipe:
+  """The same networks, labels, augmentation and number of steps without any other image."""
+  return dataclasses.replace(
+    recipe,
+    objective=objectives.supervised_only(),
+    batch=BatchSizes(recipe.batch.labelled, 0, 0),
+    derived=(*recipe.derived, ("supervised_control", {})),
+  )
+
+
+def without_generator(recipe: Recipe) -> Recipe:
+  """The same without the GAN: no generated images, no adversarial loss, no training of G."""
+  d = {name: term for name, term in recipe.objective.d.items() if name != "adversarial"}
+  return dataclasses.replace(
+    recipe,
+    objective=Objective(d=d),
+    batch=recipe.batch._replace(generated=0),
+    derived=(*recipe.derived, ("without_generator", {})),
+  )
+
+
+def without_augmentation(recipe: Recipe) -> Recipe:
+  """The same on images as they are."""
+  return dataclasses.replace(
+    recipe, augment=None, derived=(*recipe.derived, ("without_augmentation", {}))
+  )
+
+
+def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
+  """The same with the first layers of D frozen, from the image on (FreezeD, see `steps.freeze_layers`).
+
+  Raises:
+    InputError: D has fewer layers.
+  """
+  layers = recipe.d.layers(recipe.image_shape)
+  if num_layers > len(layers):
+    raise InputError(f"D has {len(layers)} layers before its head: {num_layers} cannot be frozen")
+  return dataclasses.replace(
+    recipe,
+    d_tx=steps.freeze_layers(recipe.d_tx, layers[:num_layers]),
+    derived=(*recipe.derived, ("with_frozen", {"num_layers": num_layers})),
+  )
+
+
+DERIVATIONS = {
+  "supervised_control": supervised_control,
+  "without_generator": without_generator,
+  "without_augmentation": without_augmentation,
+  "with_frozen": with_frozen,
+}
+"""By name, so that a stored run can be built again."""
+
+
+def affine(ranges: dict[str, float] | None) -> Augment | None:
+  """A random affine map with these ranges; None stays None."""
+  return augment.affine(**ranges) if ranges else None
+
+
+Ranges = dict[Literal["shift", "rotate", "scale", "shear"], float]
+"""Ranges of random affine maps, see `augment.affine`."""
+

@@ -1,0 +1,186 @@
+"""The methods of the few-label study: what differs between them is the objective and what it needs.
+
+All start from one semi-supervised GAN, so they share networks, optimizers, batches, augmentation and number
+of steps, and those that see unlabelled images also class balance, so that it decides nothing between them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from gan_jax import networks, objectives
+from gan_jax.recipes import ssgan
+from gan_jax.recipes import recipe as base
+from gan_jax.recipes.recipe import Recipe
+from gan_jax.types import BatchSizes
+
+Method = Literal[
+  "supervised",
+  "supervised_augmented",
+  "fixmatch_ema",
+  "mean_teacher",
+  "vat",
+  "feature_matching",
+  "gan_consistency",
+  "bad_generator",
+  "gan_augmented",
+  "conditional_generator",
+]
+"""`conditional_generator` trains the generator that `gan_augmented` starts with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hparams(ssgan.Hparams):
+  """Hyper-parameters; the weights are those tuned on the digits, split seeds 100 to 105.
+
+  What D is taught by its own predictions gains its weight over the ramp: early ones are wrong.
+  """
+
+  method: Method
+  teacher: float = 5.0
+  """Weight of the averaged teacher in mean_teacher."""
+  vat: float = 1.0
+  """Weight of the divergence in vat."""
+  vat_epsilon: float = 1.0
+  """Norm of the virtual adversarial perturbation, of pixels in [0, 1]."""
+  vat_entropy: float = 1.0
+  """Weight of the entropy in vat."""
+  bad_entropy: float = 2.0
+  """Weight of the entropy in bad_generator."""
+  bad_density: float = 0.1
+  """Weight of the penalty on generated images in dense regions in bad_generator."""
+  generated: float = 1.0
+  """Weight of the generated images in gan_augmented."""
+
+
+def tuned(network: Literal["conv", "mlp"], num_images: int, image_side: int, method: Method) -> Hparams:
+  """The hyper-parameters for this network, number of training images, and shorter side of an image.
+
+  Augmentation, consistency and class balance are those of `ssgan.tuned("conv", ...)` for both networks. On
+  small data there are 800 steps, short averages, a smaller adversarial weight, and class balance that does
+  not fall, as chosen on the digits. conv is conv_small for images below 16x16.
+  """
+  start = ssgan.tuned(network, ssgan.SMALL_DATA)
+  conv = ssgan.Hparams()
+  changes = {name: getattr(conv, name) for name in ("strong", "weak", "consistency", "class_balance")}
+  if network == "conv" and image_side < 16:
+    changes["network"] = "conv_small"
+  if num_images < ssgan.SMALL_DATA:
+    changes |= {"class_balance": (1.0, 1.0), "num_steps": 800, "adversarial": 0.2, "ema_decay": 0.99}
+  return Hparams(**{**vars(start), **changes, "method": method})
+
+
+def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int) -> Recipe:
+  """The recipe of a method for images of this shape: height, width, channels."""
+  h = hparams
+  sizes = BatchSizes(h.num_labelled, h.num_unlabelled, h.num_generated)
+  shared = dataclasses.replace(ssgan.build(h, image_shape, num_classes), batch=sizes)
+  recipe = METHODS[h.method](shared, h)
+  return dataclasses.replace(recipe, family="study", hparams=h, derived=())
+
+
+def generator_of(recipe: Recipe) -> Recipe | None:
+  """What trains, for as many steps and with a D of its own, the generator that this recipe starts with."""
+  hparams = recipe.hparams
+  if not isinstance(hparams, Hparams) or hparams.method != "gan_augmented":
+    return None
+  first = dataclasses.replace(hparams, method="conditional_generator")
+  return build(first, recipe.image_shape, recipe.num_classes)
+
+
+# --- The methods, each a recipe from the shared one
+
+
+def _supervised(recipe: Recipe, h: Hparams) -> Recipe:
+  del h
+  return base.without_augmentation(base.supervised_control(recipe))
+
+
+def _supervised_augmented(recipe: Recipe, h: Hparams) -> Recipe:
+  del h
+  return base.supervised_control(recipe)
+
+
+def _fixmatch_ema(recipe: Recipe, h: Hparams) -> Recipe:
+  del h
+  return base.without_generator(recipe)
+
+
+def _gan_consistency(recipe: Recipe, h: Hparams) -> Recipe:
+  del h
+  return recipe
+
+
+def _feature_matching(recipe: Recipe, h: Hparams) -> Recipe:
+  objective = objectives.semi_supervised_gan(adversarial=h.adversarial)
+  return _with_objective(recipe, h, objective)
+
+
+def _mean_teacher(recipe: Recipe, h: Hparams) -> Recipe:
+  objective = objectives.mean_teacher(weight=ssgan.ramped(h, h.teacher), weak=ssgan.weak(h))
+  return _with_objective(base.without_generator(recipe), h, objective)
+
+
+def _vat(recipe: Recipe, h: Hparams) -> Recipe:
+  objective = objectives.virtual_adversarial_training(
+    epsilon=h.vat_epsilon,
+    weight=ssgan.ramped(h, h.vat),
+    entropy_weight=ssgan.ramped(h, h.vat_entropy),
+  )
+  return _with_objective(base.without_generator(recipe), h, objective)
+
+
+def _bad_generator(recipe: Recipe, h: Hparams) -> Recipe:
+  objective = objectives.bad_gan(
+    entropy_weight=ssgan.ramped(h, h.bad_entropy), density_weight=h.bad_density
+  )
+  return _with_objective(recipe, h, objective)
+
+
+def _conditional_generator(recipe: Recipe, h: Hparams) -> Recipe:
+  objective = objectives.conditional_gan(
+    penalty="r1",
+    penalty_every=4,
+    consistency_weight=ssgan.ramped(h, h.consistency),
+    weak=ssgan.weak(h),
+    threshold=h.threshold,
+  )
+  return _with_objective(_class_conditional(recipe, h), h, objective)
+
+
+def _gan_augmented(recipe: Recipe, h: Hparams) -> Recipe:
+  return dataclasses.replace(
+    _class_conditional(recipe, h),
+    objective=objectives.generator_augmented(weight=h.generated),
+    batch=recipe.batch._replace(unlabelled=0),
+  )
+
+
+def _with_objective(recipe: Recipe, h: Hparams, objective: objectives.Objective) -> Recipe:
+  return dataclasses.replace(
+    recipe, objective=objectives.with_class_balance(objective, ssgan.class_balance(h))
+  )
+
+
+def _class_conditional(recipe: Recipe, h: Hparams) -> Recipe:
+  """The same with a generator that is asked for classes."""
+  g, _ = networks.make_pair(
+    h.network, recipe.image_shape, num_logits=recipe.num_classes, num_classes=recipe.num_classes
+  )
+  return dataclasses.replace(recipe, g=g)
+
+
+METHODS: dict[Method, Callable[[Recipe, Hparams], Recipe]] = {
+  "supervised": _supervised,
+  "supervised_augmented": _supervised_augmented,
+  "fixmatch_ema": _fixmatch_ema,
+  "mean_teacher": _mean_teacher,
+  "vat": _vat,
+  "feature_matching": _feature_matching,
+  "gan_consistency": _gan_consistency,
+  "bad_generator": _bad_generator,
+  "gan_augmented": _gan_augmented,
+  "conditional_generator": _conditional_generator,
+}
+"""Methods by name."""

@@ -1,0 +1,302 @@
+"""The directory of a run: opened, locked, filled, and where its numbers come from."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import psutil
+from rich.table import Table
+
+import gan_jax
+from gan_jax import checkpoint, cli, recipes, report, train
+from gan_jax.datasets import Dataset
+from gan_jax.recipes import Recipe
+from gan_jax.report import console, say
+from gan_jax.types import InputError, Json, LabelSplit, TrainState
+
+FILES = ("config.json", "labels.json", "report.html", "result.json")
+"""What every run has."""
+TRAINING_FILES = ("metrics.jsonl", "checkpoints", "tensorboard")
+"""What a run that trains one recipe has as well."""
+
+
+@dataclass(frozen=True)
+class Run:
+  """An open run: its directory, its flags, its data, and where it runs."""
+
+  path: Path
+  experiment: str
+  flags: cli.RunFlags
+  dataset: Dataset
+  split: LabelSplit
+  seed: int
+  exclude_labelled: bool
+  environment: Json
+  """Device, versions and commit, as they were when the run began."""
+  begin: float
+
+  @property
+  def metrics_path(self) -> Path:
+    return self.path / "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def open_run(
+  experiment: str,
+  config: Any,
+  dataset: Dataset,
+  split: LabelSplit,
+  *,
+  recipes_used: Mapping[str, Recipe],
+  files: Sequence[str],
+) -> Iterator[Run]:
+  """Opens the directory of a run, which is locked meanwhile.
+
+  Everything that can be checked before should have been: from here on the directory is written to.
+
+  Args:
+    experiment: its name.
+    config: its configuration, with a group `run`.
+    dataset, split: its data.
+    recipes_used: what it trains, by the names of the phases.
+    files: what it writes beside `FILES`, files and folders.
+
+  Raises:
+    InputError: a directory that holds a run or other files, or is in use; a run that cannot be resumed.
+  """
+  flags: cli.RunFlags = config.run
+  values = cli.flags_of(config)
+  stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+  path = Path(flags.workdir or Path("runs") / experiment / stamp)
+  check_workdir(path, flags)
+  if dataset.note:
+    console.print(dataset.note, style="bold yellow", markup=False)
+  found = environment()
+  seed, exclude_labelled = values.get("seed", 0), values.get("exclude_labelled", False)
+  named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
+  labels = {
+    **named,
+    "sha256": split.sha256,
+    "seed": split.seed,
+    "per_class": split.per_class,
+    "indices": list(split.indices),
+    "unlabelled_includes_labelled": not exclude_labelled,
+    "num_images": len(split.images),
+    "num_held_out": len(split.held_out),
+  }
+  described = {
+    **named,
+    "config": values,
+    "recipes": {name: recipes.describe(recipe) for name, recipe in recipes_used.items()},
+    "image_shape": list(dataset.image_shape),
+    "class_names": list(dataset.class_names),
+    **found,
+  }
+  described = json.loads(json.dumps(described))  # as it will be read: a tuple is a list
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"--workdir {path} cannot be made: {error.strerror}") from error
+  owned = (*FILES, *files)
+  try:
+    with filelock.FileLock(path / ".lock", timeout=0):
+      if flags.resume:
+        _check_resumable(path, labels, described)
+      else:
+        remove(path, owned)
+        report.write_json(path / "labels.json", labels)
+        report.write_json(path / "config.json", described)
+      try:
+        yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, time.time())
+      except InputError:
+        # A mistake that showed before any training: the next try shall find no run here.
+        if not flags.resume and set(os.listdir(path)) <= {".lock", *FILES, "checkpoints"}:
+          remove(path, owned)
+        raise
+  except filelock.Timeout as error:
+    raise InputError(f"--workdir {path} is in use by another run") from error
+
+
+def remove(path: Path, files: Sequence[str]) -> None:
+  """Removes these files and folders of a run."""
+  for name in files:
+    target = path / name
+    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+
+
+def check_workdir(path: Path, flags: cli.RunFlags) -> None:
+  """Raises `InputError` for a directory that these flags may not write to."""
+  if path.exists() and not path.is_dir():
+    raise InputError(f"--workdir {path} is not a folder")
+  holds_run = (path / "config.json").exists()
+  if flags.resume:
+    return
+  if holds_run and not flags.overwrite:
+    raise InputError(f"{path} already holds a run: pass --resume to go on or --overwrite to replace it")
+  if not holds_run and path.exists() and set(os.listdir(path)) - {".lock"}:
+    raise InputError(f"--workdir {path} holds other files: name an empty or a new folder")
+
+
+def _check_resumable(path: Path, labels: Json, described: Json) -> None:
+  stored = {}
+  for name in ("labels.json", "config.json"):
+    try:
+      stored[name] = json.loads((path / name).read_text())
+    except (OSError, ValueError) as error:
+      raise InputError(f"{path / name} cannot be read: the run cannot be resumed") from error
+  if stored["labels.json"] != labels:
+    raise InputError(f"{path / 'labels.json'} is not the split that this run would use")
+  if stored["config.json"].get("recipes") != described["recipes"]:
+    raise InputError(f"{path} was begun with another recipe, perhaps by another version of gan_jax")
+
+
+def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) -> Json:
+  """Another experiment as a part of this run, in a folder of its own; resumed with this run.
+
+  Returns:
+    The part's result: where it was complete, the one that it had.
+  """
+  folder = run.path / name
+  resume = run.flags.resume and (folder / "config.json").exists()
+  if resume and (folder / "result.json").exists():
+    result = json.loads((folder / "result.json").read_text())
+    if not result["interrupted"]:
+      return result
+  say(f"--- {name}")
+  flags = cli.RunFlags(workdir=str(folder), resume=resume, overwrite=not resume)
+  config = dataclasses.replace(config, run=flags)
+  cli.check(config)
+  return main(config)
+
+
+def start_from(run: Run, flags: cli.TransferFlags, recipe: Recipe) -> Callable[[TrainState], TrainState] | None:
+  """For `train.fit`: a fresh state as --init-from would have it; says which heads could not be taken."""
+  init_from = flags.init_from
+  if init_from is None:
+    return None
+
+  def start(state: TrainState) -> TrainState:
+    # A resumed run has left that state behind, and the run that it came from may be gone.
+    if run.flags.resume and (run.path / "checkpoints").is_dir():
+      return state
+    layers = recipe.d.layers(recipe.image_shape)
+    state, notes = checkpoint.transfer(state, init_from, layers=layers, parts=flags.parts)
+    for note in notes:
+      say(f"--init-from: {note}")
+    return state
+
+  return start
+
+
+def check_source(run_flags: cli.RunFlags, flags: cli.TransferFlags) -> None:
+  """Raises `InputError` where --init-from is no run; a resumed run does without it."""
+  if run_flags.resume or flags.init_from is None:
+    return
+  if not (Path(flags.init_from) / "config.json").is_file():
+    raise InputError(f"--init-from {flags.init_from} is not the folder of a run: it has no config.json")
+  if run_flags.workdir and Path(flags.init_from).resolve() == Path(run_flags.workdir).resolve():
+    raise InputError("--init-from and --workdir are the same folder: name a new one for this run")
+
+
+# --- Provenance
+
+
+def environment() -> Json:
+  """Provenance: device, versions, commit."""
+  device = jax.devices()[0]
+  names = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
+  root, commit = Path(__file__).parent.parent, ""
+  if (root / ".git").exists():  # else this is an installed package, in whatever repository it may lie
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+      commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+  kind = f"{device.platform}, {cli.num_cores()} cores" if device.platform == "cpu" else device.device_kind
+  return {
+    "device": kind,
+    "versions": {
+      "gan_jax": gan_jax.__version__,
+      "python": platform.python_version(),
+      **{name: metadata.version(name) for name in names},
+    },
+    "commit": commit or None,
+  }
+
+
+# --- The end of a run
+
+
+def training(fit: train.Fit) -> Json:
+  """What `result.json` holds of a training run."""
+  first, num_steps = fit.first_step_at, int(fit.state.step)
+  return {
+    "interrupted": fit.interrupted,
+    "steps": num_steps,
+    "seconds_train": round(fit.seconds_train, 1),
+    "seconds_compile": round(fit.seconds_compile, 1),
+    "seconds_to_first_step": first and round(first - psutil.Process().create_time(), 2),
+    "steps_per_second": round(num_steps / fit.seconds_train, 2),
+    "alarms": list(fit.alarms),
+  }
+
+
+def finish(
+  run: Run,
+  result: Json,
+  *,
+  table: Sequence[tuple[str, str]],
+  pictures: Sequence[tuple[str, str]],
+) -> Json:
+  """Completes the result, writes `result.json` and `report.html`, and prints the table.
+
+  Args:
+    run: the open run.
+    result: the experiment's own keys.
+    table: rows of name and value.
+    pictures: title and file name, relative to the run's directory, for the page.
+  """
+  dataset = run.dataset
+  result = {
+    "experiment": run.experiment,
+    "dataset": dataset.name,
+    "note": dataset.note,
+    "num_labels": len(run.split.indices),
+    "label_split_sha256": run.split.sha256,
+    "split_seed": run.split.seed,
+    "unlabelled_includes_labelled": not run.exclude_labelled,
+    "num_images": len(run.split.images),
+    "seed": run.seed,
+    **result,
+    "seconds_total": round(time.time() - run.begin, 1),
+    "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    **run.environment,
+  }
+  result = json.loads(json.dumps(result))  # as it will be read: a tuple is a list
+  report.write_json(run.path / "result.json", result)
+  report.page(
+    run.path / "report.html", result, table, [(title, run.path / name) for title, name in pictures]
+  )
+  title = f"{run.experiment} on {dataset.name}"
+  if result["num_labels"] is not None:  # else each row of the table has its own
+    title += f", {result['num_labels']} labels"
+  rich_table = Table(title=title, title_justify="left", show_header=False)
+  for row in table:
+    rich_table.add_row(*row)
+  console.print(rich_table)
+  if dataset.note:
+    console.print(dataset.note, style="bold yellow", markup=False)
+  say(f"written to {run.path}")
+  return result

@@ -1,0 +1,283 @@
+"""What one update saw, and the terms over it that objectives are sums of.
+
+A term is a pure function of `StepOutputs`, so a new loss is one function here and one line in an objective.
+In D's update the generated images are constants, in G's update the real ones are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from gan_jax import augment, losses, penalties
+from gan_jax.types import Augment, DiscriminatorFn
+
+
+class DiscOutputs(NamedTuple):
+  """One kind of images, and the discriminator's outputs for them."""
+
+  x_raw: Float[Array, "b h w c"]
+  """The images before augmentation, in [0, 1]."""
+  x: Float[Array, "b h w c"]
+  """The images that entered D, augmented, in [0, 1]."""
+  logits: Float[Array, "b k"]
+  features: Float[Array, "b f"]
+  y: Int[Array, "b"]
+  """Labels, or the classes that G was asked for; -1 where the class is unknown."""
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+  """What the terms of one update are functions of."""
+
+  lab: DiscOutputs
+  """Labelled images."""
+  unl: DiscOutputs
+  """Unlabelled images: `x_unl` of the batch in D's update, `x_unl_g` in G's."""
+  fake: DiscOutputs
+  """Generated images."""
+  by_class: bool
+  """Whether D is asked "real, and of class y?": all its real images have labels and G is class-conditional."""
+  key: Key[Array, ""]
+  """A key of the term's own; the term consumes it."""
+  d_fn: DiscriminatorFn
+  """The discriminator, for terms that need another pass."""
+  teacher_fn: DiscriminatorFn
+  """The discriminator with averaged parameters, which are constants."""
+  step: Int[Array, ""]
+  """Steps done before this one."""
+
+
+Term = Callable[[StepOutputs], Float[Array, ""]]
+
+
+def supervised(outputs: StepOutputs) -> Float[Array, ""]:
+  """Mean cross-entropy of the labelled images."""
+  return losses.cross_entropy(outputs.lab.logits, outputs.lab.y).mean()
+
+
+def adversarial_d(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
+  """D's half of an adversarial loss: `E loss(real) + E loss(fake)`.
+
+  Args:
+    loss: the pair.
+    labelled: whether labelled images count as real ones too, as in class-conditional GANs. Else the
+      real images are the unlabelled ones.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    real, fake = loss.d(_real_logit(real_images(outputs, labelled)), _real_logit(generated_images(outputs)))
+    return real.mean() + fake.mean()
+
+  return term
+
+
+def adversarial_g(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
+  """G's half of the same."""
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    return loss.g(_real_logit(real_images(outputs, labelled)), _real_logit(outputs.fake)).mean()
+
+  return term
+
+
+def _real_logit(images: DiscOutputs) -> Float[Array, "b"]:
+  return losses.known_real_logit(images.logits, images.y)
+
+
+def real_images(outputs: StepOutputs, labelled: bool) -> DiscOutputs:
+  """The real images of an adversarial loss, with their classes only where D is asked for them.
+
+  Some images with a class and some without would leave D a way out: a logit that answers for labelled
+  images and for generated ones of its class, and beside it any logit at all for an unlabelled image.
+  """
+  if not labelled:
+    return outputs.unl
+  real = DiscOutputs(*(jnp.concatenate(pair) for pair in zip(outputs.lab, outputs.unl, strict=True)))
+  return real if outputs.by_class else _without_class(real)
+
+
+def generated_images(outputs: StepOutputs) -> DiscOutputs:
+  """The generated images as D's own update judges them: by their class only where D is asked for it."""
+  return outputs.fake if outputs.by_class else _without_class(outputs.fake)
+
+
+def _without_class(images: DiscOutputs) -> DiscOutputs:
+  return images._replace(y=jnp.full_like(images.y, -1))
+
+
+def feature_matching(outputs: StepOutputs) -> Float[Array, ""]:
+  """Mean squared difference of the mean features of unlabelled and generated images."""
+  return losses.feature_matching(outputs.unl.features, outputs.fake.features).mean()
+
+
+def consistency(weak: Augment, *, threshold: float) -> Term:
+  """Consistency: the pseudo-label that the averaged D gives a weakly augmented unlabelled image is the
+  target for the image as D's update augmented it, see `losses.consistency`.
+
+  The second pass is for the target alone, so it is a forward pass.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    key_augment, key_d = jax.random.split(outputs.key)
+    logits_weak = outputs.teacher_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+    return losses.consistency(logits_weak, outputs.unl.logits, threshold=threshold).mean()
+
+  return term
+
+
+def entropy(outputs: StepOutputs) -> Float[Array, ""]:
+  """Mean entropy of the classifier on the unlabelled images."""
+  return losses.entropy(outputs.unl.logits).mean()
+
+
+def class_balance(outputs: StepOutputs) -> Float[Array, ""]:
+  """Divergence of the mean prediction on the unlabelled images from uniform class frequencies.
+
+  Against confirmation bias: early pseudo-label errors reinforce themselves.
+  """
+  return losses.class_imbalance(outputs.unl.logits)
+
+
+def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:
+  """VAT: predictions stay stable under the worst-case perturbation of norm epsilon.
+
+  `E KL(p(. | x) || p(. | x + r))`, with `r = epsilon g / |g|` and `g` the gradient of the same divergence
+  in r at `xi d`, d a random direction: one power iteration towards the direction of its greatest growth.
+  `p(. | x)` and `r` are constants. All passes share D's noise. Pixels may leave [0, 1].
+
+  Args:
+    epsilon: length of r, in the norm of the image as one vector of pixels in [0, 1].
+    xi: of the trial step; it need only be small, and large enough for float32.
+
+  References:
+    Miyato et al., 2018, https://arxiv.org/abs/1704.03976, equations 5 to 8 and algorithm 1.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    key_direction, key_d = jax.random.split(outputs.key)
+    x = outputs.unl.x
+    logits = jax.lax.stop_gradient(outputs.d_fn(x, key_d)[0])
+
+    def divergence(r: Array) -> Array:
+      return losses.divergence(logits, outputs.d_fn(x + r, key_d)[0])
+
+    trial = xi * _unit(jax.random.normal(key_direction, x.shape))
+    r = epsilon * _unit(jax.grad(lambda r: divergence(r).sum())(trial))
+    return divergence(jax.lax.stop_gradient(r)).mean()
+
+  return term
+
+
+def _unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  """Each image divided by its norm; near-zero ones by their largest pixel first, against underflow."""
+  x = x / (jnp.abs(x).max(axis=(1, 2, 3), keepdims=True) + 1e-30)
+  return x / (jnp.sqrt(jnp.square(x).sum(axis=(1, 2, 3), keepdims=True)) + 1e-12)
+
+
+def mean_teacher(weak: Augment) -> Term:
+  """Mean teacher: D's class probabilities follow those of the averaged D on unlabelled images.
+
+  `E |p(. | x) - p'(. | weak(x))|^2`, with p' the averaged discriminator, a constant. The squared error is
+  summed over classes; the paper divides it by their number.
+
+  References:
+    Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780, section 2.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    key_augment, key_d = jax.random.split(outputs.key)
+    logits = outputs.teacher_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+    target = jax.lax.stop_gradient(losses.class_probs(logits))
+    return jnp.square(losses.class_probs(outputs.unl.logits) - target).sum(axis=-1).mean()
+
+  return term
+
+
+def low_density(*, quantile: float) -> Term:
+  """Penalty on generated images in dense regions of the unlabelled ones, see `losses.high_density`."""
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    return losses.high_density(outputs.unl.features, outputs.fake.features, quantile=quantile).mean()
+
+  return term
+
+
+def generated(outputs: StepOutputs) -> Float[Array, ""]:
+  """Mean cross-entropy of the generated images against the classes that they were asked to be of."""
+  return losses.cross_entropy(outputs.fake.logits, outputs.fake.y).mean()
+
+
+def r1(*, labelled: bool = False) -> Term:
+  """`E |grad_x D(x)|^2 / 2` at real images, so that the weight is the paper's gamma."""
+  return lambda outputs: _penalty(outputs, real_images(outputs, labelled)).mean() / 2
+
+
+def r2(outputs: StepOutputs) -> Float[Array, ""]:
+  """The same at generated images."""
+  return _penalty(outputs, generated_images(outputs)).mean() / 2
+
+
+def wgan_gp(*, labelled: bool = False) -> Term:
+  """`E (|grad_x D(x)| - 1)^2` between real and generated images; the paper's weight is 10.
+
+  Between images of different classes there is no class, and the real logit is the logsumexp.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    key_share, key_d = jax.random.split(outputs.key)
+    real, fake = real_images(outputs, labelled), generated_images(outputs)
+    y = jnp.where(real.y == fake.y, real.y, -1)
+    return penalties.wgan_gp(key_share, _real_logit_fn(outputs, y, key_d), real.x, fake.x).mean()
+
+  return term
+
+
+def _penalty(outputs: StepOutputs, images: DiscOutputs) -> Float[Array, "b"]:
+  return penalties.squared_gradient_norm(_real_logit_fn(outputs, images.y, outputs.key), images.x)
+
+
+def _real_logit_fn(outputs: StepOutputs, y: Int[Array, "b"], key: Key[Array, ""]) -> penalties.RealLogitFn:
+  return lambda x: losses.known_real_logit(outputs.d_fn(x, key)[0], y)
+
+
+def every_k(term: Term, k: int) -> Term:
+  """The term once in k steps, and k times as heavy: the same on average, for less.
+
+  References:
+    Karras et al., 2020, https://arxiv.org/abs/1912.04958, section 3.1 (lazy regularization).
+  """
+
+  def rarely(outputs: StepOutputs) -> Float[Array, ""]:
+    due = outputs.step % k == 0
+    return jax.lax.cond(due, lambda: k * term(outputs), lambda: jnp.zeros(()))
+
+  return rarely if k > 1 else term
+
+
+def rotation(images_of: Callable[[StepOutputs], DiscOutputs]) -> Term:
+  """Rotation prediction: mean cross-entropy of D's further head over the four quarter turns.
+
+  For square images and a D with `num_aux=4`. Every image is turned once, by a random number of turns.
+  In D's objective `images_of` gives the real images, in G's the generated ones: G is to make images whose
+  upright D can tell.
+
+  References:
+    Chen et al., 2019, https://arxiv.org/abs/1811.11212, equations 2 and 3.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    key_turns, key_d = jax.random.split(outputs.key)
+    x = images_of(outputs).x
+    turns = jax.random.randint(key_turns, (len(x),), 0, 4)
+    out = outputs.d_fn(augment.quarter_turns(x, turns), key_d)
+    if len(out) < 3 or out[2].shape[-1] != 4:
+      raise ValueError("the rotation task needs a discriminator with a head of its own: num_aux=4")
+    return losses.cross_entropy(out[2], turns).mean()
+
+  return term
+
+
