@@ -1,28 +1,25 @@
-"""The judge of generated images: a small classifier, its accuracy, and its moments of the real images.
+"""The feature extractor of MNIST: a small classifier, its accuracy, and its moments of the real images.
 
 Heusel et al., 2017, https://arxiv.org/abs/1706.08500 (the Fréchet distance; here not on Inception).
 
   python -m experiments.feature_network --dataset mnist --out gan_jax/metrics/mnist.npz
 
-makes the file that the package holds: 99.57 % of the MNIST test images right after 5,000 updates of 128,
+makes the file that the package holds: 99.57 % of the MNIST test images right after 5,000 steps of 128,
 1.2 MB, 715 s on one CPU core that other work shared. 10,000 replayed training images are at a distance of
-0.11 from the test images; to judge them takes 2 s on one core. Another machine, or another number of
-cores, rounds differently and so makes another judge, with a name of its own. To put a new one into the
-package, copy the printed fingerprint and SHA-256 into gan_jax/metrics/judge.py. The settings were fixed
-before the test images were looked at, with the last 5,000 training images held out (99.54 % of them).
+0.11 from the test images; to score them takes 2 s on one core. Another machine, or another number of
+cores, rounds differently and so makes another extractor, with a name of its own. To put a new one into the
+package, copy the printed fingerprint and SHA-256 into gan_jax/metrics/feature_extractor.py. The settings
+were fixed before the test images were looked at, with the last 5,000 training images held out (99.54 % of
+them).
 """
 
 import hashlib
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-from rich.markup import escape
-
-from gan_jax import data, metrics, report, runs
-from gan_jax.metrics import judge
+from gan_jax import cli, evaluate, metrics, report
+from gan_jax.metrics import feature_extractor
 from gan_jax.types import InputError, Json
 
 
@@ -32,34 +29,31 @@ class Config:
 
   out: Path
   """The file to write."""
-  dataset: str = "mnist"
-  """auto, digits, mnist, fashion_mnist, kmnist, a prepared tfds dataset, or folder:PATH."""
-  data_dir: str | None = None
-  """Where tfds keeps its datasets (default: tfds's own choice, TFDS_DATA_DIR included)."""
-  manual_dir: str | None = None
-  """A folder with the dataset's original files, used in place of the network."""
+  data: cli.DataFlags = cli.DataFlags(dataset="mnist")
+
+  def check(self) -> None:
+    if self.out.is_dir() or self.out.parent.is_file():  # known now, and not after minutes of training
+      raise InputError(f"--out {self.out} cannot be a file: name another")
 
 
 def main(config: Config) -> Json:
   """Trains, writes the file, and returns what it prints."""
-  if config.out.is_dir() or config.out.parent.is_file():  # known now, and not after minutes of training
-    raise InputError(f"--out {config.out} cannot be a file: name another")
-  dataset = data.load(config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir)
+  dataset = evaluate.with_test_set(cli.load(config.data))
   start = time.perf_counter()
-  content = metrics.train_judge(dataset)
+  content = metrics.train_feature_extractor(dataset)
   seconds_train = time.perf_counter() - start
   report.write_bytes(config.out, content)
   sha256 = hashlib.sha256(content).hexdigest()
-  trained = metrics.read_judge(config.out, sha256)
+  trained = metrics.read_feature_extractor(config.out, sha256)
   start = time.perf_counter()
   quality = metrics.replay_quality(trained, dataset, min(10_000, len(dataset.x_train)))
   result = {
-    "judge": trained.name,
+    "feature_extractor": trained.name,
     "test_accuracy": round(trained.test_accuracy, 2),
     **quality,
     "bytes": len(content),
     "sha256": sha256,
-    "fingerprint": judge.fingerprint(dataset),
+    "fingerprint": feature_extractor.fingerprint(dataset),
     "seconds_train": round(seconds_train, 1),
     "seconds_score": round(time.perf_counter() - start, 1),
   }
@@ -69,8 +63,4 @@ def main(config: Config) -> Json:
 
 
 if __name__ == "__main__":
-  try:
-    main(tyro.cli(Config, description=__doc__))
-  except InputError as error:
-    runs.console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-    sys.exit(2)
+  cli.run(main, Config)

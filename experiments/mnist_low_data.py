@@ -5,7 +5,7 @@ https://arxiv.org/abs/2006.06676 (ADA).
 
   python -m experiments.mnist_low_data --dataset mnist --steps 1200
 
-Frechet distance to MNIST's test set after 1,200 updates, nine runs in 27 minutes on one CPU core:
+Frechet distance to MNIST's test set after 1,200 steps, nine runs in 27 minutes on one CPU core:
 
                none    fixed   adaptive
   590 images   2.38     6.28       2.29
@@ -16,68 +16,92 @@ Frechet distance to MNIST's test set after 1,200 updates, nine runs in 27 minute
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments import _gan, mnist_gan
-from gan_jax import runs
+from experiments import mnist_gan
+from gan_jax import cli, run_dir
+from gan_jax.recipes import gan
 from gan_jax.types import InputError, Json
 
 
 @dataclass(frozen=True)
-class Config(_gan.Config):
-  """The flags of this experiment: those of every run in its table, and what the table goes through."""
+class Config:
+  """The flags of this experiment: those that its runs share, and what the table goes through."""
 
+  data: cli.DataFlags = cli.DataFlags()
+  hold_out: int | None = None
+  """Training images that no step sees, for diagnostics (None: a twentieth, at most 1,000)."""
+  labels: cli.LabelFlags = cli.LabelFlags()
+  train: cli.TrainFlags = cli.TrainFlags()
+  gan_flags: mnist_gan.GanFlags = mnist_gan.GanFlags()
   percents: tuple[float, ...] = (1.0, 10.0, 100.0)
   """Shares of the training images."""
   augments: tuple[Literal["none", "fixed", "adaptive"], ...] = ("none", "fixed", "adaptive")
   """Kinds of augmentation."""
+  loop: cli.LoopFlags = cli.LoopFlags()
+  run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    super().check()
+    cli.not_negative(self, "hold_out")
+    gan.check(mnist_gan.make_hparams(self.gan_flags, self.train))
     if not self.percents or not all(0 < share <= 100 for share in self.percents):
       raise InputError("--percents must be above 0 and at most 100, and at least one")
     if not self.augments:
       raise InputError("--augments must name at least one")
-    if not self.num_scored:
+    if not self.gan_flags.num_scored:
       raise InputError("the table is about generated images: leave --num-scored above 0")
-    if self.num_images is not None or self.augment != "none":
-      raise InputError("the table chooses images and augmentation: use --percents and --augments")
 
 
 def main(config: Config) -> Json:
   """Trains every GAN of the table, one after the other; returns what `result.json` holds."""
-  with runs.open_run(config, "mnist_low_data") as run:
-    num_held_out = len(run.split.held_out)
-    num_train = len(run.dataset.x_train) - num_held_out
+  dataset = cli.load(config.data)
+  split = cli.split_labels(dataset, config.labels, cli.ImageFlags(hold_out=config.hold_out))
+  num_train = len(split.images)
+  parts: dict[str, tuple[int, gan.Augmentation]] = {
+    f"{percent:g}-percent-{kind}": (round(percent * num_train / 100), kind)
+    for percent in config.percents
+    for kind in config.augments
+  }
+  with run_dir.open_run(
+    "mnist_low_data", config, dataset, split, recipes_used={}, files=tuple(parts)
+  ) as run:
     cells, interrupted = {}, False
-    for percent in config.percents:
-      for kind in config.augments:
-        if not interrupted:
-          name = f"{percent:g}-percent-{kind}"
-          num_images = round(percent * num_train / 100)
-          own = {"num_images": num_images, "augment": kind, "hold_out": num_held_out}
-          cells[name] = runs.run_inside(run, name, mnist_gan.main, mnist_gan.Config, **own)
-          interrupted = cells[name]["interrupted"]
+    for name, (num_images, kind) in parts.items():
+      if not interrupted:
+        part = mnist_gan.Config(
+          data=config.data,
+          images=cli.ImageFlags(num_images=num_images, hold_out=len(split.held_out)),
+          labels=config.labels,
+          train=config.train,
+          gan_flags=config.gan_flags,
+          augment=kind,
+          loop=config.loop,
+        )
+        cells[name] = run_dir.run_inside(run, name, mnist_gan.main, part)
+        interrupted = cells[name]["interrupted"]
 
-    keys = ("num_images", "augment", "frechet", "classes_covered", "probe_test_error", "alarms")
+    keys = ("num_images", "frechet", "classes_covered", "probe_test_error", "alarms")
     result = {
       "interrupted": interrupted,
-      "steps": config.recipe().steps,
+      "steps": max(cell["steps"] for cell in cells.values()),
       "seconds_train": sum(cell["seconds_train"] for cell in cells.values()),
       "test_error": None,
       "supervised_test_error": None,
       "probe_test_error": None,
       "frechet_replayed_training_set": next(iter(cells.values()))["frechet_replayed_training_set"],
-      "cells": {name: {key: cell[key] for key in keys} for name, cell in cells.items()},
+      "cells": {
+        name: {"augment": parts[name][1], **{key: cell[key] for key in keys}}
+        for name, cell in cells.items()
+      },
     }
     table = [
       (
         f"{cell['num_images']} images, {cell['augment']} augmentation: distance, classes, probe error",
         f"{cell['frechet']:.2f}, {cell['classes_covered']}, {cell['probe_test_error']:.2f} %",
       )
-      for cell in cells.values()
+      for cell in result["cells"].values()
     ]
     pictures = [(name, f"{name}/samples/last.png") for name in cells]
-    return runs.finish(run, result, table=table, pictures=pictures)
+    return run_dir.finish(run, result, table=table, pictures=pictures)
 
 
 if __name__ == "__main__":
-  runs.cli(main, Config)
+  cli.run(main, Config)

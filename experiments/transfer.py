@@ -11,82 +11,78 @@ digits 4.14 and 5.28 %. 6 to 7 minutes on one CPU core.
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments import mnist_gan, mnist_ssgan
-from gan_jax import runs
-from gan_jax.types import InputError, Json
+from gan_jax import cli, run_dir
+from gan_jax.types import Json
 
 
 @dataclass(frozen=True)
-class Config(runs.Config):
-  """The flags of this experiment. Those of the label split say with which split it begins."""
+class Config:
+  """The flags of this experiment. --split-seed is the first of the label splits."""
 
   source: str = "digits"
-  """The dataset whose images D learns from first, without a label; see --dataset."""
-  dataset: str = "mnist"
-  """The dataset that has few labels."""
-  image_size: int | None = 16
-  """Both datasets are resized to squares of this side."""
+  """The dataset whose images D learns from first, without a label; see --dataset, which has few labels."""
+  data: cli.DataFlags = cli.DataFlags(dataset="mnist", image_size=16)
+  images: cli.ImageFlags = cli.ImageFlags()
+  labels: cli.LabelFlags = cli.LabelFlags()
+  train: cli.TrainFlags = cli.TrainFlags()
   pretrain_steps: int = 2000
-  """Updates on the source."""
+  """Steps on the source."""
+  freeze_d: int = 0
+  """Leave so many layers of the discriminator, from the image on, as the source made them (FreezeD)."""
   splits: int = 5
   """Label splits: --split-seed and those after it."""
+  loop: cli.LoopFlags = cli.LoopFlags()
+  run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    # What is frozen here are layers that the pre-trained part gives.
-    runs.Config.check(dataclasses.replace(self, freeze_d=0))
-    if self.init_from is not None:
-      raise InputError("--init-from is what this experiment makes itself: use --source")
-    if self.freeze_d < 0:
-      raise InputError(f"--freeze-d must not be negative, and it is {self.freeze_d}")
-    for name in ("splits", "pretrain_steps"):
-      if getattr(self, name) < 1:
-        raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+    cli.at_least_one(self, "splits", "pretrain_steps")
+    cli.not_negative(self, "freeze_d")
 
 
 def main(config: Config) -> Json:
   """Pre-trains once, then fine-tunes and trains from scratch on each split; returns `result.json`."""
-  with runs.open_run(config, "transfer") as run:
-    pretrained = runs.run_inside(
-      run,
-      "pretrained",
-      mnist_gan.main,
-      mnist_gan.Config,
-      dataset=config.source,
-      steps=config.pretrain_steps,
-      norm="layer",  # that of the discriminator which is fine-tuned
-      hold_out=None,
-      freeze_d=0,
-      num_scored=0,  # the discriminator is what is wanted
-      num_images=None,
+  dataset = cli.load(config.data)
+  split = cli.split_labels(dataset, config.labels, config.images)
+  seeds = range(config.labels.split_seed, config.labels.split_seed + config.splits)
+  parts = ("pretrained", *(f"split-{seed}" for seed in seeds))
+  with run_dir.open_run("transfer", config, dataset, split, recipes_used={}, files=parts) as run:
+    source = mnist_gan.Config(
+      data=dataclasses.replace(config.data, dataset=config.source),
+      labels=config.labels,
+      train=dataclasses.replace(config.train, steps=config.pretrain_steps),
+      # layer: that of the discriminator which is fine-tuned. The discriminator is what is wanted.
+      gan_flags=mnist_gan.GanFlags(norm="layer", num_scored=0),
+      loop=config.loop,
     )
+    pretrained = run_dir.run_inside(run, "pretrained", mnist_gan.main, source)
+    init_from = str(run.path / "pretrained")
     pairs: list[Json] = []
     interrupted = pretrained["interrupted"]
-    for split_seed in range(config.split_seed, config.split_seed + config.splits):
+    for seed in seeds:
       if not interrupted:
-        # Without a GAN, consistency and balance the one phase fine-tunes D on the labels alone, and the
+        # Without GAN, consistency and class balance the one phase fine-tunes D on the labels alone, and the
         # other, its control, does the same from scratch.
-        pairs.append(
-          runs.run_inside(
-            run,
-            f"split-{split_seed}",
-            mnist_ssgan.main,
-            mnist_ssgan.Config,
-            split_seed=split_seed,
-            adversarial=0.0,
-            consistency=0.0,
-            balance=(0.0, 0.0),
-            init_from=str(run.path / "pretrained"),
-            init_parts="d",
-          )
+        pair = mnist_ssgan.Config(
+          data=config.data,
+          images=config.images,
+          labels=dataclasses.replace(config.labels, split_seed=seed),
+          train=config.train,
+          adversarial=0.0,
+          consistency=0.0,
+          class_balance=(0.0, 0.0),
+          transfer=cli.TransferFlags(init_from=init_from, init_parts="d", freeze_d=config.freeze_d),
+          loop=config.loop,
         )
+        pairs.append(run_dir.run_inside(run, f"split-{seed}", mnist_ssgan.main, pair))
         interrupted = pairs[-1]["interrupted"]
 
     complete = [pair for pair in pairs if pair["supervised_test_error"] is not None]
     fine_tuned = [pair["test_error"] for pair in complete]
     scratch = [pair["supervised_test_error"] for pair in complete]
-    gains = [before - after for before, after in zip(scratch, fine_tuned, strict=True)]
     result = {
       "interrupted": interrupted,
       "source": config.source,
@@ -99,15 +95,20 @@ def main(config: Config) -> Json:
       "fine_tuned_test_errors": fine_tuned,
       "scratch_test_errors": scratch,
     }
-    names = {"transferred": fine_tuned, "from scratch": scratch, "gain": gains}
+    names = {"transferred": fine_tuned, "from scratch": scratch, "gain": gains(fine_tuned, scratch)}
     table = [
-      (f"test error, {name}: mean +- std (each split)", _spread(values)) for name, values in names.items()
+      (f"test error, {name}: mean +- std (each split)", _mean_std(values)) for name, values in names.items()
     ]
     pictures = [("Generated images of the source", "pretrained/samples/last.png")]
-    return runs.finish(run, result, table=table, pictures=pictures)
+    return run_dir.finish(run, result, table=table, pictures=pictures)
 
 
-def _spread(values: list[float]) -> str:
+def gains(fine_tuned: Sequence[float], scratch: Sequence[float]) -> list[float]:
+  """By how many points transfer lowers the error, split by split: positive where it helps."""
+  return [before - after for before, after in zip(scratch, fine_tuned, strict=True)]
+
+
+def _mean_std(values: Sequence[float]) -> str:
   if not values:
     return "not run"
   std = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -115,4 +116,4 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-  runs.cli(main, Config)
+  cli.run(main, Config)

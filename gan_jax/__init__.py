@@ -1,26 +1,28 @@
 """GANs that turn many images and few labels into a good classifier.
 
-Import modules, not names: `from gan_jax import losses, networks, objectives, steps`.
+Import modules, not names: `from gan_jax import data, datasets, evaluate, recipes, train`.
 """
-
-import time
-
-PROCESS_START = time.time()  # before the imports below: the time to the first update counts them
 
 from gan_jax import (
   augment,
   checkpoint,
   data,
+  datasets,
+  diagnostics,
+  evaluate,
   losses,
   metrics,
   networks,
   objectives,
   parallel,
+  penalties,
   probe,
+  recipes,
   report,
   steps,
+  terms,
+  train,
   types,
-  watch,
 )
 
 __version__ = "0.1.0"
@@ -28,14 +30,20 @@ __all__ = [
   "augment",
   "checkpoint",
   "data",
+  "datasets",
+  "diagnostics",
+  "evaluate",
   "losses",
   "metrics",
   "networks",
   "objectives",
   "parallel",
+  "penalties",
   "probe",
+  "recipes",
   "report",
   "steps",
+  "terms",
+  "train",
   "types",
-  "watch",
 ]

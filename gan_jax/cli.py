@@ -13,8 +13,9 @@ import jax
 import tyro
 from rich.markup import escape
 
+from gan_jax import data, datasets
 from gan_jax.report import console, say
-from gan_jax.types import InputError, Json
+from gan_jax.types import InputError, Json, LabelSplit
 
 # --- Groups of flags. Each checks itself; what an experiment does not honour it does not take.
 
@@ -163,6 +164,25 @@ def flag(name: str) -> str:
 def given(**values: Any) -> Json:
   """Those that are not None: what replaces the values of a recipe."""
   return {name: value for name, value in values.items() if value is not None}
+
+
+def load(flags: DataFlags) -> datasets.Dataset:
+  """The dataset of these flags, see `datasets.load`."""
+  return datasets.load(
+    flags.dataset, data_dir=flags.data_dir, manual_dir=flags.manual_dir, image_size=flags.image_size
+  )
+
+
+def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFlags) -> LabelSplit:
+  """The labels and images of these flags, see `data.split_labels`."""
+  num_train, num_held_out = len(dataset.x_train), images.hold_out
+  return data.split_labels(
+    dataset.y_train,
+    labels.labels_per_class,
+    labels.split_seed,
+    num_images=images.num_images,
+    num_held_out=min(1000, num_train // 20) if num_held_out is None else num_held_out,
+  )
 
 
 # --- Configurations: dataclasses of groups and of an experiment's own flags

@@ -171,5 +171,3 @@ def to_float(x: UInt8[Any, "b h w c"]) -> Float[Array, "b h w c"]:
 def to_bytes(x: Float[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "b h w c"]:
   """Images in [0, 1] to the nearest bytes, in host memory."""
   return np.round(255 * np.asarray(x)).astype(np.uint8)
-
-

@@ -29,7 +29,7 @@ MEMORISED_ACCURACY = 80.0
 MISSING = 0.1
 """Share of a class relative to an equal one. The rarest had 0.2 and more in healthy runs of 10 classes."""
 IDENTICAL = 0.2
-"""Of `diagnostics/variance_ratio`, which is 1 where samples vary as the data does; 0.8 and 1.0 in healthy runs."""
+"""Of `diagnostics/variance_ratio`, 1 where samples vary as the data does; 0.8 and 1.0 in healthy runs."""
 MIN_ROWS = 8
 """Rows without a movement before a loss counts as stuck; a quarter of all rows where that is more."""
 STUCK = 1e-4
@@ -141,13 +141,17 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
     return float(np.median([row.get(f"diagnostics/{name}", np.nan) for row in seen]))
 
   found = {}
-  r_v, train_accuracy, fake_accuracy = median("memorisation"), median("train_accuracy"), median("fake_accuracy")
+  r_v, train_accuracy, fake_accuracy = (
+    median("memorisation"),
+    median("train_accuracy"),
+    median("fake_accuracy"),
+  )
   # A D that says "real" to everything has a small denominator in r_v, and so a large r_v by chance.
   if r_v > MEMORISED and train_accuracy > MEMORISED_ACCURACY and fake_accuracy > 50:
     found["memorisation"] = (
-      f"the discriminator memorises its training images: it takes {train_accuracy:.0f} % of them for real, and"
-      f" sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try stronger or"
-      " adaptive augmentation, more images, a gradient penalty, or fewer updates"
+      f"the discriminator memorises its training images: it takes {train_accuracy:.0f} % of them for"
+      f" real, and sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try"
+      " stronger or adaptive augmentation, more images, a gradient penalty, or fewer updates"
     )
 
   num_classes = sum(name.startswith("diagnostics/share_") for name in seen[-1])
@@ -165,8 +169,8 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
   if median("variance_ratio") < IDENTICAL:
     found["same image"] = (
       "the generator draws nearly the same image every time: the variance of its pixels is"
-      f" {median('variance_ratio'):.2g} of the data's, where 1 is right; try feature matching, a lower learning"
-      " rate of the generator, or larger batches"
+      f" {median('variance_ratio'):.2g} of the data's, where 1 is right; try feature matching, a lower"
+      " learning rate of the generator, or larger batches"
     )
 
   d_loss = [row["d/loss"] for row in rows if "d/loss" in row][-NUM_OBSERVATIONS:]

@@ -213,7 +213,9 @@ def mean_teacher(*, weight: Weight, weak: Augment) -> Objective:
   References:
     Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780.
   """
-  return Objective(d={"supervised": (1.0, terms.supervised), "mean_teacher": (weight, terms.mean_teacher(weak))})
+  return Objective(
+    d={"supervised": (1.0, terms.supervised), "mean_teacher": (weight, terms.mean_teacher(weak))}
+  )
 
 
 def generator_augmented(*, weight: Weight) -> Objective:

@@ -50,7 +50,7 @@ def replicate(
   def local(states: TrainState, data: DeviceData, num: Array):
     labelled = data.x_lab, data.y_lab
     if strategy == "vmap":
-      # One step count for all: with a count each, a term that is due once in k steps would always be computed.
+      # One step count for all: with a count each, a term due once in k steps would always be computed.
       axes = jax.tree.map(lambda _: 0, states).replace(step=None)
       all_as_one = jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=(axes, 0))
       after, metrics = all_as_one(states.replace(step=states.step[0]), labelled, data, num)

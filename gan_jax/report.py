@@ -1,4 +1,4 @@
-"""What a run writes: sentences on the terminal, JSON, pictures and a page. Files are written whole or not."""
+"""Output of a run: sentences, JSON, pictures, a page. Files are written whole or not at all."""
 
 import base64
 import io
@@ -20,7 +20,6 @@ console = Console(stderr=True, highlight=False)
 def say(text: str) -> None:
   """Prints a plain sentence on standard error."""
   console.print(text, markup=False, soft_wrap=True)
-
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -42,7 +42,7 @@ class Run:
   experiment: str
   flags: cli.RunFlags
   dataset: Dataset
-  split: LabelSplit
+  split: LabelSplit | None
   seed: int
   exclude_labelled: bool
   environment: Json
@@ -59,7 +59,7 @@ def open_run(
   experiment: str,
   config: Any,
   dataset: Dataset,
-  split: LabelSplit,
+  split: LabelSplit | None,
   *,
   recipes_used: Mapping[str, Recipe],
   files: Sequence[str],
@@ -71,7 +71,7 @@ def open_run(
   Args:
     experiment: its name.
     config: its configuration, with a group `run`.
-    dataset, split: its data.
+    dataset, split: its data; None where the experiment writes splits of its own.
     recipes_used: what it trains, by the names of the phases.
     files: what it writes beside `FILES`, files and folders.
 
@@ -88,16 +88,7 @@ def open_run(
   found = environment()
   seed, exclude_labelled = values.get("seed", 0), values.get("exclude_labelled", False)
   named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
-  labels = {
-    **named,
-    "sha256": split.sha256,
-    "seed": split.seed,
-    "per_class": split.per_class,
-    "indices": list(split.indices),
-    "unlabelled_includes_labelled": not exclude_labelled,
-    "num_images": len(split.images),
-    "num_held_out": len(split.held_out),
-  }
+  labels = named | (describe_split(split, exclude_labelled) if split else {})
   described = {
     **named,
     "config": values,
@@ -129,6 +120,19 @@ def open_run(
         raise
   except filelock.Timeout as error:
     raise InputError(f"--workdir {path} is in use by another run") from error
+
+
+def describe_split(split: LabelSplit, exclude_labelled: bool = False) -> Json:
+  """What a run stores of a split."""
+  return {
+    "sha256": split.sha256,
+    "seed": split.seed,
+    "per_class": split.per_class,
+    "indices": list(split.indices),
+    "unlabelled_includes_labelled": not exclude_labelled,
+    "num_images": len(split.images),
+    "num_held_out": len(split.held_out),
+  }
 
 
 def remove(path: Path, files: Sequence[str]) -> None:
@@ -183,7 +187,9 @@ def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) ->
   return main(config)
 
 
-def start_from(run: Run, flags: cli.TransferFlags, recipe: Recipe) -> Callable[[TrainState], TrainState] | None:
+def start_from(
+  run: Run, flags: cli.TransferFlags, recipe: Recipe
+) -> Callable[[TrainState], TrainState] | None:
   """For `train.fit`: a fresh state as --init-from would have it; says which heads could not be taken."""
   init_from = flags.init_from
   if init_from is None:
@@ -268,16 +274,16 @@ def finish(
     table: rows of name and value.
     pictures: title and file name, relative to the run's directory, for the page.
   """
-  dataset = run.dataset
+  dataset, split = run.dataset, run.split
   result = {
     "experiment": run.experiment,
     "dataset": dataset.name,
     "note": dataset.note,
-    "num_labels": len(run.split.indices),
-    "label_split_sha256": run.split.sha256,
-    "split_seed": run.split.seed,
+    "num_labels": split and len(split.indices),
+    "label_split_sha256": split and split.sha256,
+    "split_seed": split and split.seed,
     "unlabelled_includes_labelled": not run.exclude_labelled,
-    "num_images": len(run.split.images),
+    "num_images": len(split.images if split else dataset.x_train),
     "seed": run.seed,
     **result,
     "seconds_total": round(time.time() - run.begin, 1),

@@ -1,4 +1,4 @@
-"""One step of training as a pure function, `step(state, batch) -> (state, metrics)`, and many in a dispatch.
+"""One step of training as a pure function, `step(state, batch) -> (state, metrics)`, and many a dispatch.
 
 Networks and optimizers are closed over by the `make_*` builders; the state holds arrays only.
 Randomness is derived: `fold_in(state.key, state.step)`, split once into named parts. The base key
@@ -33,7 +33,6 @@ from gan_jax.types import (
   Step,
   TrainState,
 )
-
 
 MultiStep = Callable[[TrainState, Any, Int[Array, ""]], tuple[TrainState, dict[str, Float[Array, "m"]]]]
 """`(state, data, num) -> (state, metrics)`: `num` steps in one call, see `make_multi_step`."""
@@ -109,10 +108,10 @@ def make_step(
 
   Returns:
     `step(state, batch) -> (state, metrics)`. Metrics are scalars: `d/loss`, each term under its name
-    (`d/supervised`, `g/feature_matching`), mean real logits (`d/real_logit_real`, `d/real_logit_fake`), mean
-    sign of the real logits of real images (`d/real_sign`), error on the labelled batch in percent, norms of
-    gradients and updates, and with `Adaptive` its state (`d/strength`, `d/overfitting`). The real logit is
-    the one that D's update is about: `l_y` where its question is the class, else `logsumexp(l)`.
+    (`d/supervised`, `g/feature_matching`), mean real logits (`d/real_logit_real`, `d/real_logit_fake`),
+    mean sign of the real logits of real images (`d/real_sign`), error on the labelled batch in percent,
+    norms of gradients and updates, and with `Adaptive` its state (`d/strength`, `d/overfitting`). The real
+    logit is the one that D's update is about: `l_y` where its question is the class, else `logsumexp(l)`.
   """
 
   def apply(net: Network, params: Params, model_state: PyTree, x: Latents, key: Array):
@@ -186,6 +185,10 @@ def make_step(
       return apply(d, state.ema["d"], state.d.model_state, x, key)[0]
 
     def look(x_raw: Array, y: Array, key: Array) -> DiscOutputs:
+      if not len(x_raw):  # a network need not take an empty batch
+        shapes = jax.eval_shape(lambda: d_fn(jnp.zeros((1, *x_raw.shape[1:])), key)[:2])
+        logits, features = (jnp.zeros((0, *shape.shape[1:])) for shape in shapes)
+        return DiscOutputs(x_raw, x_raw, logits, features, y)
       key_augment, key_noise = jax.random.split(key)
       x = augmented(state, key_augment, x_raw)
       logits, features, *_ = d_fn(x, key_noise)
@@ -197,9 +200,7 @@ def make_step(
     lab = look(batch.x_lab, batch.y_lab, key_lab)
 
     def loss_fn(params: Params):
-      x_fake, y_fake, model_state = generate(
-        params, state.g.model_state, key_z, key_g, batch.num_generated
-      )
+      x_fake, y_fake, model_state = generate(params, state.g.model_state, key_z, key_g, batch.num_generated)
       fake = look(x_fake, y_fake, key_fake)
       known = by_class(batch) and not len(batch.x_unl_g)
       outputs = StepOutputs(

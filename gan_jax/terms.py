@@ -40,7 +40,7 @@ class StepOutputs:
   fake: DiscOutputs
   """Generated images."""
   by_class: bool
-  """Whether D is asked "real, and of class y?": all its real images have labels and G is class-conditional."""
+  """Whether D is asked "real, and of class y?": all its real images have labels, and G is conditional."""
   key: Key[Array, ""]
   """A key of the term's own; the term consumes it."""
   d_fn: DiscriminatorFn
@@ -279,5 +279,3 @@ def rotation(images_of: Callable[[StepOutputs], DiscOutputs]) -> Term:
     return losses.cross_entropy(out[2], turns).mean()
 
   return term
-
-

@@ -19,6 +19,7 @@ from gan_jax.recipes import Recipe
 from gan_jax.report import console
 from gan_jax.types import InputError, Json, TrainState
 
+
 @dataclass(frozen=True)
 class Fit:
   """What `fit` returns."""

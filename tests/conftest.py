@@ -19,7 +19,9 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", os.environ["GAN_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-from gan_jax import data, networks, objectives, steps  # noqa: E402
+from gan_jax import data, networks, objectives, recipes, steps  # noqa: E402
+from gan_jax.datasets import Dataset  # noqa: E402
+from gan_jax.types import BatchSizes  # noqa: E402
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def _isolated(tmp_path, monkeypatch):
   """No test reads or writes the user's folders or the compilation cache, or sees a terminal."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-  monkeypatch.setattr("gan_jax.runs.enable_compilation_cache", lambda: None)
+  monkeypatch.setattr("gan_jax.cli.enable_compilation_cache", lambda: None)
 
 
 # One object for all tests: `init_state` is compiled once for each optimizer that it is given.
@@ -47,7 +49,7 @@ class Tiny:
     y = np.repeat(np.arange(3), 20)
     x = rng.integers(0, 100, (60, 8, 8, 1), dtype=np.uint8)
     x[np.arange(60), 2 * y + 1] += 150  # class k has a bright row at 2 k + 1
-    self.dataset = data.Dataset("tiny", x, y, x[::2], y[::2], ("a", "b", "c"))
+    self.dataset = Dataset("tiny", x, y, x[::2], y[::2], ("a", "b", "c"))
     self.split = data.split_labels(y, 2, seed=0)
     self.data = data.to_device(self.dataset, self.split)
     self.g = networks.ConvGenerator((8, 8, 1), width=8, latent_size=4)
@@ -58,7 +60,8 @@ class Tiny:
     tx = tx or ADAM
     self.txs = {"g_tx": tx, "d_tx": tx}
     self.objective = objective or objectives.semi_supervised_gan()
-    self.sample_batch = data.make_sample_batch(4, 6, 6)
+    self.sizes = BatchSizes(labelled=4, unlabelled=6, generated=6)
+    self.sample_batch = data.make_sample_batch(self.sizes)
     self.seed = seed
 
   def state(self, aux=None):
@@ -70,6 +73,15 @@ class Tiny:
 
   def batch(self, seed=0):
     return self.sample_batch(jax.random.key(seed), self.data)
+
+  def recipe(self, num_steps=4, **changes):
+    """The problem as a recipe; its hyper-parameters are not what it was built from."""
+    values = {
+      **{"g": self.g, "d": self.d, **self.txs, "objective": self.objective, "batch": self.sizes},
+      **{"num_steps": num_steps, "ema_decay": 0.999, "augment": None, "image_shape": (8, 8, 1)},
+      **{"num_classes": 3, "family": "ssgan", "hparams": recipes.ssgan.Hparams()},
+    }
+    return recipes.Recipe(**values | changes)
 
 
 @pytest.fixture

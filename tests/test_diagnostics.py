@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from gan_jax import data, losses, networks, objectives, steps, watch
-from gan_jax.types import Batch, InputError, NetState, TrainState
+from gan_jax import data, diagnostics, losses, networks, objectives, steps, terms
+from gan_jax.types import Batch, BatchSizes, ClassLatents, InputError, NetState, TrainState
 
 
 class Images:
@@ -63,22 +63,31 @@ def noise(key, num):
   return jax.random.uniform(key, (num, 8, 8, 1))
 
 
-def observe_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
+def on_device(x_train, x_held_out, y_train=None, y_held_out=None):
+  """Images in [0, 1] as a training set on the device."""
+  y_train, y_held_out = (
+    jnp.full(len(x), -1) if y is None else jnp.array(y)
+    for x, y in ((x_train, y_train), (x_held_out, y_held_out))
+  )
+  return data.DeviceData(255 * x_train, y_train, 255 * x_train, 255 * x_held_out, y_held_out)
+
+
+def diagnose_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
   """The metrics of images of one row, whose pixels (plus a shift) are the logits."""
   images = [jnp.asarray(x, jnp.float32)[:, None, :, None] for x in (train, held_out, fake)]
   d = NetState(jnp.float32(shift), {}, {})
   state = TrainState(
     jnp.int32(0), jax.random.key(0), NetState({}, {}, {}), d, {"g": {}, "d": jnp.float32(9)}
   )
-  observe = jax.jit(diagnostics.make_diagnostics(Images(lambda key, num: images[2][:num]), Looks(), classify))
-  metrics = observe(state, jax.random.key(1), *images[:2])
+  g = Images(lambda key, num: images[2][:num])
+  metrics = jax.jit(diagnostics.make_diagnostics(g, Looks(), classify=classify))(state, on_device(*images[:2]))
   assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
   return {name.removeprefix("diagnostics/"): float(value) for name, value in metrics.items()}
 
 
 def test_metrics_by_hand_with_one_logit():
   """One pixel, one logit: the pixel less 1/2. D is the current one, not the averaged one."""
-  m = observe_by_hand(
+  m = diagnose_by_hand(
     [[1.0], [0.8], [0.6], [0.4]], [[0.5], [0.7]], [[0.2], [0.6], [0.3], [0.1]], shift=-0.5
   )
   expected = {
@@ -89,50 +98,77 @@ def test_metrics_by_hand_with_one_logit():
     "memorisation": 0.25,
     "train_accuracy": 75,
     "fake_accuracy": 75,
-    "spread": 0.035 / 0.05,
+    "variance_ratio": 0.035 / 0.05,
   }
   assert set(m) == set(expected)  # K = 1: no classes
   np.testing.assert_allclose([m[k] for k in expected], list(expected.values()), rtol=1e-5)
 
 
 def test_metrics_by_hand_with_classes():
-  """D's own three logits name the class, unless a feature_extractor does."""
+  """D's own three logits name the class, unless `classify` does."""
   train, fake = np.eye(3)[[0, 1, 2, 2]], np.eye(3)[[0, 2, 2, 2]]
-  m = observe_by_hand(train, np.zeros((1, 3)), fake)
-  real logit = np.log(np.e + 2)
+  m = diagnose_by_hand(train, np.zeros((1, 3)), fake)
+  real_logit = np.log(np.e + 2)
   np.testing.assert_allclose(
-    [m["real_logit_train"], m["real_logit_held_out"]], [real logit, np.log(3)], rtol=1e-6
+    [m["real_logit_train"], m["real_logit_held_out"]], [real_logit, np.log(3)], rtol=1e-6
   )
   np.testing.assert_allclose([m[f"share_{k}"] for k in range(3)], [0.25, 0, 0.75])
   np.testing.assert_allclose(m["class_entropy"], -0.25 * np.log(0.25) - 0.75 * np.log(0.75), rtol=1e-6)
   assert m["memorisation"] == 0  # training and generated images look alike to D: nothing to divide by
-  m = observe_by_hand(train, np.zeros((1, 3)), fake, classify=lambda x: 1 - x[:, 0, :2, 0])
+  m = diagnose_by_hand(train, np.zeros((1, 3)), fake, classify=lambda x: 1 - x[:, 0, :2, 0])
   np.testing.assert_allclose([m["share_0"], m["share_1"]], [0.75, 0.25])
   assert "share_2" not in m
 
 
 def test_without_held_out_images_their_metrics_are_absent():
-  full = observe_by_hand(np.eye(2), np.eye(2), np.eye(2))
-  none = observe_by_hand(np.eye(2), np.eye(2)[:0], np.eye(2))
+  full = diagnose_by_hand(np.eye(2), np.eye(2), np.eye(2))
+  none = diagnose_by_hand(np.eye(2), np.eye(2)[:0], np.eye(2))
   assert set(full) - set(none) == {"real_logit_held_out", "real_logit_gap", "memorisation"}
 
 
 def test_one_training_image_is_too_few():
   with pytest.raises(InputError, match="at least 2"):
-    observe_by_hand([[1.0]], [[1.0]], [[1.0]])
+    diagnose_by_hand([[1.0]], [[1.0]], [[1.0]])
 
 
-def test_observing_agrees_with_the_networks_themselves(key):
+def test_with_all_labels_d_is_asked_for_the_class():
+  """r is the logit of each image's own class, and of the class that was asked for; else the logsumexp."""
+  logits = jnp.array([[1.0, -1.0], [-2.0, 2.0]])
+  x = logits[:, None, :, None]
+  g = Images(lambda key, num: ClassLatents(x[:num], jnp.array([1, 1])))
+  g.apply = lambda variables, z, *, train: z.z
+  state = TrainState(
+    *(jnp.int32(0), jax.random.key(0), NetState({}, {}, {}), NetState(jnp.float32(0), {}, {})),
+    ema={"g": {}, "d": jnp.float32(0)},
+  )
+  images = on_device(x, x[:1], [0, 1], [1])
+  found = {
+    by_class: diagnostics.make_diagnostics(g, Looks(), by_class=by_class)(state, images)
+    for by_class in (False, True)
+  }
+  real = {
+    by_class: [float(m[f"diagnostics/real_logit_{name}"]) for name in ("train", "held_out", "fake")]
+    for by_class, m in found.items()
+  }
+  lse = np.log(np.exp(logits).sum(axis=1))
+  np.testing.assert_allclose(real[False], [lse.mean(), lse[0], lse.mean()], rtol=1e-5)
+  np.testing.assert_allclose(real[True], [1.5, -1.0, 0.5], rtol=1e-5)
+
+
+def test_diagnostics_agree_with_the_networks_themselves(key):
   """The averaged generator and the current discriminator."""
   g, d = DenseG(), DenseD(3)
   x = noise(key, 60)
   state = steps.init_state(key, g, d, g_tx=TX, d_tx=TX, x_init=x)
   state = state.replace(ema=jax.tree.map(lambda p: 1.5 * p, state.ema))
-  m = jax.jit(diagnostics.make_diagnostics(g, d))(state, key, x[:20], x[20:])
+  diagnose, images = jax.jit(diagnostics.make_diagnostics(g, d)), on_device(x[:20], x[20:])
+  m = diagnose(state, images)
+  assert m == diagnose(state.replace(step=state.step + 1), images)  # the same latents every time
 
   @jax.jit
   def by_hand(state, x):
-    x_fake = g.apply({"params": state.ema["g"]}, g.latents(key, 20), train=False)
+    latents = g.latents(jax.random.fold_in(state.key, 2**32 - 1), 20)
+    x_fake = g.apply({"params": state.ema["g"]}, latents, train=False)
     d_fn = lambda x: d.apply({"params": state.d.params}, x, train=False)[0]
     parts = {"train": x[:20], "held_out": x[20:], "fake": x_fake}
     return x_fake, {name: losses.real_logit(d_fn(part)).mean() for name, part in parts.items()}
@@ -150,36 +186,37 @@ def test_observing_agrees_with_the_networks_themselves(key):
 
 @functools.cache
 def compiled_d_alone():
-  """D alone against generated noise: state, forty updates and an observation as compiled functions."""
+  """D alone against generated noise: state, forty steps and diagnostics as compiled functions."""
   g, d = Images(noise), DenseD()
-  objective = objectives.Objective(d={"adversarial": (1.0, objectives.adversarial_d(losses.non_saturating))})
+  objective = objectives.Objective(d={"adversarial": (1.0, terms.adversarial_d(losses.non_saturating))})
 
-  def draw(key, pool):
+  def sample_batch(key, pool):
     x = pool[jax.random.randint(key, (12,), 0, len(pool))]
-    return Batch(x[:0], jnp.zeros(0, jnp.int32), x, x)
+    return Batch(x[:0], jnp.zeros(0, jnp.int32), x, x, num_generated=12)
 
   txs = {"g_tx": TX, "d_tx": TX}
   state = steps.init_state(jax.random.key(0), g, d, **txs, x_init=noise(jax.random.key(1), 12))
   step = steps.make_step(g, d, **txs, objective=objective)
-  return state, jax.jit(steps.make_multi_step(step, draw, max_steps=40)), jax.jit(diagnostics.make_diagnostics(g, d))
+  multi_step = steps.make_multi_step(step, sample_batch, max_steps=40)
+  return state, jax.jit(multi_step), jax.jit(diagnostics.make_diagnostics(g, d))
 
 
-def train(state, updates, observe, pool, x_train, x_held_out, *, every):
-  """Fifteen rows as the loop writes them, all with an observation."""
+def train(state, multi_step, diagnose, pool, images, *, every):
+  """Fifteen rows as the loop writes them, all with diagnostics."""
   rows = []
   for step in range(every, 15 * every + 1, every):
-    state, history = updates(state, pool, np.int32(every))
+    state, history = multi_step(state, pool, np.int32(every))
     metrics = {name: values.mean() for name, values in history.items()}
-    metrics |= observe(state, jax.random.key(step), x_train, x_held_out)
+    metrics |= diagnose(state, images)
     rows.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
   return rows
 
 
 def d_alone(pool, x_held_out, change=lambda params: params):
-  """Rows and alarms of 600 updates of D alone on the images of `pool`, and D's parameters changed first."""
+  """Rows and alarms of 600 steps of D alone on the images of `pool`, and D's parameters changed first."""
   state, *functions = compiled_d_alone()
   state = state.replace(d=state.d.replace(params=change(state.d.params)))
-  rows = train(state, *functions, pool, pool[:12], x_held_out, every=40)
+  rows = train(state, *functions, pool, on_device(pool[:12], x_held_out), every=40)
   return rows, sentences(rows, num_steps=600)
 
 
@@ -195,12 +232,12 @@ def test_d_that_learns_twelve_images_by_heart_is_told_from_one_that_cannot():
   assert found == []
 
 
-def test_d_has_won():
+def test_d_saturates():
   """Bright images against noise: D needs nothing by heart to be always right."""
   bright = 0.7 + 0.3 * noise(jax.random.key(2), 6012)
   _, found = d_alone(bright[:6000], bright[6000:])
   assert len(found) == 1
-  assert "the discriminator has won: it judges 100.0 %" in found[0]
+  assert "the discriminator has saturated: it tells 100.0 %" in found[0]
 
 
 def test_dead_units_hold_a_loss_still():
@@ -216,13 +253,13 @@ def test_dead_units_hold_a_loss_still():
   assert found[0].startswith("d/loss is stuck: between 1.38629 and 1.38629 over the last 8 rows")
 
 
-def observed_rows(g, x, classify=None, change=lambda state: state):
-  """Five observations of a generator, with losses that move."""
+def diagnosed_rows(g, x, classify=None, change=lambda state: state):
+  """Five diagnoses of a generator, with losses that move."""
   state = change(steps.init_state(jax.random.key(0), g, DenseD(), g_tx=TX, d_tx=TX, x_init=x))
-  observe = jax.jit(diagnostics.make_diagnostics(g, DenseD(), classify))
+  diagnose, images = jax.jit(diagnostics.make_diagnostics(g, DenseD(), classify=classify)), on_device(x, x[:0])
   rows = []
   for step in range(600, 1001, 100):
-    metrics = {"d/loss": 1 + step / 1e4, "g/loss": 1.0} | observe(state, jax.random.key(step), x, x[:0])
+    metrics = {"d/loss": 1 + step / 1e4, "g/loss": 1.0} | diagnose(state, images)
     rows.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
   return rows
 
@@ -230,33 +267,35 @@ def observed_rows(g, x, classify=None, change=lambda state: state):
 def test_generator_with_zero_parameters_draws_one_image(key):
   zero = lambda state: state.replace(ema={**state.ema, "g": jax.tree.map(jnp.zeros_like, state.ema["g"])})
   x = noise(key, 30)
-  (found,) = sentences(observed_rows(DenseG(), x, change=zero), num_steps=1000)
+  (found,) = sentences(diagnosed_rows(DenseG(), x, change=zero), num_steps=1000)
   assert "nearly the same image every time: the variance of its pixels is 0 of the data's" in found
-  assert sentences(observed_rows(DenseG(), x), num_steps=1000) == []
+  assert sentences(diagnosed_rows(DenseG(), x), num_steps=1000) == []
 
 
 def test_generator_of_one_class_lacks_the_others_by_name(tiny):
   """The images of class 1 and no others, judged by where their bright row is."""
   x = data.to_float(tiny.dataset.x_train)
-  feature_extractor = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
+  classify = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
   one = Images(lambda key, num: x[jax.random.randint(key, (num,), 20, 40)])
-  rows = observed_rows(one, x, feature_extractor)
+  rows = diagnosed_rows(one, x, classify)
   (found,) = sentences(rows, num_steps=1000, class_names=tiny.dataset.class_names)
   assert "lost 2 of 3 classes (a, c)" in found
   (found,) = sentences(rows, num_steps=1000)
   assert "(0, 2)" in found
   every = Images(lambda key, num: x[jax.random.randint(key, (num,), 0, 60)])
-  assert sentences(observed_rows(every, x, feature_extractor), num_steps=1000) == []
+  assert sentences(diagnosed_rows(every, x, classify), num_steps=1000) == []
 
 
 def test_healthy_gan_raises_no_alarm(make_tiny):
   tiny = make_tiny(network="mlp")
   tiny.g = networks.MLPGenerator((8, 8, 1), widths=(128,), latent_size=8)
   tiny.d = networks.MLPDiscriminator(3, widths=(128,))
-  x, x_held_out = data.to_float(tiny.data.x_unl), data.to_float(tiny.dataset.x_test)
-  updates = jax.jit(steps.make_multi_step(tiny.step(), data.make_sample_batch(6, 32, 32), max_steps=10))
-  observe = jax.jit(diagnostics.make_diagnostics(tiny.g, tiny.d, lambda x: x[:, 1:6:2].mean(axis=(2, 3))))
-  rows = train(tiny.state(), updates, observe, tiny.data, x, x_held_out, every=10)
+  images = tiny.data.replace(x_held_out=tiny.dataset.x_test, y_held_out=jnp.full(30, -1))
+  sample_batch = data.make_sample_batch(BatchSizes(6, 32, 32))
+  multi_step = jax.jit(steps.make_multi_step(tiny.step(), sample_batch, max_steps=10))
+  classify = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
+  diagnose = jax.jit(diagnostics.make_diagnostics(tiny.g, tiny.d, classify=classify))
+  rows = train(tiny.state(), multi_step, diagnose, tiny.data, images, every=10)
   assert sentences(rows, num_steps=150) == []
 
 
@@ -282,8 +321,8 @@ def test_what_was_recovered_from_and_the_first_tenth_do_not_count():
   assert sentences(made_up((20, bad), (20, {})), num_steps=40) == []
   assert sentences(made_up((20, bad)), num_steps=200) == []
   assert sentences(made_up((18, {}), (2, bad)), num_steps=20) == []  # a minority of the latest five
-  unseen = [{k: v for k, v in row.items() if "watch" not in k} for row in made_up((18, bad))]
-  assert len(sentences(unseen + made_up((2, {})), num_steps=20)) == 1  # the loss; two are too few to feature_extractor
+  unseen = [{k: v for k, v in row.items() if "diagnostics" not in k} for row in made_up((18, bad))]
+  assert len(sentences(unseen + made_up((2, {})), num_steps=20)) == 1  # the loss; two are too few
   assert sentences([], num_steps=20) == []
 
 
@@ -291,7 +330,7 @@ def test_a_generator_that_stands_still_against_a_d_that_is_always_right():
   """One alarm that says why, not a second one for the loss that stands still."""
   still = {"d/loss": 0.5, "g/loss": 3.0}
   (found,) = sentences(made_up((20, still)), num_steps=20)
-  assert "has won" in found
+  assert "has saturated" in found
   assert "the generator's loss does not move" in found
   found = sentences(made_up((20, still | {"diagnostics/fake_accuracy": 90.0})), num_steps=20)
   assert [text[:15] for text in found] == ["d/loss is stuck", "g/loss is stuck"]

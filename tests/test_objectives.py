@@ -6,25 +6,40 @@ import numpy as np
 import optax
 import pytest
 
-from gan_jax import losses, objectives, types
+from gan_jax import losses, objectives, terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+  """The part of `terms.StepOutputs` that a term reads."""
+
+  key: object = None
+  step: object = None
+  lab: object = None
+  unl: object = None
+  fake: object = None
+  by_class: bool = False
+  d_fn: object = None
+  teacher_fn: object = None
+
+
+def images(logits, y, x_raw=None):
+  logits = jnp.array(logits)
+  x_raw = logits if x_raw is None else x_raw
+  return terms.DiscOutputs(x_raw=x_raw, x=logits, logits=logits, features=logits, y=jnp.array(y))
 
 
 def test_a_weight_of_zero_removes_its_term():
-  gone = lambda view: pytest.fail("a term of weight zero was traced")
-  objective = objectives.Objective(d={"kept": (2.0, lambda view: jnp.ones(())), "gone": (0.0, gone)})
+  gone = lambda outputs: pytest.fail("a term of weight zero was traced")
+  objective = objectives.Objective(d={"kept": (2.0, lambda outputs: jnp.ones(())), "gone": (0.0, gone)})
   assert list(objective.d) == ["kept"]
 
 
-def test_total_weighs_by_number_and_by_schedule(key):
-  @dataclasses.dataclass(frozen=True)
-  class View:
-    key: object
-    step: object
-
+def test_a_weighted_sum_weighs_by_number_and_by_schedule(key):
   schedule = optax.linear_schedule(0.0, 1.0, 10)
-  terms = {"a": (2.0, lambda view: jnp.float32(3.0)), "b": (schedule, lambda view: jnp.float32(10.0))}
+  weighted = {"a": (2.0, lambda outputs: jnp.float32(3.0)), "b": (schedule, lambda outputs: jnp.float32(10.0))}
   for step, expected in ((0, 6.0), (5, 11.0), (10, 16.0)):
-    loss, values = objectives.total(terms, View(key, jnp.int32(step)))
+    loss, values = objectives.weighted_sum(weighted, Outputs(key, jnp.int32(step)))
     np.testing.assert_allclose(loss, expected)
     assert values == {"a": 3.0, "b": 10.0}
 
@@ -39,34 +54,15 @@ def test_consistency_needs_the_weak_augmentation():
     objectives.semi_supervised_gan(consistency_weight=1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-  """The part of a view that a term reads."""
-
-  key: object = None
-  step: object = None
-  lab: object = None
-  unl: object = None
-  fake: object = None
-  d_fn: object = None
-  teacher_fn: object = None
-  batch: object = None
-
-
-def part(logits, y):
-  logits = jnp.array(logits)
-  return objectives.Part(x=logits, logits=logits, features=logits, y=jnp.array(y))
-
-
-def test_a_lazy_term_is_heavier_and_rare():
+def test_a_term_of_every_k_steps_is_heavier_and_rare():
   """Value, metric and gradient: n times the term where n divides the step, else zero."""
-  term = lambda view: jnp.square(view.unl)
-  assert objectives.every_k(term, 1) is term
-  terms = {"r1": (0.5, objectives.every_k(term, 3))}
+  term = lambda outputs: jnp.square(outputs.unl)
+  assert terms.every_k(term, 1) is term
+  weighted = {"r1": (0.5, terms.every_k(term, 3))}
 
   @jax.jit
   def run(w, step):
-    loss = lambda w: objectives.total(terms, View(key=jax.random.key(0), step=step, unl=w))
+    loss = lambda w: objectives.weighted_sum(weighted, Outputs(key=jax.random.key(0), step=step, unl=w))
     return jax.value_and_grad(loss, has_aux=True)(w)
 
   for step in range(5):
@@ -78,18 +74,19 @@ def test_a_lazy_term_is_heavier_and_rare():
 def test_conditional_gan_judges_by_the_class_where_all_are_known():
   """D by the logits of the classes or, with unlabelled images, by the logsumexp; G always by the class."""
   a, b = [2.0, -1.0], [0.5, 0.0]
-  view = View(
+  outputs = Outputs(
     *(jax.random.key(0), jnp.int32(0)),
-    lab=part([a], [1]),
-    unl=part(jnp.zeros((0, 2)), jnp.zeros(0, int)),
-    fake=part([a, b, a], [0, 1, 1]),
+    by_class=True,
+    lab=images([a], [1]),
+    unl=images(jnp.zeros((0, 2)), jnp.zeros(0, int)),
+    fake=images([a, b, a], [0, 1, 1]),
   )
   objective = objectives.conditional_gan(losses.wasserstein)
   d, g = objective.d["adversarial"][1], objective.g["adversarial"][1]
-  np.testing.assert_allclose(d(view), (2.0 + 0.0 - 1.0) / 3 - (-1.0), rtol=1e-6)
-  np.testing.assert_allclose(g(view), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
+  np.testing.assert_allclose(d(outputs), (2.0 + 0.0 - 1.0) / 3 - (-1.0), rtol=1e-6)
+  np.testing.assert_allclose(g(outputs), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
   lse_a, lse_b = (np.log(np.exp(row).sum()) for row in (a, b))
-  some = dataclasses.replace(view, unl=part([b], [-1]))
+  some = dataclasses.replace(outputs, unl=images([b], [-1]), by_class=False)
   np.testing.assert_allclose(d(some), (2 * lse_a + lse_b) / 3 - (lse_a + lse_b) / 2, rtol=1e-6)
   np.testing.assert_allclose(g(some), -(2.0 + 0.0 - 1.0) / 3, rtol=1e-6)
 
@@ -103,8 +100,8 @@ def test_the_rotation_term_asks_for_the_turns_of_each_image(key):
     return x[:, 0, :3, 0], x[:, 0, :, 0], 2 * jnp.stack(corners, axis=-1)
 
   def loss(x, d_fn=d_fn):
-    pick = lambda view: view.fake
-    return objectives.rotation(pick)(View(key=key, fake=objectives.Part(x, x, x, x), d_fn=d_fn))
+    pick = lambda outputs: outputs.fake
+    return terms.rotation(pick)(Outputs(key=key, fake=terms.DiscOutputs(x, x, x, x, x), d_fn=d_fn))
 
   value, grad = jax.jit(jax.value_and_grad(loss))(x)
   np.testing.assert_allclose(value, np.log(np.exp(2) + 3) - 2, rtol=1e-5)
@@ -127,8 +124,8 @@ def test_virtual_adversarial_finds_the_steepest_direction(key):
   x = jnp.zeros((5, 2, 3, 2))
 
   def loss(w):
-    view = View(key=key, unl=part(x, [-1] * 5), d_fn=lambda x, key: (x.reshape(5, -1) @ w, None))
-    return objectives.virtual_adversarial(epsilon=0.5)(view)
+    outputs = Outputs(key=key, unl=images(x, [-1] * 5), d_fn=lambda x, key: (x.reshape(5, -1) @ w, None))
+    return terms.virtual_adversarial(epsilon=0.5)(outputs)
 
   value, grad = jax.jit(jax.value_and_grad(loss))(w)
   across = np.asarray(w[:, 0] - w[:, 1])
@@ -141,12 +138,11 @@ def test_virtual_adversarial_finds_the_steepest_direction(key):
 def test_the_teacher_is_the_averaged_network_and_a_constant(key):
   x = jnp.float32(np.random.default_rng(0).uniform(size=(6, 3)))
   weak = lambda key, x: 2 * x
-  batch = types.Batch(x[:0], jnp.zeros(0, int), x, x)
 
   def loss(w, teacher):
     teacher_fn = lambda x, key: (x * teacher, None)
-    view = View(key=key, unl=part(x * w, [-1] * 6), batch=batch, teacher_fn=teacher_fn)
-    return objectives.mean_teacher(weak)(view)
+    outputs = Outputs(key=key, unl=images(x * w, [-1] * 6, x_raw=x), teacher_fn=teacher_fn)
+    return terms.mean_teacher(weak)(outputs)
 
   p, target = (np.exp(a) / np.exp(a).sum(axis=-1, keepdims=True) for a in (3 * x, 2 * 0.5 * x))
   np.testing.assert_allclose(loss(3.0, 0.5), np.square(p - target).sum() / 6, rtol=1e-5)
@@ -157,10 +153,9 @@ def test_the_teacher_is_the_averaged_network_and_a_constant(key):
 
 def test_the_targets_of_consistency_are_the_averaged_networks(key):
   x = jnp.float32(np.random.default_rng(0).uniform(size=(6, 3)))
-  batch = types.Batch(x[:0], jnp.zeros(0, int), x, x)
   teacher_fn = lambda x, key: (-x, None)
-  view = View(key=key, unl=part(x, [-1] * 6), batch=batch, teacher_fn=teacher_fn)
-  value = objectives.consistency(lambda key, x: 2 * x, threshold=0.0)(view)
+  outputs = Outputs(key=key, unl=images(x, [-1] * 6), teacher_fn=teacher_fn)
+  value = terms.consistency(lambda key, x: 2 * x, threshold=0.0)(outputs)
   p = np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)
   np.testing.assert_allclose(value, -np.log(p[np.arange(6), x.argmin(axis=1)]).mean(), rtol=1e-5)
 
@@ -168,7 +163,7 @@ def test_the_targets_of_consistency_are_the_averaged_networks(key):
 def test_methods_of_the_study_by_hand():
   """Their terms and weights; the entropy is of unlabelled, the generated classes of generated images."""
   logits = np.array([[1.0, -1.0], [0.0, 2.0]])
-  view = View(unl=part(logits, [-1, -1]), fake=part(logits, [0, 0]))
+  outputs = Outputs(unl=images(logits, [-1, -1]), fake=images(logits, [0, 0]))
   p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
   bad = objectives.bad_gan(entropy_weight=0.3, density_weight=0.1)
   assert {name: weight for name, (weight, _) in bad.d.items()} == {
@@ -177,7 +172,7 @@ def test_methods_of_the_study_by_hand():
     "entropy": 0.3,
   }
   assert bad.g["low_density"][0] == 0.1
-  np.testing.assert_allclose(bad.d["entropy"][1](view), -(p * np.log(p)).sum() / 2, rtol=1e-5)
+  np.testing.assert_allclose(bad.d["entropy"][1](outputs), -(p * np.log(p)).sum() / 2, rtol=1e-5)
   augmented = objectives.generator_augmented(weight=0.2)
   assert augmented.g == {}
-  np.testing.assert_allclose(augmented.d["generated"][1](view), -np.log(p[:, 0]).mean(), rtol=1e-5)
+  np.testing.assert_allclose(augmented.d["generated"][1](outputs), -np.log(p[:, 0]).mean(), rtol=1e-5)

@@ -1,16 +1,21 @@
 """How good is a classifier, and how good is a generator."""
 
 from gan_jax.metrics.classification import confusion_matrix, error_percent, predict
+from gan_jax.metrics.feature_extractor import (
+  FeatureExtractor,
+  load_feature_extractor,
+  read_feature_extractor,
+  train_feature_extractor,
+)
 from gan_jax.metrics.frechet import Moments, frechet_distance, moments
 from gan_jax.metrics.generator import generator_quality, replay_quality
-from gan_jax.metrics.feature_extractor import FeatureExtractor, load_feature_extractor, read_feature_extractor, train_feature_extractor
-from gan_jax.metrics.summarise import Difference, Spread, paired, spread
+from gan_jax.metrics.statistics import Difference, Summary, paired, summarise
 
 __all__ = [
   "Difference",
   "FeatureExtractor",
   "Moments",
-  "Spread",
+  "Summary",
   "confusion_matrix",
   "error_percent",
   "frechet_distance",
@@ -21,6 +26,6 @@ __all__ = [
   "predict",
   "read_feature_extractor",
   "replay_quality",
-  "spread",
+  "summarise",
   "train_feature_extractor",
 ]

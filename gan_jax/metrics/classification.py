@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from gan_jax.data import to_float
 
 
-def predict(read: Callable[[Array], Any], x: UInt8[np.ndarray, "n h w c"], *, batch_size: int = 1000) -> Any:
+def predict(
+  read: Callable[[Array], Any], x: UInt8[np.ndarray, "n h w c"], *, batch_size: int = 1000
+) -> Any:
   """What `read` gives for many images, a batch at a time.
 
   Args:
@@ -21,9 +23,10 @@ def predict(read: Callable[[Array], Any], x: UInt8[np.ndarray, "n h w c"], *, ba
   outputs = []
   for start in range(0, len(x), batch_size):
     rows = x[start : start + batch_size]
-    fill = np.zeros((min(batch_size, len(x)) - len(rows), *x.shape[1:]), np.uint8)
+    num = len(rows)
+    fill = np.zeros((min(batch_size, len(x)) - num, *x.shape[1:]), np.uint8)
     found = read(to_float(np.concatenate([rows, fill])))
-    outputs.append(jax.tree.map(lambda a, num=len(rows): np.asarray(a)[:num], found))
+    outputs.append(jax.tree.map(lambda a, num=num: np.asarray(a)[:num], found))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 

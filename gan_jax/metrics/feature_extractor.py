@@ -1,4 +1,4 @@
-"""A feature_extractor of generated images: a frozen feature network and what it sees in the real ones."""
+"""Feature extractor for the Frechet distance: a frozen network and its moments over the real images."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,12 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import data, networks, report
+from gan_jax import networks, report
+from gan_jax.datasets import Dataset
 from gan_jax.metrics import classification, feature_network, frechet
 from gan_jax.types import InputError, Params
 
-# The bundled feature_extractor, made by experiments/feature_network.py, which prints both.
+# The bundled extractor, made by experiments/feature_network.py, which prints both.
 MNIST_FINGERPRINT = "d91755e07adcedc4f662134604c85fdf9d6e3536fbd5bdf7f0d9bdb0970a5c2f"
 MNIST_SHA256 = "5e89338e7b29846c7dc120e2a27434b1ef1e2719e5e7cde7656277f5e1adf1a2"
 MNIST_PATH = Path(__file__).with_name("mnist.npz")
@@ -32,7 +33,7 @@ class FeatureExtractor:
   name: str
   """The data set and the first eight digits of the file's SHA-256: numbers of two names do not compare."""
   image_shape: tuple[int, int, int]
-  """Height, width, channels of the images that it looks at."""
+  """Height, width, channels of its images."""
   num_classes: int
   params: Params
   """The weights of `feature_network.FeatureNetwork`."""
@@ -57,21 +58,22 @@ class FeatureExtractor:
     """
     if x.shape[1:] != self.image_shape:
       wanted, found = ("x".join(map(str, shape)) for shape in (self.image_shape, x.shape[1:]))
-      raise InputError(f"the feature_extractor {self.name} looks at images of {wanted}, not of {found}")
+      raise InputError(f"the feature extractor {self.name} takes images of {wanted}, not of {found}")
     return _predict(self.num_classes, self.params, x)
 
 
 def load_feature_extractor(
-  dataset: data.Dataset, *, cache_dir: str | Path | None = None, say: Callable[[str], None] = print
+  dataset: Dataset, *, cache_dir: str | Path | None = None, say: Callable[[str], None] = print
 ) -> FeatureExtractor:
-  """The feature_extractor of a data set: the bundled one for MNIST, else one that is trained once and kept.
+  """The feature extractor of a data set: the bundled one for MNIST, else one that is trained once and kept.
 
   A data set is known by its content, so the name and the order of the images make no difference.
 
   Args:
-    dataset: whose feature_extractor it is.
-    cache_dir: where trained judges are kept (default: `gan_jax/feature_extractors` in `$XDG_CACHE_HOME`, else in
-      `~/.cache`). A damaged file there is made again, and a folder that cannot be written is no error.
+    dataset: its images are the real ones.
+    cache_dir: where trained extractors are kept (default: `gan_jax/feature_extractors` in
+      `$XDG_CACHE_HOME`, else in `~/.cache`). A damaged file there is made again, and a folder that cannot
+      be written is no error.
     say: told in one sentence that training begins, which takes up to some minutes.
 
   Raises:
@@ -81,11 +83,11 @@ def load_feature_extractor(
   if known_as == MNIST_FINGERPRINT:
     return read_feature_extractor(MNIST_PATH, MNIST_SHA256)
   root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  folder = Path(cache_dir or Path(root) / "gan_jax" / "judges")
+  folder = Path(cache_dir or Path(root) / "gan_jax" / "feature_extractors")
   for path in sorted(folder.glob(f"{known_as}-*.npz")):
     with contextlib.suppress(InputError):
       return read_feature_extractor(path, path.stem.removeprefix(f"{known_as}-"))
-  say(f"training a feature_extractor of generated images for {dataset.name}, once: it is kept in {folder}")
+  say(f"training a feature extractor for {dataset.name}, once: it is kept in {folder}")
   content = train_feature_extractor(dataset)
   with contextlib.suppress(OSError):
     report.write_bytes(folder / f"{known_as}-{_sha256(content)}.npz", content)
@@ -93,7 +95,7 @@ def load_feature_extractor(
 
 
 def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
-  """Reads the file of a feature_extractor; `InputError` where it cannot be read or has another SHA-256."""
+  """Reads the file of a feature extractor; `InputError` where it cannot be read or has another SHA-256."""
   try:
     content = path.read_bytes()
   except OSError as error:
@@ -103,7 +105,7 @@ def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
   return _decode(content)
 
 
-def train_feature_extractor(dataset: data.Dataset, *, seed: int = 0, num_steps: int | None = None) -> bytes:
+def train_feature_extractor(dataset: Dataset, *, seed: int = 0, num_steps: int | None = None) -> bytes:
   """Trains a feature network, takes its moments over both parts of the data, and gives the file.
 
   Raises:
@@ -131,8 +133,8 @@ def train_feature_extractor(dataset: data.Dataset, *, seed: int = 0, num_steps: 
   return buffer.getvalue()
 
 
-def fingerprint(dataset: data.Dataset) -> str:
-  """SHA-256 of what a feature_extractor is made from: the images with their classes, in any order, and the recipe."""
+def fingerprint(dataset: Dataset) -> str:
+  """SHA-256 of what an extractor is made from: images with their classes, in any order, and the recipe."""
   digest = hashlib.sha256(f"{feature_network.RECIPE} {dataset.num_classes}".encode())
   for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
     digest.update(f" {x.shape} ".encode())

@@ -1,7 +1,7 @@
-"""A small classifier whose last hidden layer tells images apart: the eyes of a feature_extractor of generators.
+"""The network of the feature extractor: a small classifier, whose last hidden layer gives the features.
 
-It is no discriminator: the networks of the experiments may change, and this one must not, because a
-number measured with it means something only beside other numbers measured with it. Training is
+It is no discriminator: the networks of the experiments may change and this one must not, because
+distances compare only where they were measured with the same features. Training is
 deterministic for one machine, but another number of threads sums in another order and so rounds
 differently. That is why trained weights are kept and hashed, and not the recipe alone.
 """
@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt8
 
 from gan_jax import augment, data, kernels, losses, networks, steps
+from gan_jax.datasets import Dataset
 from gan_jax.types import NetState, Params
 
 RECIPE = 1
@@ -61,7 +62,7 @@ def default_steps(num_images: int) -> int:
   return min(5000, max(1000, num_images // 12))
 
 
-def train(dataset: data.Dataset, *, seed: int = 0, num_steps: int | None = None) -> Params:
+def train(dataset: Dataset, *, seed: int = 0, num_steps: int | None = None) -> Params:
   """Trains on all labels of the training set and gives the averaged weights of the last update.
 
   Cross-entropy under mild affine augmentation, AdamW with warm-up and cosine decay. The test set is

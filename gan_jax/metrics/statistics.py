@@ -1,14 +1,13 @@
-"""What a few runs tell: spread over label splits, paired differences, and a verdict in words."""
+"""Statistics of a few runs: summary over label splits, paired differences, and a verdict in words."""
 
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-import scipy.special
 
 
-class Spread(NamedTuple):
+class Summary(NamedTuple):
   """Errors of one method over several splits, in percent."""
 
   mean: float
@@ -34,11 +33,11 @@ class Difference(NamedTuple):
   one verdict in twenty is wrong: read a table of many as such."""
 
 
-def spread(errors: Sequence[float]) -> Spread:
+def summarise(errors: Sequence[float]) -> Summary:
   """Summary of at least one error."""
   x = np.asarray(errors, np.float64)
   median = float(np.median(x))
-  return Spread(
+  return Summary(
     mean=float(x.mean()),
     std=float(x.std(ddof=1)) if len(x) > 1 else 0.0,
     median=median,
@@ -65,5 +64,7 @@ def _t_interval(x: np.ndarray) -> tuple[float, float] | None:
   """`mean +- t_{n-1, 0.975} std / sqrt(n)`."""
   if len(x) < 2:
     return None
+  import scipy.special  # late: it takes 0.2 s
+
   half = float(scipy.special.stdtrit(len(x) - 1, 0.975) * x.std(ddof=1)) / math.sqrt(len(x))
   return float(x.mean()) - half, float(x.mean()) + half

@@ -105,5 +105,3 @@ class ConvGenerator(nn.Module):
     shuffle = 2 if self.fine else 4
     x = depth_to_space(Linear(shuffle**2 * channels, 3)(h, train=train), shuffle)
     return nn.sigmoid(x[:, :height, :width])
-
-

@@ -76,5 +76,3 @@ class MLPGenerator(nn.Module):
     out_norm: Norm = "weight" if published else "none"
     out = Linear(math.prod(self.image_shape), norm=out_norm, train_scale=True, init_from_data=False)
     return nn.sigmoid(out(h, train=train)).reshape(-1, *self.image_shape)
-
-

@@ -5,6 +5,7 @@ class: the projection discriminator of Miyato & Koyama, 2018, https://arxiv.org/
 unconditional part. With few labels, cross-entropy and consistency teach D the classes of the rest.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,10 +71,22 @@ class Hparams(base.Hparams):
   """Weight of rotation prediction."""
 
 
-def tuned(network: Literal["conv_fine", "article"]) -> Hparams:
-  """The hyper-parameters of a pair: tuned for conv_fine, the source article's for its own."""
-  if network == "conv_fine":
-    return Hparams()
+def tuned(network: Literal["conv_fine", "article"], penalty: Penalty | None = None) -> Hparams:
+  """The hyper-parameters of a pair: tuned for conv_fine, the source article's for its own.
+
+  Args:
+    network: the pair.
+    penalty: in place of the pair's. wgan_gp comes with its paper's weight of 10 and at every step: it is
+      what makes the loss a distance, where a zero-centred penalty may come seldom.
+  """
+  hparams = Hparams() if network == "conv_fine" else _article()
+  if penalty is None:
+    return hparams
+  every_step = {"gamma": 10.0, "penalty_every": 1} if penalty == "wgan_gp" else {}
+  return dataclasses.replace(hparams, penalty=penalty, **every_step)
+
+
+def _article() -> Hparams:
   return Hparams(
     network="article",
     num_steps=10_000,
@@ -100,7 +113,9 @@ def check(hparams: Hparams) -> None:
   if h.labels == "few" and h.batch_size < 4:
     raise InputError("--batch-size must be at least 4: a quarter of it are labelled images")
   if h.labels != "none" and h.loss == "relativistic":
-    raise InputError("--loss relativistic compares images pair by pair, of whatever classes: choose another")
+    raise InputError(
+      "--loss relativistic compares images pair by pair, of whatever classes: choose another"
+    )
 
 
 def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int) -> Recipe:

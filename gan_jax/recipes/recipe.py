@@ -93,9 +93,7 @@ class Recipe:
 
   def make_multi_step(self, max_steps: int) -> steps.MultiStep:
     """Many steps in one call, on batches sampled on the device, see `steps.make_multi_step`."""
-    return steps.make_multi_step(
-      self.make_step(), data.make_sample_batch(self.batch), max_steps=max_steps
-    )
+    return steps.make_multi_step(self.make_step(), data.make_sample_batch(self.batch), max_steps=max_steps)
 
 
 # --- Optimizers
@@ -159,9 +157,7 @@ def without_generator(recipe: Recipe) -> Recipe:
 
 def without_augmentation(recipe: Recipe) -> Recipe:
   """The same on images as they are."""
-  return dataclasses.replace(
-    recipe, augment=None, derived=(*recipe.derived, ("without_augmentation", {}))
-  )
+  return dataclasses.replace(recipe, augment=None, derived=(*recipe.derived, ("without_augmentation", {})))
 
 
 def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
@@ -170,6 +166,8 @@ def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
   Raises:
     InputError: D has fewer layers.
   """
+  if not num_layers:
+    return recipe
   layers = recipe.d.layers(recipe.image_shape)
   if num_layers > len(layers):
     raise InputError(f"D has {len(layers)} layers before its head: {num_layers} cannot be frozen")
@@ -189,11 +187,10 @@ DERIVATIONS = {
 """By name, so that a stored run can be built again."""
 
 
-def affine(ranges: dict[str, float] | None) -> Augment | None:
-  """A random affine map with these ranges; None stays None."""
-  return augment.affine(**ranges) if ranges else None
-
-
-Ranges = dict[Literal["shift", "rotate", "scale", "shear"], float]
+Ranges = dict[str, float]
 """Ranges of random affine maps, see `augment.affine`."""
 
+
+def affine(ranges: Ranges | None) -> Augment | None:
+  """A random affine map with these ranges; None stays None."""
+  return augment.affine(**ranges) if ranges else None

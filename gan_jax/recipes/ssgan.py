@@ -131,7 +131,9 @@ def weak(hparams: Hparams) -> Augment:
 
 def ramped(hparams: Hparams, weight: float) -> float | optax.Schedule:
   """From 0 to `weight` over the ramp; a weight of 0 stays a number, so that it removes its term."""
-  return optax.linear_schedule(0.0, weight, max(1, int(hparams.ramp * hparams.num_steps))) if weight else 0.0
+  return (
+    optax.linear_schedule(0.0, weight, max(1, int(hparams.ramp * hparams.num_steps))) if weight else 0.0
+  )
 
 
 def class_balance(hparams: Hparams) -> float | optax.Schedule:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gan_jax import networks, objectives
-from gan_jax.recipes import ssgan
 from gan_jax.recipes import recipe as base
+from gan_jax.recipes import ssgan
 from gan_jax.recipes.recipe import Recipe
 from gan_jax.types import BatchSizes
 
