@@ -1,20 +1,20 @@
-"""How fast one update of D and G is: ours, the plain way in JAX, and PyTorch, side by side.
+"""How fast one step, an update of D and of G, is: ours, the plain way in JAX, and PyTorch, side by side.
 
 python -m benchmarks.step_time
-python -m benchmarks.step_time --updates article_gan --batch-sizes 32 256 4096 --pairs 7
-python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --how vmap
+python -m benchmarks.step_time --recipes article_gan --batch-sizes 32 256 4096 --pairs 7
+python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --strategy vmap
 
 Each contender is a process of its own, which waits without using a processor while the others run. They
 run in turns: in each of `--pairs` rounds every contender runs for about `--seconds`, in random order, and a
 ratio is between two runs of the same round.
 
-  ours            many updates a dispatch, data on the device
-  plain_jax       a jitted step, host batches from a NumPy iterator, the loss read after every update
+  ours            many steps a dispatch, data on the device
+  plain_jax       a jitted step, host batches from a NumPy iterator, the loss read after every step
   torch_eager     our own PyTorch version, fused optimizer, data on the device, nothing read back
-  torch_compile   the same as one compiled program an update; on a GPU a CUDA graph
+  torch_compile   the same as one compiled program a step; on a GPU a CUDA graph
 
-`--batch-sizes` are unlabelled images an update (real ones in conditional_r1); labelled and generated ones
-grow in proportion. Images per second are rows of D's pass. With replicates every update is
+`--batch-sizes` are unlabelled images per step (real ones in article_gan and conditional_r1); labelled and
+generated ones change in proportion. Images per second are rows of D's pass. With replicates every step is
 one of each GAN, all in one program.
 """
 
@@ -28,11 +28,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks import _runs, updates
+from benchmarks import _recipes, _runs
 
 CONTENDERS = ("ours", "plain_jax", "torch_eager", "torch_compile")
 
@@ -42,10 +42,10 @@ class WorkerError(Exception):
 
 
 class Worker:
-  """A contender's process."""
+  """A contender's process. `ready` is what it says of itself."""
 
-  def __init__(self, task: dict, python: str = sys.executable):
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  def __init__(self, task: dict, python: str = sys.executable, env: Mapping[str, str] | None = None):
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(env or {})}
     if task["contender"].startswith("torch"):
       environment["JAX_PLATFORMS"] = "cpu"  # it only gives the parameters to begin with
     self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -101,68 +101,51 @@ class Entry:
   worker: Worker | None = None
   not_run: str | None = None
   rates: list[float] = field(default_factory=list)
-  """Updates per second, one a round."""
+  """Steps per second, one a round."""
   found: dict[str, Any] = field(default_factory=dict)
 
   @property
   def name(self) -> str:
     return self.contender if self.replicates == 1 else f"{self.contender} x{self.replicates}"
 
-  def fail(self, why: str) -> None:
-    self.not_run, self.rates = why, []
+  def close(self) -> None:
     if self.worker is not None:
       self.worker.close()
     self.worker = None
+
+  def fail(self, why: str) -> None:
+    self.not_run, self.rates = why, []
+    self.close()
 
 
 def main() -> None:
   args = parse(sys.argv[1:])
   order, results = random.Random(args.seed), []
-  for name in args.updates:
+  for name in args.recipes:
     for batch_size in args.batch_sizes or [None]:
       entries = race(name, batch_size, args, order)
-      results += [result(entry, entries, name, batch_size, args.how) for entry in entries]
-      print(table(results[-len(entries) :]), flush=True)
-      print()
-  _runs.write(args.name, results)
-  print(table(results))
+      results += [result(entry, entries, name, batch_size, args.strategy) for entry in entries]
+      print(table(results[-len(entries) :]) + "\n", flush=True)
+  _runs.finish(args.name, results, table)
 
 
 def parse(flags: Sequence[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  add = parser.add_argument
-  add("--updates", nargs="+", choices=updates.NAMES, default=updates.NAMES, help="what to time")
-  add("--batch-sizes", type=_positive, nargs="+", help="unlabelled images an update (the recipe's)")
-  add("--replicates", type=_positive, nargs="+", default=[1], help="GANs in one program, ours only")
-  add("--how", choices=("loop", "vmap"), help="one GAN after the other, or all in step (the device's own)")
+  parser = _runs.parser(__doc__, "step_time")
+  add, names = parser.add_argument, tuple(_recipes.HPARAMS)
+  add("--recipes", nargs="+", choices=names, default=names, help="what to time")
+  add("--batch-sizes", type=_runs.positive, nargs="+", help="unlabelled images per step (the recipe's)")
+  add("--replicates", type=_runs.positive, nargs="+", default=[1], help="GANs in one program, ours only")
+  add("--strategy", choices=("sequential", "vmap"), help="one GAN after the other, or all in lockstep")
   add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="who takes part")
-  add("--pairs", type=_positive, default=5, help="rounds (5)")
-  add("--seconds", type=_seconds, default=3.0, help="of a run in a round (3)")
-  add("--dataset", default="auto", help="auto, mnist, digits, ... (auto: MNIST or the bundled digits)")
-  add("--data-dir", help="where tfds keeps its datasets")
-  add("--manual-dir", help="a folder with the dataset's original files")
+  add("--pairs", type=_runs.positive, default=5, help="rounds (5)")
+  add("--seconds", type=_runs.seconds, default=3.0, help="of a run in a round (3)")
+  _runs.add_data_flags(parser, "auto")
   add("--torch-python", default=sys.executable, help="interpreter of PyTorch's contenders (this one)")
   add("--seed", type=int, default=0, help="of the order within a round (0)")
-  add("--name", default="step_time", help="of the file of results (step_time)")
   args = parser.parse_args(flags)
   if shutil.which(args.torch_python) is None:
     parser.error(f"--torch-python {args.torch_python} is not a program")
   return args
-
-
-def _positive(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-  return int(text)
-
-
-def _seconds(text: str) -> float:
-  with contextlib.suppress(ValueError):
-    if 0 < float(text) < float("inf"):
-      return float(text)
-  raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def race(name: str, batch_size: int | None, args: argparse.Namespace, order: random.Random) -> list[Entry]:
@@ -172,31 +155,28 @@ def race(name: str, batch_size: int | None, args: argparse.Namespace, order: ran
     for contender in dict.fromkeys(args.contenders)
     for replicates in (dict.fromkeys(args.replicates) if contender == "ours" else [1])
   ]
+  shared = {key: vars(args)[key] for key in ("strategy", "dataset", "data_dir", "manual_dir")}
+  shared |= {"recipe": name, "batch_size": batch_size}
   try:
     for entry in entries:
       with _failing(entry):
-        task = {"contender": entry.contender, "replicates": entry.replicates, "batch_size": batch_size}
         python = args.torch_python if entry.contender.startswith("torch") else sys.executable
-        task |= {"update": name, "dataset": args.dataset, "how": args.how}
-        task |= {"data_dir": args.data_dir, "manual_dir": args.manual_dir}
+        task = {**shared, "contender": entry.contender, "replicates": entry.replicates}
         entry.worker = Worker(task, python)
         entry.found |= entry.worker.ready
         print(f"{name}, {entry.name}: ready", file=sys.stderr, flush=True)
     for _ in range(args.pairs):
       for entry in order.sample(entries, len(entries)):
-        if entry.worker is not None:
-          with _failing(entry):
-            run(entry, entry.worker, args.seconds)
-    for entry in entries:
-      if entry.worker is not None:
         with _failing(entry):
+          run(entry, args.seconds)
+    for entry in entries:
+      with _failing(entry):
+        if entry.worker is not None:
           entry.found |= entry.worker.ask("memory")
-          if entry.name == "ours":
-            entry.found |= entry.worker.ask("cost")
+          entry.found |= entry.worker.ask("cost") if entry.name == "ours" else {}
   finally:
     for entry in entries:
-      if entry.worker is not None:
-        entry.worker.close()
+      entry.close()
   return entries
 
 
@@ -209,31 +189,34 @@ def _failing(entry: Entry):
     print(f"{entry.name}: not run: {error}", file=sys.stderr, flush=True)
 
 
-def run(entry: Entry, worker: Worker, seconds: float) -> None:
-  """One round of one contender: whole periods of what is seldom due."""
+def run(entry: Entry, seconds: float) -> None:
+  """One round of one contender: whole periods of what is due once in k steps."""
+  if entry.worker is None:
+    return
   every = entry.found["every"]
-  num = every * max(1, round(seconds / entry.found["seconds_per_update"] / every))
-  entry.rates.append(num / worker.ask(f"run {num}")["seconds"])
+  num = every * max(1, round(seconds / entry.found["seconds_per_step"] / every))
+  entry.rates.append(num / entry.worker.ask(f"run {num}")["seconds"])
   if entry.name == "ours":
     rates = entry.found.setdefault("matmul", [])
-    rates.append(worker.ask("matmul")["matmul_flops_per_second"])
+    rates.append(entry.worker.ask("matmul")["matmul_flops_per_second"])
 
 
 # --- Results
 
 
 def result(
-  entry: Entry, entries: Sequence[Entry], update: str, batch_size: int | None, how: str | None = None
+  entry: Entry, entries: Sequence[Entry], name: str, batch_size: int | None, strategy: str | None = None
 ) -> dict:
   """A line of the results."""
   found = entry.found
-  line: dict[str, Any] = {"benchmark": "step_time", "update": update, "batch_size": batch_size}
-  line |= {"contender": entry.contender, "replicates": entry.replicates, "how": how}
+  line: dict[str, Any] = {"benchmark": "step_time", "recipe": name, "batch_size": batch_size}
+  line |= {"contender": entry.contender, "replicates": entry.replicates, "strategy": strategy}
   if entry.not_run is not None:
     return line | {"not_run": entry.not_run}
   line |= {key: found[key] for key in ("rows", "dataset", "note", "seconds_first")}
-  line |= {"updates_per_second": spread(entry.rates), "rounds": entry.rates}
-  line["images_per_second"] = line["updates_per_second"]["median"] * found["images"] * entry.replicates
+  line |= {"steps_per_second": quartiles(entry.rates), "rounds": entry.rates}
+  rate = line["steps_per_second"]["median"]
+  line["images_per_second"] = rate * sum(found["rows"]) * entry.replicates
   line |= {key: found[key] for key in ("peak_memory_mb", "memory_mb", "device_memory_mb")}
   one = next((other for other in entries if other.name == "ours"), None)
   if one is not None and one.rates and entry is not one:
@@ -243,15 +226,17 @@ def result(
       "smallest": min(ratios),
       "largest": max(ratios),
     }
-  if "flops_per_update" in found:
+  if "flops_per_step" in found:
     matmul = statistics.median(found["matmul"])
-    arithmetic = found["flops_per_update"] * line["updates_per_second"]["median"]
-    line |= {"flops_per_update": found["flops_per_update"], "bytes_per_update": found["bytes_per_update"]}
-    line |= {"matmul_flops_per_second": matmul, "fraction_of_matmul_rate": arithmetic / matmul}
+    line |= {key: found[key] for key in ("flops_per_step", "bytes_per_step")}
+    line |= {
+      "matmul_flops_per_second": matmul,
+      "fraction_of_matmul_rate": found["flops_per_step"] * rate / matmul,
+    }
   return line | {key: found[key] for key in ("device", "threads", "versions", "commit") if key in found}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
   """Median and quartiles."""
   if len(values) == 1:
     return dict.fromkeys(("median", "lower", "upper"), values[0])
@@ -261,37 +246,38 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def table(results: Sequence[dict]) -> str:
   """Markdown: a row a contender."""
-  lines = [
-    "| update | rows | contender | updates/s (quartiles) | images/s | ours is faster by | first updates"
-    " | memory | of the matrix rate |",
-    "|---" * 9 + "|",
-  ]
+  header = "recipe", "rows", "contender", "steps/s (quartiles)", "images/s", "ours is faster by"
+  header += "first steps", "memory", "of the matrix rate"
+  rows = []
   for line in results:
     name = line["contender"] + (f" x{line['replicates']}" if line["replicates"] > 1 else "")
     if "not_run" in line:
-      size = "recipe" if line["batch_size"] is None else line["batch_size"]
-      lines.append(f"| {line['update']} | {size} | {name} | not run: {line['not_run']} | | | | | |")
+      size = line["batch_size"] or "recipe"
+      rows.append([line["recipe"], size, name, f"not run: {line['not_run']}", *[""] * 5])
       continue
-    rate, ratio = line["updates_per_second"], line.get("ours_is_faster_by")
+    rate, ratio = line["steps_per_second"], line.get("ours_is_faster_by")
     memory = line["device_memory_mb"] or line["memory_mb"]
-    cells = [
-      line["update"],
-      "/".join(map(str, line["rows"])),
-      name,
-      f"{rate['median']:.4g} ({rate['lower']:.4g} to {rate['upper']:.4g})",
-      f"{line['images_per_second']:,.0f}",
-      f"{ratio['median']:.2f} ({ratio['smallest']:.2f} to {ratio['largest']:.2f})" if ratio else "",
-      f"{line['seconds_first']:.1f} s",
-      f"{memory:,.0f} MB",
-      f"{100 * line['fraction_of_matmul_rate']:.0f} %" if "fraction_of_matmul_rate" in line else "",
-    ]
-    lines.append("| " + " | ".join(cells) + " |")
+    share = line.get("fraction_of_matmul_rate")
+    rows.append(
+      [
+        line["recipe"],
+        "/".join(map(str, line["rows"])),
+        name,
+        f"{rate['median']:.4g} ({rate['lower']:.4g} to {rate['upper']:.4g})",
+        f"{line['images_per_second']:,.0f}",
+        f"{ratio['median']:.2f} ({ratio['smallest']:.2f} to {ratio['largest']:.2f})" if ratio else "",
+        f"{line['seconds_first']:.1f} s",
+        f"{memory:,.0f} MB",
+        "" if share is None else f"{100 * share:.0f} %",
+      ]
+    )
+  text = _runs.markdown(header, rows)
   done = [line for line in results if "not_run" not in line]
   if done:
     torch = {line["versions"]["torch"] for line in done if "torch" in line["versions"]}
-    lines += ["", _runs.environment(done[0]) + "".join(f", PyTorch {version}" for version in torch)]
-    lines.append("Rows of an update: labelled/unlabelled/generated. Memory: beyond that of the start.")
-  return "\n".join(lines)
+    text += f"\n\n{_runs.environment(done[0])}" + "".join(f", PyTorch {version}" for version in torch)
+    text += "\nRows of a step: labelled/unlabelled/generated. Memory: beyond that of the start."
+  return text
 
 
 if __name__ == "__main__":

@@ -4,124 +4,99 @@ python -m benchmarks.time_to_accuracy
 python -m benchmarks.time_to_accuracy --target 1 --splits 0 1 2
 
 The semi-supervised GAN of `experiments.mnist_ssgan`, its recipe and schedule unchanged. Every `--every`
-updates the averaged discriminator reads the test set; this takes no part in training, and the clock stands
-still meanwhile. The target is fixed before: 2 % on CPU, 1 % on an accelerator. Compilation is timed apart,
-once, because the splits share the program.
+steps the averaged discriminator is evaluated on the test set; this takes no part in training, and the clock
+stands still meanwhile. The target is fixed before: 2 % on CPU, 1 % on an accelerator. Compilation is timed
+apart, once, because the splits share the program.
 """
 
-import argparse
 import statistics
-import time
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import _runs, updates
-from gan_jax import data, metrics, runs, steps
+from benchmarks import _recipes, _runs, _worker
+from gan_jax import datasets, evaluate, metrics, run_dir, steps
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--target", type=float, help="test error in percent (2 on CPU, else 1)")
-  parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="split seeds")
-  parser.add_argument("--every", type=int, default=100, help="updates between two readings (100)")
-  parser.add_argument("--network", choices=("conv", "mlp"), default="conv")
-  parser.add_argument("--dataset", default="mnist")
-  parser.add_argument("--data-dir", help="where tfds keeps its datasets")
-  parser.add_argument("--manual-dir", help="a folder with the dataset's original files")
-  parser.add_argument("--name", default="time_to_accuracy", help="name of the file of results")
+  parser = _runs.parser(__doc__, "time_to_accuracy")
+  add = parser.add_argument
+  add("--target", type=float, help="test error in percent (2 on CPU, else 1)")
+  add("--splits", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="split seeds")
+  add("--every", type=_runs.positive, default=100, help="steps between two evaluations (100)")
+  add("--recipe", choices=("conv_ssgan", "feature_matching"), default="conv_ssgan")
+  _runs.add_data_flags(parser, "mnist")
   args = parser.parse_args()
   target = args.target
   if target is None:
     target = 2.0 if jax.default_backend() == "cpu" else 1.0
-  if args.every < 1 or target < 0:
-    parser.error("--every must be at least 1 and --target must not be negative")
+  if target < 0:
+    parser.error("--target must not be negative")
 
-  dataset = data.load(args.dataset, data_dir=args.data_dir, manual_dir=args.manual_dir)
-  name = {"conv": "conv_ssgan", "mlp": "feature_matching"}[args.network]
-  update = updates.make(name, dataset.image_shape, dataset.num_classes)
-  race = Race(update, dataset, target, args.every)
-  results = []
-  for split in args.splits:
-    result = {"benchmark": "time_to_accuracy", "update": name, "target": target, **race.run(split)}
-    results.append({**result, "dataset": dataset.name, **runs.environment()})
-    reached = f"{result['seconds']:.0f} s" if result["reached"] else "not reached"
-    print(
-      f"split {split}: {reached}, {result['updates']} updates, {result['test_error']:.2f} %", flush=True
-    )
-  _runs.write(args.name, results)
-  print(table(results))
+  dataset = datasets.load(args.dataset, data_dir=args.data_dir, manual_dir=args.manual_dir)
+  test, recipe = evaluate.with_test_set(dataset), _recipes.make(args.recipe, dataset)
+  classify = jax.jit(steps.make_classifier(recipe.d))
 
+  def test_error(state) -> float:
+    logits, _ = metrics.predict(lambda x: classify(state, x), test.x_test)
+    return metrics.error_percent(logits, test.y_test)
 
-class Race:
-  """Trains one split after the other with one compiled program."""
-
-  def __init__(self, update: updates.Update, dataset: data.Dataset, target: float, every: int):
-    self._update, self._dataset, self._target, self._every = update, dataset, target, every
-    self._updates = jax.jit(
-      steps.make_updates(update.step(), update.draw(), max_updates=every), donate_argnums=0
-    )
-    self._classify = jax.jit(steps.make_classifier(update.d))
-    self._compiled = None
-
-  def run(self, seed: int) -> dict:
-    """Seconds and updates to the target, or to the end of the schedule."""
-    split = self._update.split(self._dataset, seed)
-    device_data = data.to_device(self._dataset, split)
-    state = self._update.init(jax.random.key(seed), device_data)
-    seconds_compile = 0.0
-    if self._compiled is None:
-      begin = time.perf_counter()
-      self._compiled = self._updates.lower(state, device_data, np.int32(0)).compile()
-      seconds_compile = time.perf_counter() - begin
-    seconds, done, error, curve = 0.0, 0, 100.0, []
-    while done < self._update.steps and error > self._target:
-      num = min(self._every, self._update.steps - done)
-      begin = time.perf_counter()
-      state, history = self._compiled(state, device_data, np.int32(num))
-      jax.block_until_ready(history)
-      seconds, done = seconds + time.perf_counter() - begin, done + num
-      error = self._test_error(state)
-      curve.append([done, round(seconds, 2), error])
-    return {
+  first = _recipes.start(recipe, dataset, args.splits[:1])
+  ours, results = _worker.Ours(recipe, *first, dispatch=args.every), []
+  for i, seed in enumerate(args.splits):
+    ours.state, ours.images = _recipes.start(recipe, dataset, [seed])
+    split = _recipes.split(recipe, dataset, seed)
+    result = {
+      "benchmark": "time_to_accuracy",
+      "recipe": args.recipe,
+      "target": target,
       "split_seed": seed,
       "label_split_sha256": split.sha256,
       "num_labels": len(split.indices),
-      "reached": error <= self._target,
-      "seconds": seconds,
-      "seconds_compile": seconds_compile,
-      "updates": done,
-      "test_error": error,
-      "curve": curve,
+      **train(ours, recipe.num_steps, args.every, target, test_error),
+      "seconds_compile": 0.0 if i else ours.seconds_compile,
+      "dataset": dataset.name,
+      **run_dir.environment(),
     }
+    results.append(result)
+    reached = f"{result['seconds']:.0f} s" if result["reached"] else "not reached"
+    print(f"split {seed}: {reached}, {result['steps']} steps, {result['test_error']:.2f} %", flush=True)
+  _runs.finish(args.name, results, table)
 
-  def _test_error(self, state) -> float:
-    logits, _ = metrics.predict(lambda x: self._classify(state, jnp.asarray(x)), self._dataset.x_test)
-    return metrics.error_percent(logits, self._dataset.y_test)
+
+def train(ours: _worker.Ours, num_steps: int, every: int, target: float, test_error: Callable) -> dict:
+  """Seconds and steps to the target, or to the end of the schedule."""
+  seconds, done, error, curve = 0.0, 0, 100.0, []
+  while done < num_steps and error > target:
+    num = min(every, num_steps - done)
+    seconds, done = seconds + _worker.seconds(ours, num), done + num
+    error = test_error(ours.state)
+    curve.append([done, round(seconds, 2), error])
+  reached = error <= target
+  return {"reached": reached, "seconds": seconds, "steps": done, "test_error": error, "curve": curve}
 
 
-def table(results: list[dict]) -> str:
-  """Markdown: a row a split, then mean and spread where all reached the target."""
-  target, compiling = results[0]["target"], max(result["seconds_compile"] for result in results)
-  lines = [f"| split | training to {target:g} % | with compilation | updates |", "|---" * 4 + "|"]
+def table(results: Sequence[dict]) -> str:
+  """Markdown: a row a split, then mean and standard deviation where all reached the target."""
+  compiling, rows = max(result["seconds_compile"] for result in results), []
   for result in results:
     seconds = result["seconds"]
-    cells = (f"{seconds:.0f} s", f"{seconds + compiling:.0f} s", f"{result['updates']:,}")
+    cells = f"{seconds:.0f} s", f"{seconds + compiling:.0f} s"
     if not result["reached"]:
-      cells = (f"not reached: {result['test_error']:.2f} %", "", f"{result['updates']:,}")
-    lines.append(f"| {result['split_seed']} | {' | '.join(cells)} |")
+      cells = f"not reached: {result['test_error']:.2f} %", ""
+    rows.append((result["split_seed"], *cells, f"{result['steps']:,}"))
   if all(result["reached"] for result in results) and len(results) > 1:
     seconds = [result["seconds"] for result in results]
-    mean, spread = statistics.mean(seconds), statistics.stdev(seconds)
-    updates_mean = statistics.mean(result["updates"] for result in results)
-    cells = (f"{mean:.0f} +- {spread:.0f} s", f"{mean + compiling:.0f} s", f"{updates_mean:,.0f}")
-    lines.append(f"| mean +- std | {' | '.join(cells)} |")
-  labels = results[0]["num_labels"]
-  where = _runs.environment(results[0])
-  return "\n".join([*lines, "", f"n = {len(results)}, {labels} labels of {results[0]['dataset']}, {where}"])
+    mean, std = statistics.mean(seconds), statistics.stdev(seconds)
+    num_steps = statistics.mean(result["steps"] for result in results)
+    cells = f"{mean:.0f} +- {std:.0f} s", f"{mean + compiling:.0f} s", f"{num_steps:,.0f}"
+    rows.append(("mean +- std", *cells))
+  first = results[0]
+  header = "split", f"training to {first['target']:g} %", "with compilation", "steps"
+  return (
+    f"{_runs.markdown(header, rows)}\n\nn = {len(results)}, {first['num_labels']} labels of"
+    f" {first['dataset']}, {_runs.environment(first)}"
+  )
 
 
 if __name__ == "__main__":

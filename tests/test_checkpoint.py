@@ -70,6 +70,10 @@ def source(make_tiny, tmp_path):
   return save
 
 
+def layers(tiny):
+  return tiny.d.layers((8, 8, 1))
+
+
 def averaged(state, part):
   return {"params": state.ema[part], **getattr(state, part).model_state}
 
@@ -83,8 +87,9 @@ def started(state, part):
 @pytest.mark.parametrize("parts", [("g", "d"), ("g",), ("d",)])
 def test_a_state_starts_from_the_averages_of_another_run(source, make_tiny, network, parts):
   trained, folder = source(network=network)
-  fresh = make_tiny(network=network).state()
-  state, notes = checkpoint.transfer(fresh, folder, parts=parts)
+  tiny = make_tiny(network=network)
+  fresh = tiny.state()
+  state, notes = checkpoint.transfer(fresh, folder, layers=layers(tiny), parts=parts)
   assert notes == []
   for part in ("g", "d"):
     expected = averaged(trained if part in parts else fresh, part)
@@ -102,10 +107,10 @@ def test_a_new_head_is_said(source, make_tiny, network):
   tiny = make_tiny(network=network)
   tiny.d = tiny.d.clone(num_classes=5, num_aux=2)
   fresh = tiny.state()
-  state, notes = checkpoint.transfer(fresh, folder)
+  state, notes = checkpoint.transfer(fresh, folder, layers=layers(tiny))
   assert notes == [
-    "D's head is new: 5 classes here, 3 there",
     "D's aux_head is new: 2 outputs here, none there",
+    "D's head is new: 5 outputs here, 3 outputs there",
   ]
   for params in (state.d.params, state.ema["d"]):
     for name, layer in params.items():
@@ -120,7 +125,7 @@ def test_a_head_that_is_not_here_is_left_behind(make_tiny, tmp_path):
   tiny.d = tiny.d.clone(norm="spectral", num_aux=2)
   with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
     checkpoints.save(tiny.state())
-  state, notes = checkpoint.transfer(like.state(), tmp_path, parts=("d",))
+  state, notes = checkpoint.transfer(like.state(), tmp_path, layers=layers(like), parts=("d",))
   assert notes == ["D's aux_head is left behind: none here, 2 outputs there"]
   expected = averaged(tiny.state(), "d")
   for collection in expected.values():
@@ -131,14 +136,15 @@ def test_a_head_that_is_not_here_is_left_behind(make_tiny, tmp_path):
 def test_networks_of_another_kind_or_size_are_refused(source, make_tiny):
   _, folder = source()
   with pytest.raises(InputError, match=r"of another kind .*: .* is .* there and .* here"):
-    checkpoint.transfer(make_tiny(network="mlp").state(), folder)
+    mlp = make_tiny(network="mlp")
+    checkpoint.transfer(mlp.state(), folder, layers=layers(mlp))
   other = make_tiny()
   other.g = networks.ConvGenerator((16, 16, 1), width=8, latent_size=4)
   with pytest.raises(
     InputError, match=r"size: ema/g/Linear_0/.*kernel is \(4, 32\) there and \(4, 128\) here"
   ):
-    checkpoint.transfer(other.state(), folder)
-  state, notes = checkpoint.transfer(other.state(), folder, parts=("d",))
+    checkpoint.transfer(other.state(), folder, layers=layers(other))
+  state, notes = checkpoint.transfer(other.state(), folder, layers=layers(other), parts=("d",))
   assert notes == []
   assert all(leaves_equal(state.g, other.state().g))
 
@@ -147,7 +153,7 @@ def test_a_run_without_a_checkpoint_is_refused(tiny, tmp_path):
   for folder in ("nowhere", "empty"):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True, exist_ok=True)
     with pytest.raises(InputError, match=f"{folder} holds no checkpoint to start from"):
-      checkpoint.transfer(tiny.state(), tmp_path / folder)
+      checkpoint.transfer(tiny.state(), tmp_path / folder, layers=layers(tiny))
   assert not (tmp_path / "nowhere").exists()
 
 
@@ -163,5 +169,6 @@ def test_the_other_run_is_left_as_it_is(source, make_tiny):
     return [(p, os.stat(p).st_mtime_ns, p.is_file() and p.read_bytes()) for p in (folder, *paths)]
 
   before = snapshot()
-  checkpoint.transfer(make_tiny().state(), folder)
+  tiny = make_tiny()
+  checkpoint.transfer(tiny.state(), folder, layers=layers(tiny))
   assert snapshot() == before

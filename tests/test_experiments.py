@@ -1,97 +1,210 @@
+"""Every experiment, two steps on the digits: its result, its files, its recipes, and how it reads test images."""
+
 import json
+import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments import mnist_conditional, mnist_gan, mnist_low_data, mnist_ssgan, transfer
+from experiments import (
+  feature_network,
+  label_study,
+  mnist_conditional,
+  mnist_gan,
+  mnist_low_data,
+  mnist_ssgan,
+  transfer,
+)
+from gan_jax import cli, data, evaluate, recipes, run_dir
 
 CONTRACT = {
-  *("experiment", "dataset", "num_labels", "label_split_sha256", "seed", "steps", "seconds_train"),
-  *("seconds_total", "device", "versions", "commit"),
+  *("experiment", "dataset", "num_labels", "label_split_sha256", "split_seed", "seed", "steps"),
+  *("seconds_train", "seconds_total", "device", "versions", "commit"),
   *("test_error", "supervised_test_error", "probe_test_error"),
 }
-
-
-@pytest.mark.parametrize("network", ["conv", "mlp"])
-def test_mnist_ssgan_takes_two_steps(network, tmp_path):
-  config = mnist_ssgan.Config(
-    dataset="digits", network=network, steps=2, labels_per_class=5, workdir=str(tmp_path / "run")
-  )
-  result = mnist_ssgan.main(config)
-  assert result.keys() >= CONTRACT
-  assert result == json.loads((tmp_path / "run" / "result.json").read_text())
-  assert (result["num_labels"], result["steps"], result["interrupted"]) == (50, 2, False)
-  for name in ("test_error", "supervised_test_error", "probe_test_error"):
-    assert 0 <= result[name] <= 100
-  files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
-  wanted = {
-    *("config.json", "labels.json", "metrics.jsonl", "result.json", "report.html"),
-    *("samples/last.png", "learning_curves.png", "confusion.png"),
-  }
-  assert wanted <= files
-  assert any(name.startswith("checkpoints/2/") for name in files)
-
-
-@pytest.fixture
-def quick_judge(monkeypatch, tmp_path):
-  """A feature_extractor of digits that has hardly been trained, kept in the test's own folder."""
-  monkeypatch.setattr("gan_jax.metrics.feature_network.default_steps", lambda num_images: 2)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def two_steps(module, tmp_path, **flags) -> dict:
-  shared = {"dataset": "digits", "steps": 2, "workdir": str(tmp_path / "run")}
-  result = module.main(module.Config(**shared | flags))
-  assert result.keys() >= CONTRACT
-  assert result == json.loads((tmp_path / "run" / "result.json").read_text())
-  assert result["experiment"] == module.__name__.rpartition(".")[2]
-  assert (tmp_path / "run" / "report.html").exists()
-  return result
-
-
 GENERATOR = {"frechet", "frechet_replayed_training_set", "classes_covered", "class_entropy", "alarms"}
 
 
-def test_mnist_gan_takes_two_steps(tmp_path, quick_judge):
-  result = two_steps(mnist_gan, tmp_path, rotation=1.0, num_scored=300)
+@pytest.fixture
+def run(tmp_path, monkeypatch, reads):
+  """Runs an experiment for two steps with a sealed test set, and checks what holds for every experiment."""
+  monkeypatch.setattr("gan_jax.metrics.feature_network.default_steps", lambda num_images: 2)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  open_run, opened = run_dir.open_run, []
+
+  def spy(experiment, config, *args, **kwargs):
+    opened.append((Path(config.run.workdir), kwargs))
+    return open_run(experiment, config, *args, **kwargs)
+
+  monkeypatch.setattr(run_dir, "open_run", spy)
+
+  def two_steps(module, **flags) -> dict:
+    path = tmp_path / "run"
+    shared = {"dataset": "digits", "steps": 2, "workdir": str(path)}
+    config = cli.with_flags(module.Config(), **shared | flags)
+    cli.check(config)
+    result = module.main(config)
+    assert result.keys() >= CONTRACT
+    assert result == json.loads((path / "result.json").read_text())
+    assert result["experiment"] == module.__name__.rpartition(".")[2]
+    for folder, kwargs in opened:
+      check_files(folder, kwargs["files"])
+      check_recipes(folder, kwargs["recipes_used"])
+    opened.clear()
+    return result
+
+  return two_steps
+
+
+def check_files(folder, declared):
+  """An experiment writes what it declares, and nothing that --overwrite would leave behind."""
+  written = {path.name for path in folder.iterdir()} - {".lock"}
+  assert {"config.json", "labels.json", "result.json", "report.html"} <= written
+  assert written <= {*run_dir.FILES, *declared}
+
+
+def check_recipes(folder, used):
+  """`rebuild` gives, of what is on disk, the recipe that was trained: the same program, symbol by symbol."""
+  stored = json.loads((folder / "config.json").read_text())
+  assert stored["class_names"] == [str(k) for k in range(10)]
+  for name, recipe in used.items():
+    rebuilt = recipes.rebuild(stored["recipes"][name])
+    assert recipes.describe(rebuilt) == recipes.describe(recipe)
+    assert (rebuilt.num_steps, rebuilt.by_class) == (recipe.num_steps, recipe.by_class)
+    assert program(rebuilt) == program(recipe)
+
+
+def program(recipe) -> str:
+  """Initialisation and step as text, without the addresses of Python's functions."""
+  x = jax.ShapeDtypeStruct((20, *recipe.image_shape), jnp.uint8)
+  y = jax.ShapeDtypeStruct((20,), jnp.int32)
+  images = data.DeviceData(x, y, x, x, y)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(recipe.init_state, key, images)
+  sample_batch = data.make_sample_batch(recipe.batch)
+
+  def step(key, images, state):
+    return recipe.make_step()(state, sample_batch(key, images))
+
+  text = str(jax.tree.map(lambda a: a, state)) + str(jax.make_jaxpr(step)(key, images, state))
+  return re.sub(r"0x[0-9a-f]+", "", text)
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+def test_mnist_ssgan(network, run, reads, tmp_path):
+  result = run(mnist_ssgan, network=network, labels_per_class=5)
+  assert (result["num_labels"], result["steps"], result["interrupted"]) == (50, 2, False)
+  for name in ("test_error", "supervised_test_error", "probe_test_error"):
+    assert 0 <= result[name] <= 100
+  assert reads == ["digits"]  # once for the run, its control and its probe
+  files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+  assert {"metrics.jsonl", "samples/last.png", "learning_curves.png", "confusion.png"} <= files
+  assert any(name.startswith("checkpoints/2/") for name in files)
+
+
+def test_a_small_part_of_the_images_is_small_data(reads):
+  """--num-images 500 of a large set has the recipe of 500 images."""
+  dataset = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
+  recipe = lambda num: mnist_ssgan.make_recipe(mnist_ssgan.Config(), dataset, num_images=num)
+  assert (recipe(500).num_steps, recipe(60_000).num_steps) == (1000, 10_000)
+
+
+def test_num_images_choose_the_recipe(run, monkeypatch):
+  """Also through `main`, where the whole set counts as large."""
+  monkeypatch.setattr(recipes.ssgan, "SMALL_DATA", 200)
+  seen = []
+  monkeypatch.setattr(recipes.ssgan, "tuned", lambda network, num: seen.append(num) or 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    run(mnist_ssgan, num_images=150)
+  assert seen == [150]
+
+
+def test_mnist_gan(run, reads, tmp_path):
+  result = run(mnist_gan, rotation=1.0, num_scored=300)
   assert result.keys() >= GENERATOR
   assert any(name.startswith("frechet_digits-") and name.endswith("_n300") for name in result)
   (row, *_) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  assert row.keys() >= {"d/r1", "d/rotation", "g/rotation", "diagnostics/real_logit_gap", "diagnostics/share_9"}
+  names = {"diagnostics/real_logit_gap", "diagnostics/share_9"}
+  assert row.keys() >= {"d/r1", "d/rotation", "g/rotation", *names}
+  assert reads == ["digits"] * 2  # the feature extractor and the probe
 
 
 @pytest.mark.parametrize("labels_per_class", [None, 5])
-def test_mnist_conditional_takes_two_steps(labels_per_class, tmp_path, quick_judge):
-  flags = {"network": "mlp", "labels_per_class": labels_per_class, "num_scored": 300}
-  result = two_steps(mnist_conditional, tmp_path, **flags)
+def test_mnist_conditional(labels_per_class, run, reads, tmp_path):
+  flags = {"network": "article", "labels_per_class": labels_per_class, "num_scored": 300}
+  result = run(mnist_conditional, **flags)
   assert result.keys() >= {*GENERATOR, "class_agreement"}
   assert result["num_labels"] == (1139 if labels_per_class is None else 50)
   assert (tmp_path / "run" / "confusion.png").exists()
+  assert reads == ["digits"] * 2
 
 
-def test_mnist_low_data_takes_two_steps(tmp_path, quick_judge):
-  flags = {"network": "mlp", "percents": (50.0,), "augments": ("fixed", "adaptive"), "num_scored": 300}
-  result = two_steps(mnist_low_data, tmp_path, **flags)
+def test_mnist_low_data(run, reads):
+  flags = {"network": "article", "percents": (50.0,), "augments": ("fixed", "adaptive"), "num_scored": 300}
+  result = run(mnist_low_data, **flags)
   assert list(result["cells"]) == ["50-percent-fixed", "50-percent-adaptive"]
   assert {cell["num_images"] for cell in result["cells"].values()} == {570}
+  assert len(reads) == 4  # two a part
 
 
-def test_transfer_takes_two_steps_and_resumes(tmp_path, quick_judge, capsys):
+def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):
   flags = {"source": "digits", "pretrain_steps": 2, "splits": 1, "image_size": 8, "freeze_d": 1}
-  result = two_steps(transfer, tmp_path, **flags)
-  assert "D's head is new: 10 classes here, 1 there" in capsys.readouterr().err
+  result = run(transfer, **flags)
+  assert "D's head is new: 10 outputs here, 1 outputs there" in capsys.readouterr().err
   assert len(result["fine_tuned_test_errors"]) == len(result["scratch_test_errors"]) == 1
-  lines = (tmp_path / "run" / "split-0" / "metrics.jsonl").read_text().splitlines()
-  terms = {key for line in lines for key in json.loads(line)}
+  assert len(reads) == 2
+  part = tmp_path / "run" / "split-0"
+  terms = {key for line in (part / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
   assert "d/supervised" in terms
-  assert not terms & {"d/adversarial", "d/consistency", "d/class_balance"}  # labels alone, as its control has
-  before = (tmp_path / "run" / "split-0" / "result.json").stat().st_mtime_ns
-  again = two_steps(transfer, tmp_path, **flags, resume=True)
+  assert not terms & {"d/adversarial", "d/consistency", "d/class_balance"}  # labels alone, as its control
+  before = (part / "result.json").stat().st_mtime_ns
+  again = run(transfer, **flags, resume=True)
   assert again["fine_tuned_test_errors"] == result["fine_tuned_test_errors"]
-  assert (tmp_path / "run" / "split-0" / "result.json").stat().st_mtime_ns == before
+  assert (part / "result.json").stat().st_mtime_ns == before
+
+
+def test_transfer_gains_where_it_lowers_the_error():
+  assert transfer.gains([4.0, 6.0], [5.0, 5.5]) == [1.0, -0.5]
+
+
+def test_label_study(run, reads, tmp_path):
+  methods = ("supervised_augmented", "gan_consistency")
+  result = run(label_study, network="mlp", budgets=(20,), splits=(0, 1), methods=methods)
+  names = [(cell["method"], cell["reading"]) for cell in result["cells"]]
+  probes = [
+    ("gan_consistency", f"{kind}, Block_{i}")
+    for i in range(5)
+    for kind in ("linear probe", "nearest neighbour")
+  ]
+  assert names == [
+    ("supervised_augmented", "classifier"),
+    *probes,
+    ("gan_consistency", "classifier"),
+  ]
+  assert reads == ["digits"] * 2  # once for each method and budget
+  labels = np.asarray(evaluate.with_test_set(cli.load(cli.DataFlags("digits"))).y_train)
+  split = json.loads((tmp_path / "run" / "splits" / "20-1.json").read_text())
+  expected = data.split_labels(labels, 2, 1)
+  assert (split["sha256"], tuple(split["indices"])) == (expected.sha256, expected.indices)
+  rows = [json.loads(line) for line in (tmp_path / "run" / "study.jsonl").read_text().splitlines()]
+  assert all(row["sha256"][1] == expected.sha256 and row["versions"]["jax"] for row in rows)
+
+
+def test_the_experiment_of_the_feature_extractor(reads, tmp_path, monkeypatch):
+  monkeypatch.setattr("gan_jax.metrics.feature_network.default_steps", lambda num_images: 2)
+  config = feature_network.Config(out=tmp_path / "deep" / "digits.npz", data=cli.DataFlags("digits"))
+  result = feature_network.main(config)
+  assert reads == ["digits"]
+  assert result["bytes"] == (tmp_path / "deep" / "digits.npz").stat().st_size < 3e6
+  with pytest.raises(cli.InputError, match="cannot be a file"):
+    feature_network.Config(out=tmp_path).check()
 
 
 def test_every_experiment_has_a_docstring_with_its_command():
-  for path in Path(mnist_ssgan.__file__).parent.glob("[!_]*.py"):
-    text = path.read_text()
-    assert f"python -m experiments.{path.stem}" in text.split('"""')[1], path.name
+  paths = list(Path(mnist_ssgan.__file__).parent.glob("[!_]*.py"))
+  assert len(paths) == 7
+  for path in paths:
+    assert f"python -m experiments.{path.stem}" in path.read_text().split('"""')[1], path.name

@@ -11,8 +11,8 @@ from sklearn.metrics import accuracy_score
 from sklearn.metrics import confusion_matrix as reference
 
 from experiments import feature_network as experiment
-from gan_jax import data, metrics
-from gan_jax.metrics import feature_network, feature_extractor
+from gan_jax import cli, datasets, metrics
+from gan_jax.metrics import feature_extractor, feature_network
 from gan_jax.types import InputError
 
 
@@ -99,18 +99,18 @@ def test_moments_are_those_of_numpy_and_need_enough_images():
     metrics.moments(features[:15])
 
 
-# --- Judges
+# --- Feature extractors
 
 
 @pytest.fixture(scope="module")
 def digits():
-  return data.load("digits")
+  return datasets.load("digits")
 
 
 @pytest.fixture(scope="module")
 def cached(digits, tmp_path_factory):
-  """A feature_extractor of the digits after a few updates, and where it is kept."""
-  folder, said = tmp_path_factory.mktemp("judges"), []
+  """A feature extractor of the digits after a few steps, and where it is kept."""
+  folder, said = tmp_path_factory.mktemp("extractors"), []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(feature_network, "default_steps", lambda num_images: 40)
     trained = metrics.load_feature_extractor(digits, cache_dir=folder, say=said.append)
@@ -121,12 +121,12 @@ def cached(digits, tmp_path_factory):
 
 def must_not_train(patch):
   def refuse(*args, **kwargs):
-    raise AssertionError("a feature_extractor was to be trained")
+    raise AssertionError("a feature extractor was to be trained")
 
   patch.setattr(feature_extractor, "train_feature_extractor", refuse)
 
 
-def test_a_judge_is_trained_once(cached, digits, monkeypatch):
+def test_an_extractor_is_trained_once(cached, digits, monkeypatch):
   trained, folder = cached
   must_not_train(monkeypatch)
   again = metrics.load_feature_extractor(digits, cache_dir=folder)
@@ -140,7 +140,7 @@ def test_a_judge_is_trained_once(cached, digits, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["a pixel", "a label", "a damaged file"])
-def test_a_judge_is_trained_anew(what, cached, digits, tmp_path, monkeypatch):
+def test_an_extractor_is_trained_anew(what, cached, digits, tmp_path, monkeypatch):
   _, folder = cached
   (file,) = folder.iterdir()
   content = bytearray(file.read_bytes())
@@ -154,7 +154,7 @@ def test_a_judge_is_trained_anew(what, cached, digits, tmp_path, monkeypatch):
     metrics.load_feature_extractor(dataclasses.replace(digits, x_test=x, y_test=y), cache_dir=tmp_path)
 
 
-def test_a_damaged_judge_is_refused(tmp_path):
+def test_a_damaged_extractor_is_refused(tmp_path):
   content = bytearray(feature_extractor.MNIST_PATH.read_bytes())
   content[len(content) // 2] ^= 1
   (tmp_path / "mnist.npz").write_bytes(content)
@@ -164,7 +164,7 @@ def test_a_damaged_judge_is_refused(tmp_path):
     metrics.read_feature_extractor(tmp_path / "none.npz", feature_extractor.MNIST_SHA256)
 
 
-def test_a_judge_tells_replayed_digits_from_noise(cached, digits):
+def test_an_extractor_tells_replayed_digits_from_noise(cached, digits):
   trained, _ = cached
   assert trained.test_accuracy > 80
   assert (trained.train.n, trained.test.n) == (1198, 599)
@@ -186,7 +186,7 @@ def test_the_test_images_are_at_no_distance(cached, digits):
   assert quality[f"frechet_{trained.name}_n599"] < 1e-6
 
 
-def test_class_shares_count_the_judges_classes(cached, digits):
+def test_class_shares_count_the_extractors_classes(cached, digits):
   trained, _ = cached
   predicted = trained.predict(digits.x_train)[0].argmax(axis=-1)
   rows = np.concatenate([np.flatnonzero(predicted == 3)[:90], np.flatnonzero(predicted == 5)[:10]])
@@ -206,12 +206,12 @@ def test_class_shares_count_the_judges_classes(cached, digits):
     (np.full((256, 8, 8, 1), np.nan), "finite"),
   ],
 )
-def test_images_that_cannot_be_judged(x, words, cached):
+def test_images_that_cannot_be_scored(x, words, cached):
   with pytest.raises(InputError, match=words):
     metrics.generator_quality(cached[0], x)
 
 
-def test_a_judge_needs_enough_real_images(tiny, tmp_path):
+def test_an_extractor_needs_enough_real_images(tiny, tmp_path):
   with pytest.raises(InputError, match="at least 256 images, not 60"):
     metrics.load_feature_extractor(tiny.dataset, cache_dir=tmp_path)
   assert not list(tmp_path.iterdir())
@@ -237,10 +237,12 @@ def test_training_is_deterministic_and_has_a_seed(digits):
   assert not any(same[1][f"Conv_{i}"]["kernel"] for i in range(3))
 
 
-def test_the_experiment_writes_a_judge(digits, tmp_path, monkeypatch):
+def test_the_experiment_writes_an_extractor(digits, tmp_path, monkeypatch):
   monkeypatch.setattr(feature_network, "default_steps", lambda num_images: 2)
-  result = experiment.main(experiment.Config(dataset="digits", out=tmp_path / "judges" / "digits.npz"))
-  written = metrics.read_feature_extractor(tmp_path / "judges" / "digits.npz", result["sha256"])
+  result = experiment.main(
+    experiment.Config(out=tmp_path / "deep" / "digits.npz", data=cli.DataFlags(dataset="digits"))
+  )
+  written = metrics.read_feature_extractor(tmp_path / "deep" / "digits.npz", result["sha256"])
   assert (result["feature_extractor"], result["bytes"] < 3e6) == (written.name, True)
   assert result["fingerprint"] == feature_extractor.fingerprint(digits)
   assert f"frechet_{written.name}_n1198" in result
@@ -286,4 +288,4 @@ if REAL:
 
 def test_a_place_that_cannot_be_a_file_is_refused_before_training(tmp_path):
   with pytest.raises(InputError, match="cannot be a file"):
-    experiment.main(experiment.Config(out=tmp_path, dataset="digits"))
+    experiment.Config(out=tmp_path).check()

@@ -12,26 +12,26 @@ FULL = objectives.semi_supervised_gan(
 
 
 def replicates(tiny):
-  """Four splits and seeds of the tiny problem: how to update them, their states, their data."""
+  """Four splits and seeds of the tiny problem: their steps, their states, their data."""
   splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(4)]
   x_init = data.to_float(tiny.data.x_unl)
   states = [
     steps.init_state(jax.random.key(i), tiny.g, tiny.d, **tiny.txs, x_init=x_init) for i in range(4)
   ]
-  updates = steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3)
+  multi_step = steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3)
   singles = [data.to_device(tiny.dataset, split) for split in splits]
-  return updates, states, singles, data.to_device_splits(tiny.dataset, splits)
+  return multi_step, states, singles, data.to_device_splits(tiny.dataset, splits)
 
 
 def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
-  """In the loop: bit for bit on one device, to rounding on four, where another program is compiled."""
-  updates, states, singles, together = replicates(make_tiny(objective=FULL, network="mlp"))
-  single = jax.jit(updates)
+  """Sequentially: bit for bit on one device, to rounding on four, where another program is compiled."""
+  multi_step, states, singles, together = replicates(make_tiny(objective=FULL, network="mlp"))
+  single = jax.jit(multi_step)
   expected = [single(*pair, 3) for pair in zip(states, singles, strict=True)]
   assert not any(leaves_equal(expected[0][0].d.params, expected[1][0].d.params))
   for num in (1, 4):
     devices = jax.devices()[:num]
-    run = jax.jit(parallel.replicate(updates, strategy="sequential", devices=devices))
+    run = jax.jit(parallel.replicate(multi_step, strategy="sequential", devices=devices))
     placed = parallel.place(parallel.stack(states), together, devices=devices)
     found, metrics = run(*placed, 3)
     assert len(found.step.sharding.device_set) == num
@@ -49,20 +49,23 @@ def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
 
 def test_in_step_they_are_nearly_the_same(make_tiny):
   """With convolutions, whose kernels are then a replicate's own."""
-  updates, states, singles, together = replicates(make_tiny(objective=objectives.supervised_only()))
+  multi_step, states, singles, together = replicates(make_tiny(objective=objectives.supervised_only()))
   devices = jax.devices()[:1]
-  run, looped = (jax.jit(parallel.replicate(updates, strategy=how, devices=devices)) for how in ("vmap", "loop"))
+  run, looped = (
+    jax.jit(parallel.replicate(multi_step, strategy=strategy, devices=devices))
+    for strategy in ("vmap", "sequential")
+  )
   stacked = parallel.stack(states)
   assert run.lower(stacked, together, 1).as_text() != looped.lower(stacked, together, 1).as_text()
   found, _ = run(stacked, together, 1)
-  single = jax.jit(updates)
+  single = jax.jit(multi_step)
   for i in (0, 3):
     expected, _ = single(states[i], singles[i], 1)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
     jax.tree.map(close, parallel.pick(found, i).ema, expected.ema)
 
 
-def test_repeats_leave_the_draw_as_it_was(tiny):
+def test_repeats_are_copies_of_the_labelled_images(tiny):
   splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(2)]
   once, thrice = (data.to_device_splits(tiny.dataset, splits, repeats=n) for n in (1, 3))
   assert thrice.x_lab.shape == (2, 18, 8, 8, 1)

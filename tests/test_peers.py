@@ -9,16 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import step_time, updates
+from benchmarks import _recipes, step_time
 from benchmarks.peers import plain_jax
-from gan_jax import augment, data, objectives, steps
-from gan_jax.types import ClassLatents
+from gan_jax import augment, data
+from gan_jax.recipes import ssgan
+from gan_jax.types import Batch, BatchSizes, ClassLatents
 
 torch = pytest.importorskip("torch")
 
 from benchmarks.peers import torch_gan  # noqa: E402
 
-SHAPE = (28, 28, 1)
+SHAPE = (16, 18, 1)
+"""D's convolutions of stride 2 see even sides and odd ones, and G's images are cropped."""
+DATASET = dataclasses.replace(
+  _recipes.random_images(18), x_train=_recipes.random_images(18).x_train[:, : SHAPE[0]]
+)
+NAMES = tuple(_recipes.HPARAMS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,73 +50,92 @@ class Sgd:
 
 
 class Problem:
-  """One update without anything random, on both sides from the same parameters."""
+  """Steps without anything random, on both sides from the same parameters; the networks are narrow."""
 
-  def __init__(self, name, *, sgd, traced=False):
+  def __init__(self, name, *, sgd):
     rng = np.random.default_rng(0)
-    update = updates.make(name, SHAPE, 10, 8)
-    if name == "conv_ssgan":
-      update = dataclasses.replace(update, threshold=0.0, objective=certain(update))
-    noise = {"noise_in": 0.0, "noise_hidden": 0.0} if hasattr(update.d, "noise_in") else {}
-    rows, num = update.rows, update.rows.fake
-    z = rng.standard_normal((num, update.g.latent_size), np.float32)
-    y = rng.integers(0, 10, num) if getattr(update.g, "num_classes", 0) else None
-    g = Fixed(update.g, z if y is None else ClassLatents(z, y))
-    changes = {"augment": None, "strong": None, "weak": None, "d": update.d.clone(**noise), "g": g}
+    recipe = without_chance(_recipes.make(name, DATASET, 8))
+    sizes = recipe.batch
+    z = rng.standard_normal((sizes.generated, recipe.g.latent_size), np.float32)
+    y = rng.integers(0, 10, sizes.generated) if recipe.g.num_classes else None
+    changes = {"g": Fixed(recipe.g, z if y is None else ClassLatents(z, y))}
     if sgd:
       changes |= {"g_tx": optax.sgd(0.1), "d_tx": optax.sgd(0.1)}
-    self.update = update = dataclasses.replace(update, **changes)
+    self.recipe = recipe = dataclasses.replace(recipe, **changes)
+    self.latents = torch.tensor(z), None if y is None else torch.tensor(y)
+    self.sgd = sgd
     images = lambda num: rng.integers(0, 256, (num, *SHAPE), dtype=np.uint8)
-    self.x = [images(rows.lab), images(rows.unl), images(rows.fake)]
-    self.y = rng.integers(0, 10, rows.lab)
-    self.data = data.DeviceData(self.x[0], self.y, images(50), images(0))
-    self.state = update.init(jax.random.key(0), self.data)
-    self.gan = torch_gan.Gan(update, self.state, self.data, compiled=traced)
-    self.gan.latents = lambda num: (torch.tensor(z), None if y is None else torch.tensor(y))
-    if sgd:
-      self.gan.d_opt, self.gan.g_opt = (Sgd(list(net.const.values())) for net in (self.gan.d, self.gan.g))
+    self.x = [images(num) for num in sizes]
+    self.y = rng.integers(0, 10, sizes.labelled)
+    self.images = data.DeviceData.from_arrays(self.x[0], self.y, images(50))
+    self.state = recipe.init_state(jax.random.key(0), self.images)
 
   def ours(self, num):
-    """Metrics of the last of `num` updates, and the state after it."""
-    step, state = jax.jit(self.update.step()), self.state
-    batch = steps.Batch(*(data.to_float(self.x[0]), self.y), *(data.to_float(x) for x in self.x[1:]))
+    """Metrics of the last of `num` steps, and the state after it."""
+    step, state = jax.jit(self.recipe.make_step()), self.state
+    x_lab, x_unl, x_unl_g = map(data.to_float, self.x)
+    batch = Batch(x_lab, self.y, x_unl, x_unl_g, num_generated=len(x_unl_g))
     for _ in range(num):
       state, metrics = step(state, batch)
     return metrics, state
 
-  def theirs(self, num):
-    x = [self.gan._images(x).float() / 255 for x in self.x]
+  def theirs(self, num, *, traced=False):
+    """The same, and the parameters before."""
+    gan = torch_gan.Gan(self.recipe, self.state, self.images, compiled=traced)
+    gan.latents = lambda num: self.latents
+    if self.sgd:
+      gan.d_opt, gan.g_opt = (Sgd(list(net.const.values())) for net in (gan.d, gan.g))
+    before = {
+      which: {name: leaf.clone() for name, leaf in getattr(gan, which).const.items()}
+      for which in ("g", "d")
+    }
+    x = [gan._images(x).float() / 255 for x in self.x]
     batch = x[0], torch.tensor(self.y), x[1], x[2]
     for i in range(num):
-      scalars = self.gan.table[i].unbind() if self.gan.compiled else self.gan.rows[i]
-      with torch.set_grad_enabled(not self.gan.compiled):
-        metrics = self.gan.one(batch, scalars, due=i % self.update.penalty_every == 0)
-    return metrics
+      scalars = gan.table[i].unbind() if traced else gan.rows[i]
+      with torch.set_grad_enabled(not traced):
+        metrics = gan.one(batch, scalars, due=i % gan.penalty_every == 0)
+    return metrics, gan, before
 
 
-def certain(update):
-  """With a threshold of 0 and the whole weight, so that the consistency term is not zero from the start."""
-  term = objectives.consistency(lambda key, x: x, threshold=0.0)
-  return dataclasses.replace(update.objective, d={**update.objective.d, "consistency": (1.0, term)})
+def without_chance(recipe):
+  """The recipe without augmentation and noise, and with narrow networks.
+
+  With a threshold of 0 and the whole weight the consistency term is not zero from the start.
+  """
+  if isinstance(recipe.hparams, ssgan.Hparams):
+    hparams = dataclasses.replace(recipe.hparams, strong=None, weak=None, threshold=0.0)
+    recipe = ssgan.build(hparams, SHAPE, 10)
+    d = recipe.objective.d
+    certain = {name: (1.0, term) for name, (_, term) in d.items() if name == "consistency"}
+    recipe = dataclasses.replace(
+      recipe, objective=dataclasses.replace(recipe.objective, d={**d, **certain})
+    )
+  g, d = recipe.g, recipe.d
+  if hasattr(d, "widths"):
+    d = d.clone(noise_in=0.0, noise_hidden=0.0, widths=tuple(width // 8 for width in d.widths[-3:]))
+    g = g.clone(widths=tuple(width // 8 for width in g.widths))
+  else:
+    g, d = g.clone(width=g.width // 4), d.clone(width=d.width // 4, num_features=d.num_features // 8)
+  return dataclasses.replace(recipe, g=g, d=d)
 
 
-@pytest.mark.parametrize("name", updates.NAMES)
-def test_one_sgd_update_is_ours(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_one_sgd_step_is_ours(name):
   """SGD, because Adam hides a factor in the gradient. R1 is due."""
   problem = Problem(name, sgd=True)
-  before = snapshot(problem.gan)
   metrics, state = problem.ours(1)
-  theirs = problem.theirs(1)
-  terms = {f"{net}/{k}" for net in ("d", "g") for k in ("loss", *getattr(problem.update.objective, net))}
+  theirs, gan, before = problem.theirs(1)
+  terms = {f"{net}/{k}" for net in ("d", "g") for k in ("loss", *getattr(problem.recipe.objective, net))}
   assert terms <= theirs.keys()
   assert set(metrics) - set(theirs) == {"d/update_norm", "g/update_norm"}
   for key, value in theirs.items():
     np.testing.assert_allclose(float(value), metrics[key], rtol=1e-4, atol=1e-6, err_msg=key)
   assert all(abs(float(theirs[key])) > 1e-6 for key in terms)
   for which in ("g", "d"):
-    net = getattr(problem.gan, which)
+    net = getattr(gan, which)
     for tree, leaves in ((getattr(state, which).params, net.const), (state.ema[which], net.ema)):
-      expected = torch_gan.convert(problem.update, which, tree)
+      expected = torch_gan.convert(problem.recipe, which, tree)
       assert expected.keys() == leaves.keys()
       for name, leaf in leaves.items():
         np.testing.assert_allclose(leaf, expected[name], atol=2e-6, err_msg=f"{which} {name}")
@@ -127,31 +152,24 @@ def optimised():
 
 
 @pytest.mark.parametrize("name", ["feature_matching", "conditional_r1"])
-def test_two_updates_with_the_recipes_own_adam(name, optimised):
+def test_two_steps_with_the_recipes_own_adam(name, optimised):
   """Where a gradient is nearly zero Adam makes much of its rounding: so the whole move of each network.
 
   Traced is what the compiler is given: `torch.func`, Adam leaf by leaf, the table on the device. The second
-  update is one without R1.
+  step is one without R1.
   """
-  metrics, state = Problem(name, sgd=False).ours(2)
+  problem = Problem(name, sgd=False)
+  metrics, state = problem.ours(2)
   for traced in (False, True):
-    problem = Problem(name, sgd=False, traced=traced)
-    before = snapshot(problem.gan)
-    theirs = problem.theirs(2)
+    theirs, gan, before = problem.theirs(2, traced=traced)
     np.testing.assert_allclose(float(theirs["d/loss"]), metrics["d/loss"], rtol=1e-3)
     for which in ("g", "d"):
-      expected = torch_gan.convert(problem.update, which, getattr(state, which).params)
-      leaves = (expected, getattr(problem.gan, which).const, before[which])
+      expected = torch_gan.convert(problem.recipe, which, getattr(state, which).params)
+      leaves = (expected, getattr(gan, which).const, before[which])
       ours, theirs_after, first = (
         np.concatenate([np.asarray(each[name]).ravel() for name in sorted(expected)]) for each in leaves
       )
       assert np.linalg.norm(theirs_after - ours) < 0.01 * np.linalg.norm(ours - first) != 0
-
-
-def snapshot(gan):
-  return {
-    which: {name: leaf.clone() for name, leaf in getattr(gan, which).const.items()} for which in ("g", "d")
-  }
 
 
 def test_affine_maps_are_ours():
@@ -173,20 +191,18 @@ def test_affine_maps_are_ours():
   assert abs(theirs(draws) - ours).max() > 0.1
 
 
-def test_the_plain_way_takes_the_step(make_tiny):
+def test_the_plain_way_takes_the_step(tiny):
   """Its batches are of the sizes asked for, and all of them of the data."""
-  tiny = make_tiny()
-  update = dataclasses.replace(
-    updates.make("conv_ssgan", (8, 8, 1), 3, 8), g=tiny.g, d=tiny.d, objective=tiny.objective, **tiny.txs
-  )
-  batch = next(plain_jax.batches(update.rows, tiny.data, 0))
+  recipe = tiny.recipe(batch=BatchSizes(labelled=6, unlabelled=8, generated=4))
+  batch = next(plain_jax.batches(recipe.batch, tiny.data, 0))
   assert [len(x) for x in (batch.x_lab, batch.y_lab, batch.x_unl, batch.x_unl_g)] == [6, 6, 8, 4]
+  assert batch.num_generated == 4
   known = {
     x.tobytes(): y for x, y in zip(np.asarray(tiny.data.x_lab), np.asarray(tiny.data.y_lab), strict=True)
   }
   for x, y in zip(batch.x_lab, batch.y_lab, strict=True):
     assert known[data.to_bytes(x).tobytes()] == y
-  gan = plain_jax.Gan(update, tiny.state(), tiny.data)
+  gan = plain_jax.Gan(recipe, tiny.state(), tiny.data)
   gan.run(2)
   gan.synchronize()
   assert int(gan.state.step) == 2
@@ -194,15 +210,26 @@ def test_the_plain_way_takes_the_step(make_tiny):
   assert len(gan.losses) == 2
 
 
-def test_rows_grow_in_proportion():
-  rows = lambda name, batch_size: dataclasses.astuple(updates.make(name, SHAPE, 10, batch_size).rows)
-  assert rows("conv_ssgan", 128) == tuple(2 * num for num in rows("conv_ssgan", None))
-  assert rows("article_gan", 32) == (0, 32, 32)
-  assert rows("conditional_r1", 32) == (32, 0, 32)
+def test_batch_sizes_change_in_proportion():
+  sizes = lambda name, batch_size: _recipes.make(name, DATASET, batch_size).batch
+  assert sizes("conv_ssgan", 128) == tuple(2 * num for num in sizes("conv_ssgan", None))
+  assert sizes("article_gan", 32) == (0, 32, 32)
+  assert sizes("conditional_r1", 32) == (32, 0, 32)
+
+
+def test_labels_are_those_of_the_experiments():
+  """Ten a class, and all of them for a class-conditional D."""
+  num_labels = {name: len(_recipes.split(_recipes.make(name, DATASET), DATASET).indices) for name in NAMES}
+  assert num_labels == {
+    "article_gan": 100,
+    "feature_matching": 100,
+    "conv_ssgan": 100,
+    "conditional_r1": 500,
+  }
 
 
 def test_ratios_are_of_the_same_round_and_a_failure_is_a_line():
-  found = {"rows": [1, 2, 3], "images": 6, "dataset": "digits", "note": "", "seconds_first": 1.0}
+  found = {"rows": [1, 2, 3], "dataset": "digits", "note": "", "seconds_first": 1.0}
   found |= {"peak_memory_mb": 2.0, "memory_mb": 1.0, "device_memory_mb": None}
   found |= {"device": "cpu", "versions": {"python": "3", "jax": "0", "flax": "0"}, "commit": None}
   ours = step_time.Entry("ours", 1, rates=[10.0, 20.0, 60.0], found=found)
@@ -219,7 +246,7 @@ def test_ratios_are_of_the_same_round_and_a_failure_is_a_line():
   assert "| torch_compile | not run: no compiler |" in step_time.table(lines)
 
 
-@pytest.mark.parametrize("flags", [["--pairs", "0"], ["--seconds", "nan"], ["--updates", "nothing"]])
+@pytest.mark.parametrize("flags", [["--pairs", "0"], ["--seconds", "nan"], ["--recipes", "nothing"]])
 def test_a_bad_flag_is_one_sentence(flags, capsys):
   with pytest.raises(SystemExit, match="2"):
     step_time.parse(flags)
@@ -227,6 +254,6 @@ def test_a_bad_flag_is_one_sentence(flags, capsys):
 
 
 def test_a_worker_that_fails_says_why():
-  task = {"contender": "ours", "replicates": 1, "batch_size": None, "update": "article_gan"}
+  task = {"contender": "ours", "recipe": "article_gan", "dataset": "mnist", "manual_dir": "nowhere"}
   with pytest.raises(step_time.WorkerError, match="is not a folder"):
-    step_time.Worker(task | {"dataset": "mnist", "data_dir": None, "manual_dir": "nowhere"})
+    step_time.Worker(task)

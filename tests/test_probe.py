@@ -56,10 +56,10 @@ def test_layers_are_those_of_the_averaged_network(network, make_tiny):
   tiny = make_tiny(network=network)
   state, x = tiny.state(), tiny.batch().x_lab
   state = state.replace(d=state.d.replace(params=jax.tree.map(jnp.zeros_like, state.d.params)))
-  layers = probe.make_layers(tiny.d)(state, x)
+  layers = probe.make_layers(tiny.d, (8, 8, 1))(state, x)
   sizes = {"conv": [4 * 4 * 4, 4 * 4 * 8, 8], "mlp": [8, 8]}[network]
   assert {name: h.shape for name, h in layers.items()} == {
-    f"layer {i + 1}": (len(x), size) for i, size in enumerate(sizes)
+    f"Block_{i}": (len(x), size) for i, size in enumerate(sizes)
   }
   features = steps.make_classifier(tiny.d)(state, x)[1]
-  np.testing.assert_allclose(layers[f"layer {len(sizes)}"], features, rtol=1e-6)
+  np.testing.assert_allclose(layers[f"Block_{len(sizes) - 1}"], features, rtol=1e-6)

@@ -1,165 +1,127 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import jax
 import pytest
 
-from gan_jax import report, runs
+from experiments import mnist_ssgan
+from gan_jax import cli, recipes, run_dir
 from gan_jax.types import InputError
 
-BAD_CONFIGS = [
-  ({"steps": 0}, "--steps must be at least 1, not 0"),
-  ({"labels_per_class": 0}, "--labels-per-class must be at least 1, not 0"),
-  ({"batch_size": -1}, "--batch-size must be at least 1"),
-  ({"split_seed": -1}, "must not be negative"),
-  ({"resume": True}, "--resume needs --workdir"),
-  ({"resume": True, "overwrite": True, "workdir": "x"}, "choose one"),
-  ({"freeze_d": -1}, "--freeze-d must not be negative"),
-  ({"freeze_d": 1}, "it would freeze random layers"),
-  ({"freeze_d": 1, "init_from": "x", "init_parts": "g"}, "it would freeze random layers"),
-  ({"init_parts": "g"}, "--init-parts needs --init-from"),
-  ({"init_from": "x"}, "--init-from x is not the folder of a run"),
-]
+
+@pytest.fixture
+def open_run(tiny):
+  """Opens a run of the tiny problem with these flags."""
+
+  def open_one(split=None, hparams=None, **flags):
+    config = cli.with_flags(mnist_ssgan.Config(), **flags)
+    recipe = tiny.recipe(hparams=hparams or recipes.ssgan.Hparams())
+    used, files = {"main": recipe}, ("samples", "pretrained")
+    split = split or tiny.split
+    return run_dir.open_run("test", config, tiny.dataset, split, recipes_used=used, files=files)
+
+  return open_one
 
 
-@pytest.mark.parametrize(("flags", "words"), BAD_CONFIGS)
-def test_bad_flags(flags, words):
-  with pytest.raises(InputError, match=words):
-    runs.Config(**flags).check()
-
-
-def open_run(**flags):
-  with runs.open_run(runs.Config(dataset="digits", **flags), "test") as run:
+def opened(context):
+  with context as run:
     return run
 
 
-def test_a_run_is_never_overwritten_by_accident(tmp_path):
-  run = open_run(workdir="here")
+def test_a_run_is_never_overwritten_by_accident(open_run, tiny, tmp_path):
+  run = opened(open_run(workdir="here"))
   labels = json.loads((run.path / "labels.json").read_text())
-  assert labels["sha256"] == run.split.sha256
-  assert len(labels["indices"]) == 100
+  assert (labels["sha256"], len(labels["indices"])) == (tiny.split.sha256, 6)
   with pytest.raises(InputError, match="already holds a run"):
-    open_run(workdir="here")
-  (run.path / "result.json").write_text("{}")
-  open_run(workdir="here", overwrite=True)
-  assert not (run.path / "result.json").exists()
-  with pytest.raises(InputError, match="not the split"):
-    open_run(workdir="here", resume=True, split_seed=3)
-  (run.path / "labels.json").write_text('{"sha')
-  with pytest.raises(InputError, match="cannot be read"):
-    open_run(workdir="here", resume=True)
+    opened(open_run(workdir="here"))
+  for name in ("result.json", "thesis.txt"):
+    (run.path / name).write_text("{}")
+  (run.path / "samples").mkdir()
+  opened(open_run(workdir="here", overwrite=True))
+  left = set(os.listdir(run.path))
+  assert left == {".lock", "config.json", "labels.json", "thesis.txt"}  # only its own files were removed
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.txt").write_text("precious")
   with pytest.raises(InputError, match="holds other files"):
-    open_run(workdir="mine", overwrite=True)
+    opened(open_run(workdir="mine", overwrite=True))
 
 
-def test_a_run_in_use_is_left_alone():
-  with (
-    runs.open_run(runs.Config(dataset="digits", workdir="here"), "test"),
-    pytest.raises(InputError, match="in use by another run"),
-  ):
-    open_run(workdir="here", overwrite=True)
+def test_a_run_is_resumed_with_its_own_split_and_recipe(open_run, tiny):
+  run = opened(open_run(workdir="here"))
+  opened(open_run(workdir="here", resume=True))
+  with pytest.raises(InputError, match="not the split"):
+    opened(open_run(tiny.split._replace(seed=3), workdir="here", resume=True))
+  other = recipes.ssgan.Hparams(threshold=0.9)
+  with pytest.raises(InputError, match="begun with another recipe"):
+    opened(open_run(hparams=other, workdir="here", resume=True))
+  (run.path / "labels.json").write_text('{"sha')
+  with pytest.raises(InputError, match="cannot be read"):
+    opened(open_run(workdir="here", resume=True))
 
 
-def test_nothing_is_written_before_all_is_checked(tmp_path):
-  with pytest.raises(InputError, match="more than the"):
-    open_run(workdir="here", labels_per_class=500)
-  assert not (tmp_path / "here").exists()
+def test_a_run_in_use_is_left_alone(open_run):
+  with open_run(workdir="here"), pytest.raises(InputError, match="in use by another run"):
+    opened(open_run(workdir="here", overwrite=True))
 
 
-def cli(*flags) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "experiments.mnist_ssgan", *flags]
-  return subprocess.run(
-    command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
-  )
+def test_a_directory_that_cannot_be_made_is_a_sentence(open_run, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="cannot be made"):
+    opened(open_run(workdir="file/here"))
+  with pytest.raises(InputError, match="is not a folder"):
+    opened(open_run(workdir="file"))
 
 
-def test_command_line_answers_mistakes_with_a_sentence():
-  result = cli("--dataset", "nope")
-  assert result.returncode == 2
-  assert result.stderr.startswith("error: unknown dataset 'nope'")
-  assert "Traceback" not in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1
-  assert cli("--steps", "0").stderr == "error: --steps must be at least 1, not 0\n"
-  assert cli("--no-such-flag").returncode == 2
-  assert 'pip install "gan-jax[tf]"' in cli("--dataset", "cifar10").stderr
-
-
-def test_resume_takes_the_stored_flags_and_refuses_others(monkeypatch):
-  run = open_run(workdir="here", labels_per_class=5)
-  config = runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume"])
-  assert config.labels_per_class == 5
-  with pytest.raises(InputError, match="begun with --labels-per-class 5, not 6"):
-    runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume", "--labels-per-class", "6"])
-  with pytest.raises(InputError, match="holds no run"):
-    runs.resumed_config(runs.Config, run.path / "nowhere", [])
-
-
-def test_a_run_that_replaced_another_can_be_resumed():
-  run = open_run(workdir="here", overwrite=True)
-  config = runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume"])
-  config.check()
-  assert not config.overwrite
-
-
-def test_what_a_run_starts_from_is_part_of_its_recipe():
-  source = open_run(workdir="source")
-  with pytest.raises(InputError, match="are the same folder"):
-    open_run(workdir="./source", init_from="source", overwrite=True)
-  assert (source.path / "labels.json").exists()
-  run = open_run(workdir="here", init_from="source", freeze_d=2)
-  (source.path / "config.json").unlink()  # a run that has begun does without its source
-  config = runs.resumed_config(runs.Config, run.path, ["--workdir", "here", "--resume"])
-  config.check()
-  assert (config.init_from, config.freeze_d) == ("source", 2)
-  for flag, value in (("--init-from", "elsewhere"), ("--init-parts", "d"), ("--freeze-d", "1")):
-    with pytest.raises(InputError, match=f"begun with {flag} .*, not {value}"):
-      runs.resumed_config(runs.Config, run.path, ["--resume", flag, value])
-
-
-def test_environment_names_device_and_versions():
-  found = runs.environment()
-  assert found["device"].startswith("cpu")
-  assert found["versions"]["jax"] == jax.__version__
-
-
-def test_a_resumed_run_knows_its_flags_of_many_values(tmp_path):
-  from experiments import mnist_low_data
-
-  config = mnist_low_data.Config(percents=(5.0, 50.0), augments=("fixed",))
-  report.write_json(tmp_path / "config.json", {"config": dataclasses.asdict(config)})
-  assert runs.resumed_config(mnist_low_data.Config, tmp_path, []) == config
-
-
-def test_ctrl_c_outside_of_training_is_a_sentence(monkeypatch, capsys):
-  def main(config):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(sys, "argv", ["test"])
-  with pytest.raises(SystemExit) as stopped:
-    runs.cli(main, runs.Config)
-  assert stopped.value.code == 130
-  assert capsys.readouterr().err == "stopped at once\n"
-
-
-def test_a_mistake_that_shows_before_training_leaves_no_run_behind():
+def test_a_mistake_that_shows_before_training_leaves_no_run_behind(open_run):
   """So the next try needs no --overwrite; once there are metrics, or parts of its own, a run stays."""
-  config = runs.Config(dataset="digits", workdir="here")
-
-  def fail_in(path, leave):
-    if leave:
-      (path / leave).mkdir()
-    raise InputError("too small")
 
   def fail(leave=None):
-    with pytest.raises(InputError, match="too small"), runs.open_run(config, "test") as run:
-      fail_in(run.path, leave)
+    with pytest.raises(InputError, match="too small"), open_run(workdir="here") as run:
+      if leave:
+        (run.path / leave).mkdir()
+      raise InputError("too small")
 
   fail()
   assert os.listdir("here") == [".lock"]
   fail(leave="pretrained")
   assert os.path.exists("here/config.json")
+
+
+def test_what_a_run_starts_from_is_another_folder(open_run):
+  source = opened(open_run(workdir="source"))
+  flags = cli.TransferFlags(init_from="source")
+  with pytest.raises(InputError, match="are the same folder"):
+    run_dir.check_source(cli.RunFlags(workdir="./source", overwrite=True), flags)
+  run_dir.check_source(cli.RunFlags(workdir="here"), flags)
+  (source.path / "config.json").unlink()
+  with pytest.raises(InputError, match="is not the folder of a run"):
+    run_dir.check_source(cli.RunFlags(workdir="here"), flags)
+  run_dir.check_source(cli.RunFlags(workdir="here", resume=True), flags)  # it does without its source
+
+
+def test_a_part_is_done_once(open_run):
+  """A part that was complete keeps its result; one that was not is resumed."""
+  calls = []
+
+  def main(config):
+    calls.append(config.run)
+    with open(f"{config.run.workdir}/config.json", "w") as file:
+      file.write("{}")
+    return {"interrupted": False}
+
+  with open_run(workdir="here") as run:
+    os.mkdir(run.path / "pretrained")
+    run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config())
+    (run.path / "pretrained" / "result.json").write_text('{"interrupted": true}')
+  run = dataclasses.replace(run, flags=cli.RunFlags(workdir="here", resume=True))
+  run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config())
+  (run.path / "pretrained" / "result.json").write_text('{"interrupted": false}')
+  assert run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config()) == {"interrupted": False}
+  assert [(flags.resume, flags.overwrite) for flags in calls] == [(False, True), (True, False)]
+
+
+def test_environment_names_device_and_versions():
+  found = run_dir.environment()
+  assert found["device"].startswith("cpu")
+  assert found["versions"]["jax"] == jax.__version__

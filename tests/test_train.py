@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 
@@ -7,65 +8,68 @@ import numpy as np
 import pytest
 from conftest import leaves_equal
 
-from gan_jax import checkpoint, report, runs, train
+from gan_jax import checkpoint, data, diagnostics, recipes, report, train
 from gan_jax.types import InputError
 
 
-@pytest.fixture
-def run(tiny, tmp_path):
-  """An open run on the tiny problem."""
-  config = runs.Config(workdir=str(tmp_path / "run"), checkpoint_every=2)
-  (tmp_path / "run").mkdir()
-  return runs.Run(tmp_path / "run", "tiny", config, tiny.dataset, tiny.split, {}, 0.0)
+def fit(tiny, num_steps, **kwargs):
+  """Training of the tiny problem, two steps from one checkpoint to the next."""
+  kwargs = {"checkpoint_every": 2, "steps_per_dispatch": 4, "phase": "main", **kwargs}
+  return train.fit(tiny.recipe(num_steps), tiny.data, jax.random.key(0), **kwargs)
 
 
-def fit(run, tiny, num_steps, **kwargs):
-  step = tiny.step()
-  return train.fit(run, "main", tiny.state(), step, tiny.sample_batch, tiny.data, num_steps=num_steps, **kwargs)
-
-
-def resumed(run):
-  config = runs.Config(**{**run.config.__dict__, "resume": True})
-  return runs.Run(run.path, "tiny", config, run.dataset, run.split, {}, 0.0)
-
-
-def test_two_and_two_updates_are_four_bit_for_bit(run, tiny, make_tiny):
+def test_two_and_two_steps_are_four_bit_for_bit(tiny, tmp_path):
   """Save, restore and go on: the state and the log are those of a run that was never stopped."""
-  straight = fit(run, tiny, 4, dispatch=4)
-  with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
-    first = fit(run, tiny, 2, dispatch=4, checkpoints=checkpoints)
+  straight = fit(tiny, 4)
+  first = fit(tiny, 2, workdir=tmp_path)
   assert not all(leaves_equal(first.state, straight.state))
-  with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
-    second = fit(resumed(run), make_tiny(seed=0), 4, dispatch=4, checkpoints=checkpoints)
+  refuse = lambda state: pytest.fail("a resumed run is not started")
+  second = fit(tiny, 4, workdir=tmp_path, resume=True, start=refuse)
   assert all(leaves_equal(second.state, straight.state))
-  assert [row["step"] for row in report.read_metrics(run.metrics_path)] == [1, 2, 4]
+  assert [row["step"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 4]
 
 
-def test_the_log_has_every_metric_and_means_over_the_dispatch(run, tiny):
-  fit(run, tiny, 7, dispatch=3)
-  rows = report.read_metrics(run.metrics_path)
-  assert [row["step"] for row in rows] == [1, 2, 3, 4, 6, 7]
-  assert {"phase", "step", "seconds", "d/loss", "g/loss", "d/error"} <= rows[0].keys()
-  singles = fit(run, tiny, 7, dispatch=1)
-  one_by_one = report.read_metrics(run.metrics_path)
-  assert len(one_by_one) == 7
-  expected = np.mean([row["d/loss"] for row in one_by_one[4:6]])
-  np.testing.assert_allclose(rows[4]["d/loss"], expected, rtol=1e-4)
-  assert not singles.interrupted
+def test_arrays_are_enough(tiny, tmp_path):
+  """No flags and no directory: images, labels, a tuned recipe and a key."""
+  images = data.DeviceData.from_arrays(
+    tiny.dataset.x_train[::10], tiny.dataset.y_train[::10], tiny.dataset.x_train
+  )
+  hparams = dataclasses.replace(recipes.ssgan.tuned("conv", num_images=60), num_steps=2, network="conv_small")
+  recipe = recipes.ssgan.build(hparams, image_shape=(8, 8, 1), num_classes=3)
+  result = train.fit(recipe, images, jax.random.key(0))
+  assert (int(result.state.step), result.interrupted) == (2, False)
+  assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, tiny):
-  bad = tiny.data.replace(y_lab=tiny.data.y_lab + 100)
-  with (
-    checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints,
-    pytest.raises(InputError, match=r"d/\w+ is not finite at update 1 \(main\)"),
-  ):
-    train.fit(run, "main", tiny.state(), tiny.step(), tiny.sample_batch, bad, num_steps=6, checkpoints=checkpoints)
-  with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
+def test_the_log_has_every_metric_and_means_over_the_dispatch(tiny, tmp_path):
+  rows, means = {}, {}
+  for size in (3, 1):
+    fit(tiny, 7, workdir=tmp_path / str(size), steps_per_dispatch=size, checkpoint_every=None)
+    rows[size] = report.read_metrics(tmp_path / str(size) / "metrics.jsonl")
+  assert [row["step"] for row in rows[3]] == [1, 3, 6, 7]
+  assert {"phase", "step", "seconds", "d/loss", "g/loss", "d/error"} <= rows[3][0].keys()
+  assert len(rows[1]) == 7
+  means = np.mean([row["d/loss"] for row in rows[1][3:6]])
+  np.testing.assert_allclose(rows[3][2]["d/loss"], means, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path):
+  tiny.data = tiny.data.replace(y_lab=tiny.data.y_lab + 100)
+  with pytest.raises(InputError, match=r"d/\w+ is not finite at step 1 \(main\)"):
+    fit(tiny, 6, workdir=tmp_path)
+  with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.latest_step is None
 
 
-def test_interrupt_ends_after_the_dispatch_and_saves(run, tiny, monkeypatch):
+@pytest.fixture
+def handler():
+  """Gives SIGINT a handler for the test: a runner may have been started with it ignored."""
+  before = signal.getsignal(signal.SIGINT)
+  yield lambda chosen: signal.signal(signal.SIGINT, chosen)
+  signal.signal(signal.SIGINT, before)
+
+
+def interrupted_at_step_2(monkeypatch):
   write = train._MetricsLog.write
 
   def write_and_interrupt(self, step, num, metrics):
@@ -74,36 +78,51 @@ def test_interrupt_ends_after_the_dispatch_and_saves(run, tiny, monkeypatch):
     return write(self, step, num, metrics)
 
   monkeypatch.setattr(train._MetricsLog, "write", write_and_interrupt)
-  with checkpoint.Checkpoints(run.path / "checkpoints") as checkpoints:
-    result = fit(run, tiny, 1000, dispatch=1, checkpoints=checkpoints)
-    assert result.interrupted
+
+
+def test_interrupt_ends_after_the_dispatch_and_saves(tiny, tmp_path, monkeypatch, handler):
+  interrupted_at_step_2(monkeypatch)
+  handler(signal.default_int_handler)
+  result = fit(tiny, 1000, workdir=tmp_path, steps_per_dispatch=1)
+  assert result.interrupted
+  with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.latest_step == int(result.state.step) < 10
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_tensorboard(run, tiny):
-  config = runs.Config(**{**run.config.__dict__, "tensorboard": True})
-  fit(runs.Run(run.path, "tiny", config, run.dataset, run.split, {}, 0.0), tiny, 2)
-  assert list((run.path / "tensorboard" / "main").glob("events*"))
+def test_an_interrupt_that_was_ignored_stays_ignored(tiny, tmp_path, monkeypatch, handler):
+  """As for a job in the background of a shell."""
+  interrupted_at_step_2(monkeypatch)
+  handler(signal.SIG_IGN)
+  result = fit(tiny, 4, workdir=tmp_path, steps_per_dispatch=1)
+  assert (result.interrupted, int(result.state.step)) == (False, 4)
+  assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_what_is_observed_is_logged_and_alarms_reach_the_result(run, tiny, make_tiny, monkeypatch, capsys):
-  """A watch that always sees one class: the rows have its metrics, the alarm is said once, and returned."""
-  observed = {"diagnostics/variance_ratio": 1.0, "diagnostics/train_accuracy": 60.0, "diagnostics/fake_accuracy": 60.0}
-  observed |= {"diagnostics/share_0": 1.0, "diagnostics/share_1": 0.0, "diagnostics/share_2": 0.0}
-  observe = lambda state, device_data: {k: jnp.float32(v) for k, v in observed.items()}
-  result = fit(run, tiny, 20, dispatch=5, observe=observe)
-  rows = report.read_metrics(run.metrics_path)
+def test_tensorboard(tiny, tmp_path):
+  fit(tiny, 1, workdir=tmp_path, tensorboard=True)
+  assert list((tmp_path / "tensorboard" / "main").glob("events*"))
+
+
+def test_diagnostics_are_logged_and_alarms_reach_the_result(tiny, tmp_path, monkeypatch, capsys):
+  """Diagnostics of one class: the rows have them, the alarm is said once, returned, and kept on resume."""
+  found = {"variance_ratio": 1.0, "train_accuracy": 60.0, "fake_accuracy": 60.0}
+  found |= {"share_0": 1.0, "share_1": 0.0, "share_2": 0.0}
+  diagnose = lambda state, images: {f"diagnostics/{k}": jnp.float32(v) for k, v in found.items()}
+  monkeypatch.setattr(diagnostics, "make_diagnostics", lambda *_, **__: diagnose)
+  kwargs = {"workdir": tmp_path, "diagnose": True, "class_names": tiny.dataset.class_names}
+  result = fit(tiny, 20, **kwargs)
+  rows = report.read_metrics(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in rows if "diagnostics/variance_ratio" in row] == list(range(1, 21))
   (alarm,) = result.alarms
   assert "has lost 2 of 3 classes (b, c)" in alarm
-  assert capsys.readouterr().err.count("watch: the generator has lost") == 1
+  assert capsys.readouterr().err.count("alarm: the generator has lost") == 1
+  assert fit(tiny, 20, **kwargs, resume=True).alarms == result.alarms
 
 
-def test_the_observer_sees_every_kind_of_image(tiny):
-  held_out = tiny.data.replace(x_held_out=tiny.data.x_unl[:7])
-  state = tiny.state()
-  metrics = jax.jit(train.observer(tiny.g, tiny.d))(state, held_out)
-  again = jax.jit(train.observer(tiny.g, tiny.d))(state, held_out)
-  assert {"diagnostics/real_logit_gap", "diagnostics/share_2", "diagnostics/variance_ratio"} <= metrics.keys()
-  assert metrics == again  # the same latents every time
+def test_diagnostics_see_every_kind_of_image(tiny, tmp_path):
+  tiny.data = tiny.data.replace(x_held_out=tiny.data.x_unl[:7], y_held_out=jnp.full(7, -1))
+  fit(tiny, 1, workdir=tmp_path, diagnose=True)
+  (row,) = report.read_metrics(tmp_path / "metrics.jsonl")
+  names = {"real_logit_gap", "share_2", "variance_ratio"}
+  assert {f"diagnostics/{name}" for name in names} <= row.keys()

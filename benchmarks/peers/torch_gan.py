@@ -1,6 +1,6 @@
-"""The same updates in PyTorch, written for speed: what ours is measured against.
+"""The same steps in PyTorch, written for speed: what ours is measured against.
 
-`Gan.run(num)` does `num` updates. Data, parameters, random numbers and metrics live on the device, and
+`Gan.run(num)` does `num` steps. Data, parameters, random numbers and metrics live on the device, and
 nothing is read back. What was tried and kept is told where it is done; the rest:
 
 - Convolutions are channels-last. PyTorch pads "same" convolutions of stride 2 on the other side than JAX
@@ -9,10 +9,9 @@ nothing is read back. What was tried and kept is told where it is done; the rest
 - The rows of D's pass are one batch; G's real features, the generated images in D's update, and the targets
   of the consistency term are computed without a graph.
 - Metrics: those of `steps.make_step` but the norms of the updates, which fused optimizers do not tell.
-- Whole: with `compiled`, one program is an update from the drawing of its batch to the moving averages,
+- Whole: with `compiled`, one program is a step from sampling its batch to the moving averages,
   differentiated by `torch.func` (R1 twice): `torch.autograd.grad` is not traced by default. On a GPU it is
-  captured as a CUDA graph. R1 comes once in `penalty_every` updates: with and without it are two
-  programs.
+  captured as a CUDA graph. R1 is due once in `penalty_every` steps: with and without it are two programs.
 """
 
 import math
@@ -26,8 +25,10 @@ import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch import Tensor  # pyright: ignore[reportMissingImports]
 
-from benchmarks import updates
-from gan_jax import data, networks
+from benchmarks import _recipes
+from gan_jax import networks, recipes
+from gan_jax.data import DeviceData
+from gan_jax.recipes import Recipe
 from gan_jax.types import TrainState
 
 Params = dict[str, Tensor]
@@ -48,8 +49,8 @@ class Net(NamedTuple):
   frozen: Params
 
 
-class Part(NamedTuple):
-  """A kind of images in D's pass."""
+class DiscOutputs(NamedTuple):
+  """One kind of images in D's pass, and D's outputs for them."""
 
   x: Tensor
   logits: Tensor
@@ -104,34 +105,37 @@ class FusedAdam:
 
 
 class Gan:
-  """One GAN in training. `latents` and `augment` may be replaced where a test gives them.
+  """One GAN in training. `latents` may be replaced where a test gives them.
 
   Args:
-    update: what to compute.
+    recipe: what to compute: a pair of networks and an objective of `benchmarks._recipes`.
     state: ours; the parameters to begin with.
-    device_data: ours.
+    images: ours.
     device: "cpu" or "cuda".
-    compiled: whether `torch.compile` makes each update one program.
+    compiled: whether `torch.compile` makes each step one program.
     seed: of PyTorch's generator.
   """
 
   def __init__(
     self,
-    update: updates.Update,
+    recipe: Recipe,
     state: TrainState,
-    device_data: data.DeviceData,
+    images: DeviceData,
     *,
     device: str = "cpu",
     compiled: bool = False,
     seed: int = 0,
   ):
     _configure(device, seed)
-    self.update, self.device, self.compiled = update, torch.device(device), compiled
-    self.conv = isinstance(update.d, networks.ConvDiscriminator)
-    self.g, self.d = (self._net(update, state, which) for which in ("g", "d"))
-    self.x_lab, self.x_unl = (self._images(x) for x in (device_data.x_lab, device_data.x_unl))
-    self.y_lab = torch.tensor(np.asarray(device_data.y_lab), dtype=torch.int64, device=self.device)
-    self.table = _table(update)
+    self.recipe, self.device, self.compiled = recipe, torch.device(device), compiled
+    self.hparams: Any = recipe.hparams
+    self.strong = getattr(recipe.hparams, "strong", None)
+    self.penalty_every = _recipes.penalty_every(recipe)
+    self.conv = isinstance(recipe.d, networks.ConvDiscriminator)
+    self.g, self.d = (self._net(state, which) for which in ("g", "d"))
+    self.x_lab, self.x_unl = (self._images(x) for x in (images.x_lab, images.x_unl))
+    self.y_lab = torch.tensor(np.asarray(images.y_lab), dtype=torch.int64, device=self.device)
+    self.table = _table(recipe)
     self.rows = self.table.tolist()
     self.table = self.table.float().to(self.device)
     self.num_steps = 0
@@ -143,9 +147,9 @@ class Gan:
   # --- Public
 
   def run(self, num: int) -> None:
-    """Does `num` updates; the device may still be at work when it returns."""
+    """Does `num` steps; the device may still be at work when it returns."""
     for _ in range(num):
-      due = self.num_steps % self.update.penalty_every == 0
+      due = self.num_steps % self.penalty_every == 0
       self.metrics = self._program(due)() if self.compiled else self._eager(due)
       self.num_steps += 1
 
@@ -156,12 +160,12 @@ class Gan:
 
   # --- Set-up
 
-  def _net(self, update: updates.Update, state: TrainState, which: str) -> Net:
+  def _net(self, state: TrainState, which: str) -> Net:
     net = getattr(state, which)
-    const = convert(update, which, net.params)
+    const = convert(self.recipe, which, net.params)
     const = {k: _dense(torch.tensor(v)).to(self.device) for k, v in const.items()}
     params = {k: v.detach().requires_grad_() for k, v in const.items()}
-    frozen = convert(update, which, net.model_state.get("frozen", {}))
+    frozen = convert(self.recipe, which, net.model_state.get("frozen", {}))
     frozen = {k: torch.tensor(v).to(self.device) for k, v in frozen.items()}
     return Net(params, const, {k: v.clone() for k, v in const.items()}, frozen)
 
@@ -173,20 +177,19 @@ class Gan:
     return torch.tensor(a[:, ::-1, ::-1].transpose(0, 3, 1, 2).copy()).to(self.device)
 
   def _optimizer(self, net: Net) -> Adam | FusedAdam:
-    adam = dict(self.update.adam)
-    if self.compiled or adam["eps_root"]:
-      return Adam(list(net.const.values()), **adam)
-    adam.pop("eps_root")
-    return FusedAdam(list(net.const.values()), **adam)
+    h, params = self.hparams, list(net.const.values())
+    if self.compiled or h.eps_root:
+      return Adam(params, b1=h.b1, b2=h.b2, eps=h.eps, eps_root=h.eps_root)
+    return FusedAdam(params, b1=h.b1, b2=h.b2, eps=h.eps)
 
-  # --- One update
+  # --- One step
 
   def _eager(self, due: bool) -> dict[str, Tensor]:
     scalars = self.rows[min(self.num_steps, _MAX_STEPS - 1)]
     return self.one(self.batch(), scalars, due=due)
 
   def _program(self, due: bool) -> Callable[[], dict[str, Tensor]]:
-    if self.update.penalty_every == 1:
+    if self.penalty_every == 1:
       due = True
     if due not in self._programs:
       # The cache of compiled programs is the function's: without guards each program needs its own.
@@ -201,7 +204,7 @@ class Gan:
     return self._programs[due]
 
   def _whole(self, *, due: bool) -> dict[str, Tensor]:
-    """An update from the drawing of its batch on, nothing of it on the host."""
+    """A step from sampling its batch on, nothing of it on the host."""
     at = self.step_number.clamp(max=_MAX_STEPS - 1)
     scalars = self.table.index_select(0, at.reshape(1))[0].unbind()
     metrics = self.one(self.batch(), scalars, due=due)
@@ -210,18 +213,18 @@ class Gan:
 
   def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labelled images, their classes, unlabelled images for D and for G. Empty where there are none."""
-    rows, num_lab = self.update.rows, len(self.y_lab)
+    sizes, num_lab = self.recipe.batch, len(self.y_lab)
     x_lab, y_lab = self.x_lab, self.y_lab
-    if rows.lab != num_lab:
-      chosen = torch.randint(num_lab, (rows.lab,), device=self.device)
+    if sizes.labelled != num_lab:
+      chosen = torch.randint(num_lab, (sizes.labelled,), device=self.device)
       x_lab, y_lab = x_lab[chosen], y_lab[chosen]
-    num_g = rows.fake if "feature_matching" in self.update.objective.g else 0
-    chosen = torch.randint(len(self.x_unl), (rows.unl + num_g,), device=self.device)
-    x_unl, x_unl_g = (self.x_unl[chosen].float() / 255).split([rows.unl, num_g])
+    num_g = sizes.generated if "feature_matching" in self.recipe.objective.g else 0
+    chosen = torch.randint(len(self.x_unl), (sizes.unlabelled + num_g,), device=self.device)
+    x_unl, x_unl_g = (self.x_unl[chosen].float() / 255).split([sizes.unlabelled, num_g])
     return x_lab.float() / 255, y_lab, x_unl, x_unl_g
 
   def one(self, batch: tuple[Tensor, ...], scalars: Sequence[Any], *, due: bool) -> dict[str, Tensor]:
-    """One update of D and of G, as `steps.make_step` has it.
+    """One step, an update of D and one of G, as `steps.make_step` has it.
 
     Args:
       batch: of `batch`.
@@ -230,28 +233,30 @@ class Gan:
     """
     x_lab, y_lab, x_unl, x_unl_g = batch
     d_rate, g_rate, correct_1, correct_2, lerp, *weights = scalars
-    num_fake = self.update.rows.fake
+    num_fake, objective = self.recipe.batch.generated, self.recipe.objective
     sizes = [len(x_lab), len(x_unl), num_fake]
     with torch.no_grad():
       latents = self.latents(num_fake)
       x = torch.cat([x_lab, x_unl, self.generate(self.g.const, latents)])
-      x = self.augment(x, self.update.strong)
-      weak = self.augment(x_unl, self.update.weak if "consistency" in self.update.objective.d else None)
+      x = self.augment(x, self.strong)
+      weak = self.augment(x_unl, self.hparams.weak) if "consistency" in objective.d else x_unl
 
     def d_loss(params: Params):
       logits, features = self.discriminate(params, x)
-      lab, unl, fake = map(Part, x.split(sizes), logits.split(sizes), features.split(sizes))
+      lab, unl, fake = map(DiscOutputs, x.split(sizes), logits.split(sizes), features.split(sizes))
+      if sizes[1]:
+        real, made = _real_logit(unl.logits), _real_logit(fake.logits)
+      else:
+        real, made = _class_logit(lab.logits, y_lab), _class_logit(fake.logits, latents[1])
       terms = {}
-      for name in self.update.objective.d:
+      for name in objective.d:
         if name == "supervised":
           terms[name] = F.cross_entropy(lab.logits, y_lab)
-        elif name == "realness":
-          real = _realness(unl.logits) if sizes[1] else _class_realness(lab.logits, y_lab)
-          made = _realness(fake.logits) if sizes[1] else _class_realness(fake.logits, latents[1])
+        elif name == "adversarial":
           terms[name] = F.softplus(-real).mean() + F.softplus(made).mean()
         elif name == "consistency":
           terms[name] = self._consistency(weak, unl)
-        elif name == "balance":
+        elif name == "class_balance":
           log_mean = F.log_softmax(unl.logits, 1).logsumexp(0) - math.log(sizes[1])
           terms[name] = (log_mean.exp() * log_mean).sum() + math.log(unl.logits.shape[1])
         elif name == "r1":
@@ -262,10 +267,9 @@ class Gan:
       for weight, term in zip(weights, terms.values(), strict=True):
         loss = loss + weight * term
       with torch.no_grad():
-        seen = {"realness_real": _realness((unl if sizes[1] else lab).logits.detach())}
-        seen["realness_fake"] = _realness(fake.logits.detach())
-        values = {name: value.mean() for name, value in seen.items()}
-        values["real_sign"] = _realness(logits.detach()[: sizes[0] + sizes[1]]).sign().mean()
+        values = {"real_logit_real": real.detach().mean(), "real_logit_fake": made.detach().mean()}
+        every_real = _real_logit(logits.detach()[: sizes[0] + sizes[1]]) if sizes[1] else real.detach()
+        values["real_sign"] = every_real.sign().mean()
         if sizes[0]:
           values["error"] = 100 * (lab.logits.detach().argmax(1) != y_lab).float().mean()
       return loss, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}, **values}
@@ -276,18 +280,16 @@ class Gan:
       latents_g = self.latents(num_fake)
       features_real = x_unl_g
       if len(x_unl_g):
-        features_real = self.discriminate(self.d.const, self.augment(x_unl_g, self.update.strong))[1].mean(
-          0
-        )
+        features_real = self.discriminate(self.d.const, self.augment(x_unl_g, self.strong))[1].mean(0)
 
     def g_loss(params: Params):
-      x = self.augment(self.generate(params, latents_g), self.update.strong)
+      x = self.augment(self.generate(params, latents_g), self.strong)
       logits, features = self.discriminate(self.d.const, x)
-      (name,) = self.update.objective.g
+      (name,) = objective.g
       if name == "feature_matching":
         loss = (features_real - features.mean(0)).square().mean()
-      elif name == "realness":
-        made = _realness(logits) if latents_g[1] is None else _class_realness(logits, latents_g[1])
+      elif name == "adversarial":
+        made = _real_logit(logits) if latents_g[1] is None else _class_logit(logits, latents_g[1])
         loss = F.softplus(-made).mean()
       else:
         raise NotImplementedError(name)
@@ -320,43 +322,43 @@ class Gan:
       opt.step(grads, rate, correct_1, correct_2)
     return {f"{which}/{name}": value for name, value in values.items()}
 
-  def _consistency(self, weak: Tensor, unl: Part) -> Tensor:
+  def _consistency(self, weak: Tensor, unl: DiscOutputs) -> Tensor:
     with torch.no_grad():
       best, y = F.softmax(self.discriminate(self.d.ema, weak)[0], 1).max(1)
-    return ((best >= self.update.threshold) * F.cross_entropy(unl.logits, y, reduction="none")).mean()
+    return ((best >= self.hparams.threshold) * F.cross_entropy(unl.logits, y, reduction="none")).mean()
 
   def _r1(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
     """As heavy as it is rare."""
 
-    def realness(x: Tensor) -> Tensor:
-      return _class_realness(self.discriminate(params, x)[0], y).sum()
+    def class_logit(x: Tensor) -> Tensor:
+      return _class_logit(self.discriminate(params, x)[0], y).sum()
 
     if self.compiled:
-      gradient = torch.func.grad(realness)(x)
+      gradient = torch.func.grad(class_logit)(x)
     else:
       x = x.detach().requires_grad_()
-      (gradient,) = torch.autograd.grad(realness(x), x, create_graph=True)
-    return self.update.penalty_every * gradient.square().flatten(1).sum(1).mean() / 2
+      (gradient,) = torch.autograd.grad(class_logit(x), x, create_graph=True)
+    return self.penalty_every * gradient.square().flatten(1).sum(1).mean() / 2
 
   # --- Networks
 
   def latents(self, num: int) -> tuple[Tensor, Tensor | None]:
     """What G starts from, and the classes that it is asked for."""
-    g: Any = self.update.g
+    g: Any = self.recipe.g
     draw = torch.rand if g.latent == "uniform" else torch.randn
     z = draw(num, g.latent_size, device=self.device)
     return (z, torch.randint(g.num_classes, (num,), device=self.device)) if g.num_classes else (z, None)
 
   def generate(self, params: Params, latents: tuple[Tensor, Tensor | None]) -> Tensor:
     """Images in [0, 1], as the discriminator wants them."""
-    g: Any = self.update.g
+    g: Any = self.recipe.g
     h, y = latents
     if y is not None:
       h = torch.cat([h, F.one_hot(y, g.num_classes) * math.sqrt(g.latent_size)], 1)
     return self._conv_g(params, h) if self.conv else self._mlp_g(params, h)
 
   def _mlp_g(self, p: Params, h: Tensor) -> Tensor:
-    g: Any = self.update.g
+    g: Any = self.recipe.g
     activation = F.softplus if g.norm == "shift" else _leaky
     for i in range(len(g.widths)):
       h = activation(
@@ -366,7 +368,7 @@ class Gan:
     return torch.sigmoid(_linear(h, p["Linear_0.kernel"], p["Linear_0.bias"], scale))
 
   def _conv_g(self, p: Params, h: Tensor) -> Tensor:
-    g: Any = self.update.g
+    g: Any = self.recipe.g
     height, width, _ = g.image_shape
     base, blocks, last = _plan(g)
     h = F.linear(h, p["Linear_0.kernel"], p.get("Linear_0.bias")).view(-1, *base, g.width)
@@ -378,7 +380,7 @@ class Gan:
     return torch.sigmoid(h[:, :, -height:, -width:])
 
   def _mlp_d(self, p: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-    d: Any = self.update.d
+    d: Any = self.recipe.d
     features = x
     h = _noisy(x, d.noise_in)
     for i in range(len(d.widths)):
@@ -390,7 +392,7 @@ class Gan:
 
   def _conv_d(self, p: Params, x: Tensor) -> tuple[Tensor, Tensor]:
     h = 2 * x - 1
-    strides = _strides(self.update.image_shape)
+    strides = _strides(self.recipe)
     for i, stride in enumerate(strides):
       w = p[f"Block_{i}.kernel"]
       h = F.conv2d(h, w, p.get(f"Block_{i}.bias"), stride, padding=w.shape[-1] // 2)
@@ -461,11 +463,11 @@ def _leaky(h: Tensor) -> Tensor:
   return F.leaky_relu(h, 0.1)
 
 
-def _realness(logits: Tensor) -> Tensor:
+def _real_logit(logits: Tensor) -> Tensor:
   return logits[:, 0] if logits.shape[1] == 1 else logits.logsumexp(1)
 
 
-def _class_realness(logits: Tensor, y: Tensor | None) -> Tensor:
+def _class_logit(logits: Tensor, y: Tensor | None) -> Tensor:
   assert y is not None
   return logits.gather(1, y[:, None])[:, 0]
 
@@ -473,37 +475,37 @@ def _class_realness(logits: Tensor, y: Tensor | None) -> Tensor:
 # --- From our parameters
 
 
-def convert(update: updates.Update, which: str, tree: Any) -> dict[str, np.ndarray]:
+def convert(recipe: Recipe, which: str, tree: Any) -> dict[str, np.ndarray]:
   """Our parameters of G ("g") or D ("d") as the leaves here.
 
   Kernels become `[out, in]` or `[out, in, kh, kw]`. In the convolutional pair all that has a place in the
   image is mirrored: kernels, the rows and columns of dense layers, and the channels that become pixels.
   """
-  net: Any = getattr(update, which)
-  conv, leaves = isinstance(update.d, networks.ConvDiscriminator), {}
+  conv, leaves = isinstance(recipe.d, networks.ConvDiscriminator), {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     names, a = [key.key for key in path], np.asarray(leaf)
     # G's first layer has no module around it and its normalisation.
     module = "Linear_0" if names[0] in ("LayerNorm_0", "BatchNormShift_0") else names[0]
     name = f"norm_{names[-1]}" if "LayerNorm_0" in names else names[-1]
     if conv:
-      a = _mirrored(net, which, module, a, update.image_shape)
+      a = _mirrored(recipe, which, module, a)
     if name == "kernel":
       a = a.transpose(3, 2, 0, 1) if a.ndim == 4 else a.T
     leaves[f"{module}.{name}"] = np.ascontiguousarray(a)
   return leaves
 
 
-def _mirrored(net: Any, which: str, module: str, a: np.ndarray, image_shape) -> np.ndarray:
+def _mirrored(recipe: Recipe, which: str, module: str, a: np.ndarray) -> np.ndarray:
   shape = a.shape
   if a.ndim == 4:
     a = a[::-1, ::-1]
   if which == "d":
-    if a.ndim == 2 and module == f"Block_{len(_strides(image_shape))}":
-      sides = [math.ceil(side / math.prod(_strides(image_shape))) for side in image_shape[:2]]
+    strides = _strides(recipe)
+    if a.ndim == 2 and module == f"Block_{len(strides)}":
+      sides = [math.ceil(side / math.prod(strides)) for side in recipe.image_shape[:2]]
       a = a.reshape(*sides, -1, shape[-1])[::-1, ::-1].reshape(shape)
     return a
-  base, blocks, last = _plan(net)
+  base, blocks, last = _plan(recipe.g)
   if a.ndim == 2 and module == "Linear_0":
     return a.reshape(shape[0], *base, -1)[:, ::-1, ::-1].reshape(shape)
   factors = {"Linear_1": last, **{f"Block_{i}": factor for i, factor in enumerate(blocks)}}
@@ -514,7 +516,7 @@ def _mirrored(net: Any, which: str, module: str, a: np.ndarray, image_shape) -> 
   return a
 
 
-def _plan(g: networks.ConvGenerator) -> tuple[list[int], list[int], int]:
+def _plan(g: Any) -> tuple[list[int], list[int], int]:
   """Sides of G's first image, by how much each block makes it grow, and by how much the last layer does."""
   height, width, _ = g.image_shape
   doublings = max(0, math.ceil(math.log2(max(height, width) / 32)))
@@ -522,35 +524,31 @@ def _plan(g: networks.ConvGenerator) -> tuple[list[int], list[int], int]:
   return base, [2] * doublings + [1] + [2] * g.fine, 2 if g.fine else 4
 
 
-def _strides(image_shape: tuple[int, int, int]) -> list[int]:
+def _strides(recipe: Recipe) -> tuple[int, ...]:
   """Strides of D's convolutions."""
-  side = min(image_shape[:2])
-  strides = [1 if side < 16 else 2]
-  side = math.ceil(side / strides[0])
-  while side > 4:
-    strides.append(2)
-    side = math.ceil(side / 2)
-  return strides
+  d: Any = recipe.d
+  return d.strides(recipe.image_shape)
 
 
 def _dense(a: Tensor) -> Tensor:
   return a.contiguous(memory_format=torch.channels_last) if a.ndim == 4 else a
 
 
-# --- What changes from update to update
+# --- What changes from step to step
 
 
-def _table(update: updates.Update) -> Tensor:
-  """A row an update: D's rate, G's rate, `1 - b1^t`, `1 - b2^t`, the averages' share, D's weights."""
-  step = jnp.arange(_MAX_STEPS)
-  column = lambda value: np.broadcast_to(np.asarray(value(step) if callable(value) else value), step.shape)
-  t = np.arange(_MAX_STEPS)
+def _table(recipe: Recipe) -> Tensor:
+  """A row a step: D's rate, G's rate, `1 - b1^t`, `1 - b2^t`, the averages' share, D's weights."""
+  h, t = recipe.hparams, np.arange(_MAX_STEPS)
+  rates = (recipes.learning_rate(h, peak) for peak in (h.d_learning_rate, h.g_learning_rate))
+  weights = (weight for weight, _ in recipe.objective.d.values())
+  at = lambda value: np.asarray(value(jnp.asarray(t)) if callable(value) else value)
+  column = lambda value: np.broadcast_to(at(value), t.shape)
   columns = [
-    column(update.d_rate),
-    column(update.g_rate),
-    *(1 - update.adam[b] ** (t + 1) for b in ("b1", "b2")),
-    1 - np.minimum(update.ema_decay, (1 + t) / (10 + t)),
-    *(column(weight) for weight, _ in update.objective.d.values()),
+    *map(column, rates),
+    *(1 - b ** (t + 1) for b in (h.b1, h.b2)),
+    1 - np.minimum(recipe.ema_decay, (1 + t) / (10 + t)),
+    *map(column, weights),
   ]
   return torch.tensor(np.stack(columns, axis=1), dtype=torch.float64)
 

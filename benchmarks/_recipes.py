@@ -1,0 +1,71 @@
+"""The recipes whose steps are timed: those of the experiments, under the names of the stored results.
+
+Ours and the peers start from the same value, so neither has numbers of its own. Not a benchmark.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from gan_jax import cli, data, parallel
+from gan_jax.datasets import Dataset
+from gan_jax.recipes import Recipe, gan, ssgan
+from gan_jax.types import LabelSplit, TrainState
+
+HPARAMS: dict[str, Callable[[int], gan.Hparams | ssgan.Hparams]] = {
+  "article_gan": lambda num_images: gan.tuned("article"),
+  "feature_matching": lambda num_images: ssgan.tuned("mlp", num_images),
+  "conv_ssgan": lambda num_images: ssgan.tuned("conv", num_images),
+  "conditional_r1": lambda num_images: dataclasses.replace(gan.tuned("conv_fine"), labels="all"),
+}
+"""Name -> hyper-parameters for so many training images."""
+
+
+def make(name: str, dataset: Dataset, batch_size: int | None = None) -> Recipe:
+  """The recipe of this name for the dataset.
+
+  Args:
+    name: of `HPARAMS`.
+    dataset: gives the image shape, the classes and the number of training images.
+    batch_size: unlabelled images per step (article_gan, conditional_r1: real ones); the others change in
+      proportion. None: the recipe's.
+  """
+  hparams = HPARAMS[name](len(dataset.x_train))
+  if isinstance(hparams, gan.Hparams):
+    hparams = dataclasses.replace(hparams, batch_size=batch_size or hparams.batch_size)
+    return gan.build(hparams, dataset.image_shape, dataset.num_classes)
+  hparams = ssgan.scaled(hparams, batch_size or hparams.num_unlabelled)
+  return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
+
+
+def split(recipe: Recipe, dataset: Dataset, seed: int = 0) -> LabelSplit:
+  """The labels of a run: those that the experiments have by default, all for a class-conditional D."""
+  per_class = None if recipe.by_class else cli.LabelFlags().labels_per_class
+  return data.split_labels(dataset.y_train, per_class, seed)
+
+
+def start(recipe: Recipe, dataset: Dataset, seeds: Sequence[int]) -> tuple[TrainState, data.DeviceData]:
+  """The state and the images of a GAN of this seed, or of as many replicates as there are seeds.
+
+  Each seed gives the parameters and, where labels are few, the labelled images.
+  """
+  splits = [split(recipe, dataset, seed) for seed in seeds]
+  images = data.to_device(dataset, splits[0])
+  states = [recipe.init_state(jax.random.key(seed), images) for seed in seeds]
+  if len(seeds) == 1:
+    return states[0], images
+  return parallel.place(parallel.stack(states), data.to_device_splits(dataset, splits))
+
+
+def penalty_every(recipe: Recipe) -> int:
+  """Steps from one application of the gradient penalty to the next; 1 without one."""
+  return getattr(recipe.hparams, "penalty_every", 1)
+
+
+def random_images(side: int) -> Dataset:
+  """500 square images of ten classes, for what does not depend on the pixels."""
+  x = np.random.default_rng(0).integers(0, 256, (500, side, side, 1), dtype=np.uint8)
+  y = np.arange(500) % 10
+  return Dataset(f"random images of {side}x{side}", x, y, x[:0], y[:0], tuple("0123456789"))

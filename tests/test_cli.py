@@ -1,0 +1,129 @@
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments import mnist_low_data, mnist_ssgan
+from gan_jax import cli, report
+from gan_jax.types import InputError
+
+BAD = [
+  ({"steps": 0}, "--steps must be at least 1, not 0"),
+  ({"labels_per_class": 0}, "--labels-per-class must be at least 1, not 0"),
+  ({"batch_size": -1}, "--batch-size must be at least 1"),
+  ({"image_size": 0}, "--image-size must be at least 1"),
+  ({"num_images": 0}, "--num-images must be at least 1"),
+  ({"hold_out": -1}, "--hold-out must not be negative"),
+  ({"checkpoint_every": 0}, "--checkpoint-every must be at least 1"),
+  ({"split_seed": -1}, "must not be negative"),
+  ({"seed": -1}, "--seed must not be negative"),
+  ({"class_balance": (1.0, -1.0)}, "--class-balance must not be negative"),
+  ({"resume": True}, "--resume needs --workdir"),
+  ({"resume": True, "overwrite": True, "workdir": "x"}, "choose one"),
+  ({"freeze_d": -1}, "--freeze-d must not be negative"),
+  ({"freeze_d": 1}, "it would freeze random layers"),
+  ({"freeze_d": 1, "init_from": "x", "init_parts": "g"}, "it would freeze random layers"),
+  ({"init_parts": "g"}, "--init-parts needs --init-from"),
+  ({"init_from": "x"}, "--init-from x is not the folder of a run"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD)
+def test_bad_flags(flags, words):
+  with pytest.raises(InputError, match=words):
+    cli.check(cli.with_flags(mnist_ssgan.Config(), **flags))
+
+
+def test_flags_are_found_in_whatever_group_they_are():
+  config = cli.with_flags(mnist_ssgan.Config(), steps=3, network="mlp", workdir="x")
+  assert (config.train.steps, config.network, config.run.workdir) == (3, "mlp", "x")
+  flags = cli.flags_of(config)
+  assert (flags["steps"], flags["network"], flags["seed"]) == (3, "mlp", 0)
+  with pytest.raises(TypeError, match="no such flag: percents"):
+    cli.with_flags(config, percents=(1.0,))
+
+
+def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
+  """The command line in this process; its exit code."""
+  monkeypatch.setattr(sys, "argv", ["test", *flags])
+  with pytest.raises(SystemExit) as stopped:
+    cli.run(module.main, module.Config)
+  return stopped.value.code  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+  ("flags", "sentence"),
+  [
+    (("--steps", "0"), "error: --steps must be at least 1, not 0"),
+    (("--dataset", "nope"), "error: unknown dataset 'nope'"),
+    (("--dataset", "cifar10"), 'pip install "gan-jax[tf]"'),
+    (("--dataset", "digits", "--image-size", "4", "--steps", "1"), "images of 4x4 are too small"),
+  ],
+)
+def test_a_mistake_is_a_sentence_and_exit_code_2(flags, sentence, monkeypatch, capsys, tmp_path):
+  assert run(monkeypatch, *flags) == 2
+  said = capsys.readouterr().err
+  assert sentence in said
+  assert len(said.strip().splitlines()) == 1
+  assert not list(tmp_path.rglob("config.json"))
+
+
+def test_an_unknown_flag_is_refused(monkeypatch, capsys):
+  assert run(monkeypatch, "--no-such-flag") == 2
+  assert run(monkeypatch, "--norm", "batch") == 2  # not a flag of this experiment
+
+
+def test_the_command_itself():
+  command = [sys.executable, "-m", "experiments.mnist_ssgan", "--steps", "0"]
+  result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+  assert (result.returncode, result.stderr) == (2, "error: --steps must be at least 1, not 0\n")
+
+
+def test_ctrl_c_outside_of_training_is_a_sentence(monkeypatch, capsys):
+  def main(config):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, "argv", ["test"])
+  with pytest.raises(SystemExit) as stopped:
+    cli.run(main, mnist_ssgan.Config)
+  assert stopped.value.code == 130
+  assert capsys.readouterr().err == "stopped at once\n"
+
+
+def test_resume_takes_the_stored_flags_and_refuses_others(tmp_path):
+  stored = cli.with_flags(mnist_ssgan.Config(), labels_per_class=5, workdir="here", overwrite=True)
+  report.write_json(tmp_path / "config.json", {"config": cli.flags_of(stored)})
+  config = cli.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
+  assert (config.labels.labels_per_class, config.run.overwrite) == (5, False)
+  cli.check(config)
+  with pytest.raises(InputError, match="begun with --labels-per-class 5, not 6"):
+    cli.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume", "--labels-per-class", "6"])
+  with pytest.raises(InputError, match="holds no run"):
+    cli.resumed(mnist_ssgan.Config, tmp_path / "nowhere", [])
+  with pytest.raises(InputError, match="not the configuration of this experiment"):
+    cli.resumed(mnist_low_data.Config, tmp_path, [])
+
+
+def test_a_resumed_run_knows_its_flags_of_many_values(tmp_path):
+  config = mnist_low_data.Config(percents=(5.0, 50.0), augments=("fixed",))
+  report.write_json(tmp_path / "config.json", {"config": cli.flags_of(config)})
+  assert cli.resumed(mnist_low_data.Config, tmp_path, []) == config
+
+
+def test_what_a_run_starts_from_is_one_of_its_flags(tmp_path):
+  stored = cli.with_flags(mnist_ssgan.Config(), init_from="source", freeze_d=2, workdir="here")
+  report.write_json(tmp_path / "config.json", {"config": cli.flags_of(stored)})
+  config = cli.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
+  cli.check(config)  # a run that has begun does without its source
+  assert (config.transfer.init_from, config.transfer.freeze_d) == ("source", 2)
+  for flag, value in (("--init-from", "elsewhere"), ("--init-parts", "d"), ("--freeze-d", "1")):
+    with pytest.raises(InputError, match=f"begun with {flag} .*, not {value}"):
+      cli.resumed(mnist_ssgan.Config, tmp_path, ["--resume", flag, value])
+
+
+def test_the_groups_are_frozen_values():
+  groups = [value for value in vars(mnist_ssgan.Config()).values() if dataclasses.is_dataclass(value)]
+  assert len(groups) == 7
+  assert len({hash(group) for group in groups}) == len(groups)

@@ -1,0 +1,215 @@
+import dataclasses
+import gzip
+import hashlib
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gan_jax import datasets
+from gan_jax.types import InputError
+
+
+def test_resized_images_keep_their_mean_and_have_another_name():
+  digits = datasets.load("digits")
+  resized = datasets.load("digits", image_size=16)
+  assert resized.image_shape == (16, 16, 1)
+  assert resized.name == "digits@16"
+  assert resized.x_test.dtype == np.uint8
+  np.testing.assert_allclose(resized.x_train.mean(), digits.x_train.mean(), rtol=0.05)
+
+
+def test_digits():
+  digits = datasets.load("digits")
+  assert digits.x_train.shape == (1198, 8, 8, 1)
+  assert digits.x_test.shape == (599, 8, 8, 1)
+  assert digits.x_train.max() == 255
+  assert (digits.num_classes, digits.image_shape) == (10, (8, 8, 1))
+
+
+def test_tuning_never_has_the_test_set():
+  dataset = datasets.load("digits")
+  found = datasets.for_tuning(dataset, seed=0)
+  images = lambda x: {image.tobytes() for image in x}
+  assert len(found.x_test) == len(dataset.x_train) // 3
+  assert len(found.x_train) + len(found.x_test) == len(dataset.x_train)
+  assert images(found.x_train) | images(found.x_test) == images(dataset.x_train)
+  assert "not on the test set" in found.note
+
+
+def write_pictures(root: Path, *, size=(9, 10), mode="L", parts=("train", "test")) -> None:
+  rng = np.random.default_rng(0)
+  for part in parts:
+    for name in ("cat", "dog"):
+      (root / part / name).mkdir(parents=True)
+      for i in range(3):
+        shape = size if mode == "L" else (*size, 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / part / name / f"{i}.png")
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_folder(tmp_path, mode, channels):
+  write_pictures(tmp_path / "pets", mode=mode)
+  pets = datasets.load(f"folder:{tmp_path / 'pets'}")
+  assert pets.x_train.shape == (6, 9, 10, channels)
+  assert pets.y_train.tolist() == [0, 0, 0, 1, 1, 1]
+  assert pets.class_names == ("cat", "dog")
+
+
+def test_bad_folders(tmp_path):
+  with pytest.raises(InputError, match="needs the folders"):
+    datasets.load(f"folder:{tmp_path}")
+  write_pictures(tmp_path)
+  (tmp_path / "train" / "cat" / "0.png").write_bytes(b"no picture")
+  with pytest.raises(InputError, match=r"0\.png is not a picture"):
+    datasets.load(f"folder:{tmp_path}")
+  Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "train" / "cat" / "0.png")
+  with pytest.raises(InputError, match="images of one size, not 4x4x1, 9x10x1"):
+    datasets.load(f"folder:{tmp_path}")
+
+
+# --- tfds
+
+
+@pytest.fixture
+def offline(monkeypatch):
+  monkeypatch.setattr(datasets, "_reachable", lambda url: False)
+
+
+def test_unknown_dataset_lists_what_there_is():
+  with pytest.raises(InputError, match=r"unknown dataset 'mnits'.*digits, mnist, fashion_mnist, kmnist"):
+    datasets.load("mnits")
+
+
+def test_a_named_dataset_never_falls_back(offline):
+  with pytest.raises(InputError, match=r"--manual-dir FOLDER.*--dataset digits"):
+    datasets.load("mnist")
+  with pytest.raises(InputError, match=r"cifar10 is not prepared.*tfds build cifar10"):
+    datasets.load("cifar10")
+
+
+def test_auto_falls_back_to_digits_and_says_so(offline):
+  dataset = datasets.load("auto")
+  assert dataset.name == "digits"
+  assert "bundled digits" in dataset.note
+
+
+def test_nobody_answers():
+  assert not datasets._reachable("http://127.0.0.1:9/", seconds=2)
+
+
+def idx(array: np.ndarray) -> bytes:
+  """The format of the original MNIST files."""
+  header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+  return gzip.compress(header + array.tobytes())
+
+
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+  """A manual folder in MNIST's format with 30 + 10 images, and their checksums in place of the real."""
+  import tensorflow_datasets as tfds
+
+  rng = np.random.default_rng(0)
+  folder = tmp_path / "manual"
+  folder.mkdir()
+  arrays = {
+    "train-images-idx3-ubyte.gz": rng.integers(0, 256, (30, 28, 28), dtype=np.uint8),
+    "train-labels-idx1-ubyte.gz": (np.arange(30) % 10).astype(np.uint8),
+    "t10k-images-idx3-ubyte.gz": rng.integers(0, 256, (10, 28, 28), dtype=np.uint8),
+    "t10k-labels-idx1-ubyte.gz": np.arange(10, dtype=np.uint8),
+  }
+  stock = tfds.builder_cls("mnist")
+  infos = {}
+  for url, info in stock.url_infos.items():
+    content = idx(arrays[info.filename])
+    (folder / info.filename).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    infos[url] = dataclasses.replace(info, size=len(content), checksum=digest)
+  monkeypatch.setattr(stock, "url_infos", infos)
+  return folder, arrays
+
+
+@pytest.mark.filterwarnings("default")  # tfds's own
+def test_mnist_is_prepared_from_a_manual_folder_without_tensorflow(small_mnist, offline, tmp_path):
+  import sys
+
+  import tensorflow_datasets as tfds
+
+  folder, arrays = small_mnist
+  first = datasets.load("mnist", data_dir=str(tmp_path / "d"), manual_dir=str(folder))
+  # tfds shuffles what it writes, the same way each time: compare image by image.
+  pairs = lambda x, y: sorted((image.tobytes(), int(label)) for image, label in zip(x, y, strict=True))
+  images, labels = arrays["train-images-idx3-ubyte.gz"], arrays["train-labels-idx1-ubyte.gz"]
+  assert pairs(first.x_train[..., 0], first.y_train) == pairs(images, labels)
+  assert sorted(first.y_test.tolist()) == list(range(10))
+  assert tfds.builder("mnist", data_dir=tmp_path / "d").is_prepared()
+  assert "tensorflow" not in sys.modules
+  cache = next((tmp_path / "d").rglob("gan_jax_arrays.npz"))
+  cached = datasets.load("auto", data_dir=str(tmp_path / "d"))
+  np.testing.assert_array_equal(cached.x_train, first.x_train)
+  cache.write_bytes(b"half a file")
+  again = datasets.load("mnist", data_dir=str(tmp_path / "d"))
+  np.testing.assert_array_equal(again.x_train, first.x_train)
+
+
+@pytest.mark.filterwarnings("default")
+def test_bad_manual_folders(small_mnist, tmp_path):
+  folder, _ = small_mnist
+  broken = folder / "train-labels-idx1-ubyte.gz"
+  broken.write_bytes(broken.read_bytes()[:-1])
+  with pytest.raises(InputError, match=r"train-labels-idx1-ubyte\.gz is not the original file"):
+    datasets.load("mnist", data_dir=str(tmp_path / "d"), manual_dir=str(folder))
+  broken.unlink()
+  with pytest.raises(InputError, match=r"train-labels-idx1-ubyte\.gz is missing"):
+    datasets.load("mnist", data_dir=str(tmp_path / "d"), manual_dir=str(folder))
+  with pytest.raises(InputError, match="is not a folder"):
+    datasets.load("mnist", manual_dir=str(tmp_path / "nowhere"))
+  assert not list((tmp_path / "d").rglob("dataset_info.json"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_any_prepared_image_classification_dataset(monkeypatch, tmp_path):
+  import tensorflow_datasets as tfds
+
+  class Pets(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {
+        "image": tfds.features.Image(shape=(12, 10, 3)),
+        "label": tfds.features.ClassLabel(num_classes=4),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._examples(8), "validation": self._examples(4)}
+
+    def _generate_examples(self):
+      raise AssertionError
+
+    def _examples(self, n):
+      for i in range(n):
+        image = Image.fromarray(np.full((12, 10, 3), i, np.uint8))
+        yield i, {"image": image, "label": i % 4}
+
+  with pytest.raises(InputError, match="pets is not prepared"):
+    datasets.load("pets", data_dir=str(tmp_path))
+  builder = Pets(data_dir=tmp_path, file_format="array_record")
+  builder.download_and_prepare()
+  pets = datasets.load("pets", data_dir=str(tmp_path))
+  assert pets.x_train.shape == (8, 12, 10, 3)
+  assert pets.x_test[:, 0, 0, 0].tolist() == pets.y_test.tolist()
+  assert sorted(pets.y_test.tolist()) == [0, 1, 2, 3]
+
+
+REAL = os.environ.get("GAN_JAX_MNIST_DIR")
+if REAL:
+
+  @pytest.mark.filterwarnings("default")
+  def test_real_mnist(tmp_path, offline):
+    mnist = datasets.load("mnist", data_dir=str(tmp_path), manual_dir=REAL)
+    assert (mnist.x_train.shape, mnist.x_test.shape) == ((60000, 28, 28, 1), (10000, 28, 28, 1))
+    assert np.bincount(mnist.y_train).tolist()[:3] == [5923, 6742, 5958]
