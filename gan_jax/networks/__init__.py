@@ -48,13 +48,14 @@ def make_pair(
     norm: of the discriminator (default: the pair's).
 
   Raises:
-    InputError: at the first use, images that the networks cannot take.
+    InputError: images that the networks cannot take.
   """
   g, d = PAIRS[name](image_shape, num_logits, num_classes)
   return g, d.clone(num_aux=num_aux, **({} if norm is None else {"norm": norm}))
 
 
 def _conv(image_shape: ImageShape, num_logits: int, num_classes: int, *, scale: int = 1):
+  check_image_shape(image_shape)
   norm = "layer" if num_classes else "shift"
   g = ConvGenerator(image_shape, width=64 // scale, norm=norm, num_classes=num_classes)
   return g, ConvDiscriminator(num_logits, width=32 // scale, num_features=256 // scale)
@@ -65,6 +66,7 @@ def _conv_small(image_shape: ImageShape, num_logits: int, num_classes: int):
 
 
 def _conv_fine(image_shape: ImageShape, num_logits: int, num_classes: int):
+  check_image_shape(image_shape)
   g = ConvGenerator(image_shape, width=32, norm="layer", num_classes=num_classes, fine=True)
   return g, ConvDiscriminator(num_logits)
 

@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from gan_jax import evaluate, steps
+
+
+@pytest.fixture
+def problem(make_tiny):
+  """The tiny problem with a random discriminator whose averages are not its parameters."""
+  tiny = make_tiny(network="mlp")
+  state = tiny.state()
+  ema = {**state.ema, "d": jax.tree.map(lambda p: 1.5 * p, state.ema["d"])}
+  return tiny, state.replace(ema=ema)
+
+
+def test_errors_are_those_of_the_averaged_discriminator(problem):
+  tiny, state = problem
+  labelled = (tiny.data.x_lab, tiny.data.y_lab)
+  (found,) = evaluate.make_evaluate(tiny.recipe())(tiny.dataset, [state], [labelled])
+  classify = steps.make_classifier(tiny.d)
+  x = tiny.dataset.x_test / np.float32(255)
+  expected, _ = classify(state, x)
+  np.testing.assert_allclose(found.logits, expected, atol=1e-5)
+  wrong = found.logits.argmax(axis=1) != tiny.dataset.y_test
+  assert found.error == pytest.approx(100 * wrong.mean())
+  assert found.confusion.sum() == len(x)
+  assert np.trace(found.confusion) == (~wrong).sum()
+  assert list(found.linear) == ["features"]
+  assert found.nearest == {}
+
+
+def test_probes_are_fitted_on_the_labelled_images_of_each_state_alone(problem):
+  """scikit-learn's, from the same few labels; fitted on others, or on test labels, they differ."""
+  tiny, state = problem
+  rows = ([0, 1, 20, 21, 40, 41], [5, 6, 27, 29, 53, 58])
+  y = tiny.dataset.y_train
+  # Labels that say nothing about the images: then a probe of these few is far from one of the test labels.
+  wrong = np.roll(y, 20)
+  labelled = [(tiny.dataset.x_train[r], wrong[r]) for r in rows]
+  evaluated = evaluate.make_evaluate(tiny.recipe(), every_layer=True)
+  found = evaluated(tiny.dataset, [state, state], labelled)
+  read = lambda x: np.asarray(steps.make_classifier(tiny.d)(state, x / np.float32(255))[1])
+  features = read(tiny.dataset.x_test)
+  for each, (x_lab, y_lab) in zip(found, labelled, strict=True):
+    h = read(x_lab)
+    mean, std = h.mean(axis=0), h.std(axis=0)
+    std = np.where(std > 1e-8, std, np.inf)
+    z, z_test = (h - mean) / std, (features - mean) / std
+    for classifier, errors in (
+      (LogisticRegression(tol=1e-6, max_iter=10_000), each.linear),
+      (KNeighborsClassifier(1), each.nearest),
+    ):
+      expected = 100 * np.mean(classifier.fit(z, y_lab).predict(z_test) != tiny.dataset.y_test)
+      assert set(errors) == {"Block_0", "Block_1"}
+      assert errors["Block_1"] == pytest.approx(expected)
+      assert errors["Block_1"] > 60  # labels of other classes; a probe of the test labels has none of it
+
+
+def test_the_test_set_is_opened_once_for_all_states(problem, monkeypatch):
+  tiny, state = problem
+  opened = []
+  monkeypatch.setattr(evaluate, "with_test_set", lambda dataset: opened.append(dataset) or dataset)
+  labelled = [(tiny.data.x_lab, tiny.data.y_lab)] * 3
+  found = evaluate.make_evaluate(tiny.recipe())(tiny.dataset, [state] * 3, labelled)
+  assert len(opened) == 1
+  assert len({each.error for each in found}) == 1
+
+
+def test_a_discriminator_without_classes_has_probes_alone(make_tiny):
+  tiny = make_tiny(network="mlp")
+  tiny.d = tiny.d.clone(num_classes=1)
+  labelled = [(tiny.data.x_lab, tiny.data.y_lab)]
+  (found,) = evaluate.make_evaluate(tiny.recipe())(tiny.dataset, [tiny.state()], labelled)
+  assert (found.error, found.confusion) == (None, None)
+  assert 0 <= found.linear["features"] <= 100
+
+
+def test_samples_depend_on_seed_and_purpose_and_are_as_many_as_asked_for(problem):
+  tiny, state = problem
+  draw = lambda num, **kwargs: evaluate.sample(tiny.recipe(), state, num, **{"seed": 0, **kwargs})
+  x = draw(501)
+  assert x.shape == (501, 8, 8, 1)
+  assert 0 <= x.min() <= x.max() <= 1
+  np.testing.assert_array_equal(draw(501), x)
+  assert not np.array_equal(draw(501, seed=7), x)
+  assert not np.array_equal(draw(501, purpose=evaluate.SCORE), x)
+  assert not np.array_equal(x[500], x[0])  # a batch has a key of its own
+
+
+def test_samples_are_of_the_classes_asked_for(make_tiny):
+  tiny = make_tiny(network="mlp")
+  tiny.g = tiny.g.clone(num_classes=3, norm="none")
+  state, y = tiny.state(), np.arange(600) % 3
+  seen = []
+  tiny.g = tiny.g.clone(activation=lambda h: seen.append(h.shape) or jnp.tanh(h))
+  x = evaluate.sample(tiny.recipe(), state, 600, seed=0, y=y)
+  assert len(x) == 600
+  assert len(seen) == 1  # compiled once for both batches

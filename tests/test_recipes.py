@@ -1,0 +1,210 @@
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import leaves_equal
+
+from experiments import label_study
+from gan_jax import checkpoint, data, datasets, networks, probe, recipes, steps, train
+from gan_jax.recipes import gan, ssgan, study
+from gan_jax.types import InputError
+
+SHAPE = (8, 8, 1)
+
+
+def described(recipe):
+  """Through JSON and back, as a run stores it."""
+  return json.loads(json.dumps(recipes.describe(recipe)))
+
+
+FAMILIES = {
+  "ssgan": lambda: ssgan.build(ssgan.tuned("conv", 500), SHAPE, 3),
+  "ssgan/control": lambda: recipes.supervised_control(ssgan.build(ssgan.tuned("mlp", 500), SHAPE, 3)),
+  "ssgan/frozen": lambda: recipes.with_frozen(ssgan.build(ssgan.tuned("conv", 10**5), SHAPE, 3), 2),
+  "gan": lambda: gan.build(gan.tuned("conv_fine", "wgan_gp"), SHAPE, 3),
+  "gan/all": lambda: gan.build(
+    dataclasses.replace(gan.tuned("article"), labels="all", augmentation="adaptive", rotation=1.0), SHAPE, 3
+  ),
+  "study": lambda: study.build(study.tuned("conv", 500, 8, "mean_teacher"), SHAPE, 3),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_recipe_is_built_again_from_its_description(name):
+  """What the description leaves out follows from it; tests/test_experiments.py compares the programs."""
+  recipe = FAMILIES[name]()
+  again = recipes.rebuild(described(recipe))
+  assert described(again) == described(recipe)
+  plain = [field.name for field in dataclasses.fields(recipe) if field.name not in ("g_tx", "d_tx")]
+  for field in set(plain) - {"objective", "augment"}:
+    assert getattr(again, field) == getattr(recipe, field), field
+  assert list(again.objective.d) == list(recipe.objective.d)
+  assert list(again.objective.g) == list(recipe.objective.g)
+  assert again.by_class == recipe.by_class
+
+
+def test_a_description_of_another_version_is_a_sentence():
+  stored = described(FAMILIES["ssgan"]())
+  for change in (
+    {"family": "gan_of_tomorrow"},
+    {"hparams": {**stored["hparams"], "temperature": 1.0}},
+    {"derived": [["with_wings", {}]]},
+  ):
+    with pytest.raises(InputError, match="of another version of gan_jax"):
+      recipes.rebuild({**stored, **change})
+
+
+def test_a_control_differs_in_its_other_images_alone():
+  recipe = FAMILIES["ssgan"]()
+  control = recipes.supervised_control(recipe)
+  same = {"g", "d", "g_tx", "d_tx", "num_steps", "ema_decay", "augment", "image_shape", "hparams"}
+  assert all(getattr(control, name) is getattr(recipe, name) for name in same)
+  assert control.batch == (recipe.batch.labelled, 0, 0)
+  assert (list(control.objective.d), control.objective.g) == (["supervised"], {})
+  no_gan = recipes.without_generator(recipe)
+  assert no_gan.batch == recipe.batch._replace(generated=0)
+  assert set(recipe.objective.d) - set(no_gan.objective.d) == {"adversarial"}
+  assert recipes.without_augmentation(recipe).augment is None
+
+
+def test_more_layers_than_d_has_cannot_be_frozen():
+  recipe = FAMILIES["ssgan"]()
+  assert recipes.with_frozen(recipe, 0) is recipe
+  recipes.with_frozen(recipe, 3)
+  with pytest.raises(InputError, match="D has 3 layers before its head: 4 cannot be frozen"):
+    recipes.with_frozen(recipe, 4)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_fifth_and_no_lower():
+  hparams = ssgan.tuned("conv", 10**5)
+  rate, num = recipes.learning_rate(hparams, 2.0), hparams.num_steps
+  found = [float(rate(t)) for t in (0, 49, num // 2, num, 2 * num)]
+  fall = np.cos(7 / 16 * np.pi * np.array([49 / num, 0.5, 1, 1]))
+  np.testing.assert_allclose(found, [2 / 50, *(2 * fall)], rtol=1e-5)
+  assert recipes.learning_rate(ssgan.tuned("mlp", 10**5), 2.0) == 2.0
+  rate = recipes.learning_rate(gan.tuned("conv_fine"), 2.0)
+  assert [float(rate(t)) for t in (0, 2000, 3000, 4000)] == [2.0, 2.0, 1.0, 0.0]
+
+
+def test_without_weights_there_are_no_other_images():
+  """So transfer's fine-tuning sees what its control sees."""
+  zeros = {"adversarial": 0.0, "consistency": 0.0, "class_balance": (0.0, 0.0)}
+  recipe = ssgan.build(dataclasses.replace(ssgan.tuned("conv", 500), **zeros), SHAPE, 3)
+  assert recipe.batch == (50, 0, 0)
+  assert list(recipe.objective.d) == ["supervised"]
+
+
+def test_each_method_of_the_study_is_another_objective_over_the_same_batches():
+  dataset = datasets.load("digits")
+  config = label_study.Config()
+  methods = {name: label_study.make_recipe(config, dataset, name) for name in config.methods}
+  assert len(methods) == 9
+  terms = {name: frozenset(recipe.objective.d) for name, recipe in methods.items()}
+  assert terms["supervised"] == terms["supervised_augmented"] == {"supervised"}
+  assert len(set(terms.values())) == len(methods) - 1
+  assert [name for name, recipe in methods.items() if recipe.augment is None] == ["supervised"]
+  balanced = [name for name, recipe in methods.items() if "class_balance" in recipe.objective.d]
+  assert balanced == [name for name, recipe in methods.items() if recipe.batch.unlabelled]
+  assert {"fixmatch_ema", "mean_teacher", "vat", "feature_matching"} < set(balanced)
+  assert len({(recipe.d, recipe.num_steps, recipe.batch.labelled) for recipe in methods.values()}) == 1
+  first = study.generator_of(methods["gan_augmented"])
+  assert first is not None
+  assert {"consistency", "class_balance"} < set(first.objective.d)
+  assert first.g == methods["gan_augmented"].g
+  assert all(study.generator_of(methods[name]) is None for name in methods if name != "gan_augmented")
+  off = dataclasses.replace(config, consistency=0.0, class_balance=(0.0, 0.0))
+  assert list(label_study.make_recipe(off, dataset, "fixmatch_ema").objective.d) == ["supervised"]
+
+
+def test_without_augmentation_consistency_compares_the_images_as_they_are(key):
+  dataset = datasets.load("digits")
+  config = label_study.Config(network="mlp", augmentation=False)
+  x = np.float32(np.random.default_rng(0).uniform(size=(2, 4, 4, 1)))
+  hparams = label_study.make_recipe(config, dataset, "fixmatch_ema").hparams
+  assert (hparams.strong, hparams.weak) == (None, None)
+  np.testing.assert_array_equal(ssgan.weak(hparams)(key, x), x)
+  hparams = label_study.make_recipe(label_study.Config(network="mlp"), dataset, "fixmatch_ema").hparams
+  assert (ssgan.weak(hparams)(key, x) != x).any()
+
+
+# --- A network of a user's own, whose layers have names of their own
+
+
+class Residual(nn.Module):
+  """Two residual layers whose names are not those of the package, and a head."""
+
+  width: int = 8
+  num_classes: int = 3
+
+  def layers(self, image_shape):
+    return ("stem", "body")
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    h = Stem(self.width, name="stem")(x.reshape(-1, 64))
+    features = Body(self.width, name="body")(h)
+    return nn.Dense(self.num_classes, name="judgement")(features), features
+
+
+class Stem(nn.Module):
+  width: int
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Dense(self.width)(x))
+
+
+class Body(nn.Module):
+  width: int
+
+  @nn.compact
+  def __call__(self, h):
+    return h + nn.Dense(self.width)(nn.relu(nn.Dense(self.width)(h)))
+
+
+@pytest.fixture
+def residual(tiny, tmp_path):
+  """The tiny problem with the residual D, trained for two steps in `tmp_path / "run"`."""
+  tiny.d = Residual()
+  fit = train.fit(tiny.recipe(2), tiny.data, jax.random.key(0), workdir=tmp_path / "run")
+  return tiny, fit.state, tmp_path / "run"
+
+
+def test_a_network_of_ones_own_is_frozen_probed_transferred_and_saved(residual):
+  tiny, trained, folder = residual
+  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+    assert all(leaves_equal(checkpoints.restore(trained), trained))
+
+  layers = probe.make_layers(tiny.d, SHAPE)(trained, data.to_float(tiny.data.x_lab))
+  assert {name: h.shape for name, h in layers.items()} == {"stem": (6, 8), "body": (6, 8)}
+  features = steps.make_classifier(tiny.d)(trained, data.to_float(tiny.data.x_lab))[1]
+  np.testing.assert_allclose(layers["body"], features, rtol=1e-6)
+
+  other = tiny.recipe(3, d=Residual(num_classes=5))
+  notes = []
+
+  def start(state):
+    state, found = checkpoint.transfer(state, folder, layers=other.d.layers(SHAPE), parts=("d",))
+    notes.extend(found)
+    return state
+
+  frozen = recipes.with_frozen(other, 1)
+  images = tiny.data.replace(y_lab=tiny.data.y_lab + jnp.int32(2))
+  state = train.fit(frozen, images, jax.random.key(1), start=start).state
+  assert notes == ["D's judgement is new: 5 outputs here, 3 outputs there"]
+  assert all(leaves_equal(state.d.params["stem"], trained.ema["d"]["stem"]))
+  for name in ("body", "judgement"):
+    assert not any(leaves_equal(state.d.params[name], other.init_state(jax.random.key(1), images).d.params[name]))
+  assert not any(leaves_equal(state.d.params["body"], trained.ema["d"]["body"]))
+
+
+def test_the_same_name_is_the_same_pair_everywhere():
+  for family in ("conv", "mlp"):
+    g, d = networks.make_pair(family, (28, 28, 1), num_logits=10)
+    recipe = ssgan.build(ssgan.tuned(family, 10**5), (28, 28, 1), 10)
+    other = study.build(study.tuned(family, 10**5, 28, "gan_consistency"), (28, 28, 1), 10)
+    assert (recipe.g, recipe.d) == (other.g, other.d) == (g, d)
