@@ -130,17 +130,18 @@ def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[
   def draw(figure):
     axes = figure.subplots()
     mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
-    axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
+    picture = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
     ticks = range(len(class_names))
     axes.set_xticks(ticks, class_names, rotation=45)
     axes.set_yticks(ticks, class_names)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(counts) <= 20:
+      cells = picture.to_rgba(mistakes)[..., :3] ** 2.2 @ [0.2126, 0.7152, 0.0722]  # luminance
       for i in ticks:
         for j in ticks:
           if counts[i, j]:
-            colour = "0.6" if i == j else "white" if mistakes[i, j] > mistakes.max() / 2 else "black"
+            colour = "0.4" if i == j else "white" if cells[i, j] < 0.18 else "black"
             axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color=colour)
 
   _figure(path, (6, 6), draw)

@@ -135,8 +135,8 @@ def test_a_head_that_is_not_here_is_left_behind(make_tiny, tmp_path):
 
 def test_networks_of_another_kind_or_size_are_refused(source, make_tiny):
   _, folder = source()
+  mlp = make_tiny(network="mlp")
   with pytest.raises(InputError, match=r"of another kind .*: .* is .* there and .* here"):
-    mlp = make_tiny(network="mlp")
     checkpoint.transfer(mlp.state(), folder, layers=layers(mlp))
   other = make_tiny()
   other.g = networks.ConvGenerator((16, 16, 1), width=8, latent_size=4)

@@ -80,7 +80,9 @@ def diagnose_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
     jnp.int32(0), jax.random.key(0), NetState({}, {}, {}), d, {"g": {}, "d": jnp.float32(9)}
   )
   g = Images(lambda key, num: images[2][:num])
-  metrics = jax.jit(diagnostics.make_diagnostics(g, Looks(), classify=classify))(state, on_device(*images[:2]))
+  metrics = jax.jit(diagnostics.make_diagnostics(g, Looks(), classify=classify))(
+    state, on_device(*images[:2])
+  )
   assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
   return {name.removeprefix("diagnostics/"): float(value) for name, value in metrics.items()}
 
@@ -256,7 +258,10 @@ def test_dead_units_hold_a_loss_still():
 def diagnosed_rows(g, x, classify=None, change=lambda state: state):
   """Five diagnoses of a generator, with losses that move."""
   state = change(steps.init_state(jax.random.key(0), g, DenseD(), g_tx=TX, d_tx=TX, x_init=x))
-  diagnose, images = jax.jit(diagnostics.make_diagnostics(g, DenseD(), classify=classify)), on_device(x, x[:0])
+  diagnose, images = (
+    jax.jit(diagnostics.make_diagnostics(g, DenseD(), classify=classify)),
+    on_device(x, x[:0]),
+  )
   rows = []
   for step in range(600, 1001, 100):
     metrics = {"d/loss": 1 + step / 1e4, "g/loss": 1.0} | diagnose(state, images)
@@ -316,7 +321,12 @@ def made_up(*parts):
 
 
 def test_what_was_recovered_from_and_the_first_tenth_do_not_count():
-  bad = {"diagnostics/memorisation": 0.9, "diagnostics/variance_ratio": 0.1, "diagnostics/share_7": 0.0, "d/loss": 0.5}
+  bad = {
+    "diagnostics/memorisation": 0.9,
+    "diagnostics/variance_ratio": 0.1,
+    "diagnostics/share_7": 0.0,
+    "d/loss": 0.5,
+  }
   assert len(sentences(made_up((20, {}), (20, bad)), num_steps=40)) == 4
   assert sentences(made_up((20, bad), (20, {})), num_steps=40) == []
   assert sentences(made_up((20, bad)), num_steps=200) == []

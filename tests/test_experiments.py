@@ -1,4 +1,4 @@
-"""Every experiment, two steps on the digits: its result, its files, its recipes, and how it reads test images."""
+"""Every experiment, two steps on the digits: result, files, recipes, and how often it reads test images."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def check_files(folder, declared):
 
 
 def check_recipes(folder, used):
-  """`rebuild` gives, of what is on disk, the recipe that was trained: the same program, symbol by symbol."""
+  """`rebuild` gives, of what is on disk, the recipe that was trained: the same program."""
   stored = json.loads((folder / "config.json").read_text())
   assert stored["class_names"] == [str(k) for k in range(10)]
   for name, recipe in used.items():

@@ -87,7 +87,9 @@ def test_imbalance_is_the_divergence_of_the_mean_prediction_from_uniform():
   one_each = 200.0 * jnp.eye(4)
   np.testing.assert_allclose(losses.class_imbalance(one_each), 0.0, atol=1e-6)
   np.testing.assert_allclose(losses.class_imbalance(one_each[:1].repeat(3, axis=0)), np.log(4), rtol=1e-6)
-  assert np.isfinite(jax.grad(losses.class_imbalance)(one_each[:1])).all()  # though three probabilities are 0
+  assert np.isfinite(
+    jax.grad(losses.class_imbalance)(one_each[:1])
+  ).all()  # though three probabilities are 0
 
 
 R = np.array([-2.0, 0.0, 0.3, 1.5, 4.0])

@@ -283,7 +283,10 @@ if REAL:
     np.testing.assert_array_equal(again, logits[:2000])
     changed = mnist.x_test.copy()
     changed[0, 0, 0] ^= 1
-    assert feature_extractor.fingerprint(dataclasses.replace(mnist, x_test=changed)) != feature_extractor.MNIST_FINGERPRINT
+    assert (
+      feature_extractor.fingerprint(dataclasses.replace(mnist, x_test=changed))
+      != feature_extractor.MNIST_FINGERPRINT
+    )
 
 
 def test_a_place_that_cannot_be_a_file_is_refused_before_training(tmp_path):

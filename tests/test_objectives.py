@@ -37,7 +37,10 @@ def test_a_weight_of_zero_removes_its_term():
 
 def test_a_weighted_sum_weighs_by_number_and_by_schedule(key):
   schedule = optax.linear_schedule(0.0, 1.0, 10)
-  weighted = {"a": (2.0, lambda outputs: jnp.float32(3.0)), "b": (schedule, lambda outputs: jnp.float32(10.0))}
+  weighted = {
+    "a": (2.0, lambda outputs: jnp.float32(3.0)),
+    "b": (schedule, lambda outputs: jnp.float32(10.0)),
+  }
   for step, expected in ((0, 6.0), (5, 11.0), (10, 16.0)):
     loss, values = objectives.weighted_sum(weighted, Outputs(key, jnp.int32(step)))
     np.testing.assert_allclose(loss, expected)

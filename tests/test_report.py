@@ -2,6 +2,8 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
 from gan_jax import report
@@ -39,6 +41,23 @@ def test_sample_grid_puts_images_in_rows(tmp_path):
   assert pixels[30, 30] == 0
   assert pixels[30, 100] == 128
   assert pixels[100, 100] == 255  # no fourth image
+
+
+def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
+  """Their contrast with the cell is at least 4.5, the guideline for text, from light cells to dark ones."""
+  figure = Figure()
+  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+  counts = np.arange(16).reshape(4, 4) ** 2
+  report.confusion(tmp_path / "c.png", counts, "abcd")
+  (axes,) = figure.axes
+  (picture,) = axes.images
+  luminance = lambda rgb: np.asarray(rgb)[:3] ** 2.2 @ [0.2126, 0.7152, 0.0722]
+  assert len(axes.texts) == 15
+  for text in axes.texts:
+    j, i = text.get_position()
+    cell = luminance(picture.to_rgba(picture.get_array())[i, j])
+    low, high = sorted([luminance(to_rgb(text.get_color())), cell])
+    assert (high + 0.05) / (low + 0.05) >= 4.5, (i, j)
 
 
 def test_page_escapes_and_holds_its_pictures(tmp_path):

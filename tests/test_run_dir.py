@@ -76,11 +76,14 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(open_run, tmp_path):
 def test_a_mistake_that_shows_before_training_leaves_no_run_behind(open_run):
   """So the next try needs no --overwrite; once there are metrics, or parts of its own, a run stays."""
 
+  def too_small(run, leave):
+    if leave:
+      (run.path / leave).mkdir()
+    raise InputError("too small")
+
   def fail(leave=None):
     with pytest.raises(InputError, match="too small"), open_run(workdir="here") as run:
-      if leave:
-        (run.path / leave).mkdir()
-      raise InputError("too small")
+      too_small(run, leave)
 
   fail()
   assert os.listdir("here") == [".lock"]

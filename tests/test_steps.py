@@ -112,7 +112,9 @@ def test_frozen_layers_do_not_move(network, objective, make_tiny, tmp_path):
   frozen = tiny.d.layers((8, 8, 1))[:num]
   tiny.txs["d_tx"] = steps.freeze_layers(tiny.txs["d_tx"], frozen)
   before = tiny.state()
-  after, _ = jax.jit(steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3))(before, tiny.data, 3)
+  after, _ = jax.jit(steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3))(
+    before, tiny.data, 3
+  )
   for name in before.d.params:
     still = leaves_equal(before.d.params[name], after.d.params[name])
     assert all(still) if name in frozen else not any(still), name
@@ -127,8 +129,7 @@ def test_unfrozen_layers_are_trained_as_ever(tiny):
   params = tiny.state().d.params
   grads = jax.tree.map(jnp.ones_like, params)
   found, expected = (
-    tx.update(grads, tx.init(params), params)[0]
-    for tx in (steps.freeze_layers(plain, ["Block_0"]), plain)
+    tx.update(grads, tx.init(params), params)[0] for tx in (steps.freeze_layers(plain, ["Block_0"]), plain)
   )
   assert not any(leaves_equal(found.pop("Block_0"), expected.pop("Block_0")))
   assert all(leaves_equal(found, expected))
@@ -353,6 +354,132 @@ def test_a_sampler_makes_the_classes_that_it_is_asked_for(key):
   np.testing.assert_allclose(sample(states[3], key, 3, y), expected, atol=1e-6)
   with pytest.raises(ValueError, match="not class-conditional"):
     steps.make_sampler(Tiny().g)(states[3], key, 3, y)
+
+
+# --- What the terms are given
+
+
+class Recorder:
+  """A network without parameters but one, which says with which keys it was called."""
+
+  def __init__(self, name, said):
+    self.name, self.said = name, said
+
+  def init(self, rngs, x, *, train):
+    return {"params": {"w": jnp.ones(())}}
+
+  def latents(self, key, num):
+    self.said("latents", key)
+    return jnp.ones((num, 1))
+
+  def apply(self, variables, x, *, train, rngs, mutable=()):
+    self.said(f"noise of {self.name}", rngs["noise"])
+    w = variables["params"]["w"]
+    if self.name == "g":
+      return w * jnp.ones((len(x), 2, 2, 1)), {}
+    flat = w * x.reshape(len(x), 4)
+    return (flat[:, :3], flat), {}
+
+
+def recorded_step(objective, augmented=lambda key, x: x, sizes=(2, 3, 4), teacher=2.0):
+  """Metrics of one step of recorders, and the keys that each purpose was given: `[(name, key data)]`."""
+  keys = []
+
+  def said(name, key):
+    jax.debug.callback(lambda data: keys.append((name, tuple(data.tolist()))), jax.random.key_data(key))
+
+  def augment(key, x):
+    said("augmentation", key)
+    return augmented(key, x)
+
+  g, d, tx = Recorder("g", said), Recorder("d", said), optax.sgd(0.1)
+  x = jnp.linspace(0, 1, 10 * 4).reshape(10, 2, 2, 1)
+  state = steps.init_state(jax.random.key(0), g, d, g_tx=tx, d_tx=tx, x_init=x)
+  state = state.replace(ema={"g": state.ema["g"], "d": {"w": jnp.float32(teacher)}})
+  n, u, m = sizes
+  batch = types.Batch(x[:n], jnp.arange(n) % 3, x[n : n + u], x[-m:], num_generated=m)
+  keys.clear()
+  step = steps.make_step(g, d, g_tx=tx, d_tx=tx, objective=objective(said), augment=augment)
+  _, metrics = jax.jit(step)(state, batch)
+  jax.effects_barrier()
+  return batch, metrics, keys
+
+
+def one_term(term):
+  """The term in both networks' objectives, beside others that move them."""
+
+  def objective(said):
+    own = {"term": (1.0, lambda outputs: term(outputs, said))}
+    d, g = {"supervised": (1.0, terms.supervised)}, {"feature_matching": (1.0, terms.feature_matching)}
+    return objectives.Objective(d=d | own, g=g | own)
+
+  return objective
+
+
+def test_every_purpose_has_a_key_of_its_own():
+  """Latents, augmentation, noise of each pass, terms: no two get the same key in one step."""
+
+  def term(outputs, said):
+    said("term", outputs.key)
+    return outputs.fake.logits.sum()
+
+  _, _, keys = recorded_step(one_term(term))
+  names = [name for name, _ in keys]
+  assert {name: names.count(name) for name in set(names)} == {
+    "latents": 2,
+    "noise of g": 2,
+    "augmentation": 4,  # one pass in D's update, three in G's
+    "noise of d": 4,
+    "term": 2,
+  }
+  assert len({key for _, key in keys}) == len(keys)
+
+
+def test_the_teacher_has_the_averaged_parameters():
+  """In D's update and in G's; the other function has the current ones."""
+  x = jnp.full((5, 2, 2, 1), 0.5)
+  ratio = lambda outputs, said: jax.lax.stop_gradient(
+    outputs.teacher_fn(x, outputs.key)[0] / outputs.d_fn(x, outputs.key)[0]
+  ).mean()
+  _, metrics, _ = recorded_step(one_term(ratio), teacher=3.0)
+  assert metrics["d/term"] == pytest.approx(3.0)
+  assert metrics["g/term"] != pytest.approx(1.0)
+  assert metrics["g/term"] > 2
+
+
+def test_terms_see_images_before_and_after_augmentation():
+  """D's update has the batch's `x_unl`, G's has `x_unl_g`."""
+  sums = lambda outputs, said: outputs.unl.x_raw.sum() + 1000 * outputs.unl.x.sum()
+  batch, metrics, _ = recorded_step(one_term(sums), augmented=lambda key, x: 0.01 * x)
+  for net, x in (("d", batch.x_unl), ("g", batch.x_unl_g)):
+    np.testing.assert_allclose(metrics[f"{net}/term"], 11 * x.sum(), rtol=1e-5)
+
+
+def test_generated_images_are_as_many_as_the_batch_says(make_tiny):
+  """Also where there is no real image to compare them with."""
+  count = lambda outputs, said: jnp.float32(len(outputs.fake.x)) + 0 * outputs.fake.x.sum()
+  _, metrics, _ = recorded_step(one_term(count), sizes=(2, 3, 5))
+  assert (metrics["d/term"], metrics["g/term"]) == (5, 5)
+  tiny = make_tiny(objective=objectives.gan())
+  batch = tiny.batch().replace(x_unl_g=tiny.batch().x_unl[:0], num_generated=7)
+  _, metrics = jax.eval_shape(tiny.step(), tiny.state(), batch)
+  assert "g/adversarial" in metrics
+  with pytest.raises(ValueError, match="num_generated above 0"):
+    tiny.step()(tiny.state(), batch.replace(num_generated=0))
+
+
+def test_with_all_labels_adas_signal_is_the_logit_of_the_class():
+  """What D is asked for is what tells whether it overfits."""
+  tiny, _, (before, *_), _ = three_steps("conditional")
+  batch = tiny.batch(1)
+  batch = batch.replace(x_unl=batch.x_unl[:0], y_lab=jnp.array([0, 0, 0, 1]))
+  _, metrics = jax.jit(tiny.step(augment=ADAPTIVE))(before, batch)
+  logits = tiny.d.apply({"params": before.d.params}, batch.x_lab, train=False)[0]
+  real = logits[np.arange(4), batch.y_lab]
+  assert (np.sign(real) != np.sign(jax.nn.logsumexp(logits, axis=1))).any()
+  np.testing.assert_allclose(metrics["d/real_sign"], np.sign(real).mean(), atol=1e-6)
+  np.testing.assert_allclose(metrics["d/real_logit_real"], real.mean(), rtol=1e-4)
+  assert metrics["d/overfitting"] == metrics["d/real_sign"]  # a horizon of one step
 
 
 # --- Penalties through the whole step

@@ -34,7 +34,9 @@ def test_arrays_are_enough(tiny, tmp_path):
   images = data.DeviceData.from_arrays(
     tiny.dataset.x_train[::10], tiny.dataset.y_train[::10], tiny.dataset.x_train
   )
-  hparams = dataclasses.replace(recipes.ssgan.tuned("conv", num_images=60), num_steps=2, network="conv_small")
+  hparams = dataclasses.replace(
+    recipes.ssgan.tuned("conv", num_images=60), num_steps=2, network="conv_small"
+  )
   recipe = recipes.ssgan.build(hparams, image_shape=(8, 8, 1), num_classes=3)
   result = train.fit(recipe, images, jax.random.key(0))
   assert (int(result.state.step), result.interrupted) == (2, False)
