@@ -6,22 +6,15 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import cli, datasets, networks
+from gan_jax import cli, datasets
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
 
 
 @pytest.fixture
-def read(monkeypatch):
+def read(small_mlp, monkeypatch):
   """The states that were read, cell by cell, in a study of small networks."""
-
-  def small_pair(image_shape, num_logits, num_classes):
-    norm = "batch" if num_classes else "shift"
-    g = networks.MLPGenerator(image_shape, widths=(8,), norm=norm, num_classes=num_classes)
-    return g, networks.MLPDiscriminator(num_logits, widths=(12, 8))
-
-  monkeypatch.setitem(networks.PAIRS, "mlp", small_pair)
   states, inside = [], label_study.Study._read
 
   def spy(self, recipe, found, *args, **kwargs):

@@ -9,6 +9,15 @@ from gan_jax import losses
 LOGITS = jnp.array([[0.5, -1.0, 2.0], [0.0, 0.0, 0.0], [-3.0, 1.0, 4.0]])
 
 
+def grad(fn, **kwargs):
+  """Compiled: operation by operation it would be many small programs."""
+  return jax.jit(jax.grad(fn, **kwargs))
+
+
+def value_and_grad(fn, **kwargs):
+  return jax.jit(jax.value_and_grad(fn, **kwargs))
+
+
 def explicit_k_plus_one(logits):
   """The softmax over K + 1 logits of which the last, "fake", is zero."""
   return jax.nn.softmax(jnp.concatenate([logits, jnp.zeros((len(logits), 1))], axis=-1))
@@ -52,7 +61,7 @@ def test_losses_and_gradients_are_finite_far_out(value):
       [real, fake, losses.non_saturating.g(r, r), losses.cross_entropy(logits, y), kept]
     ).sum()
 
-  loss, grad = jax.value_and_grad(everything)(jnp.array([[value, 0.0, 0.0]]))
+  loss, grad = value_and_grad(everything)(jnp.array([[value, 0.0, 0.0]]))
   assert np.isfinite(loss)
   assert np.isfinite(grad).all()
 
@@ -75,7 +84,7 @@ def test_consistency_counts_the_confident_and_stops_the_gradient_of_the_target()
   strong = jnp.array([[0.0, 1.0], [0.0, 1.0]])
   value = losses.consistency(weak, strong, threshold=0.9)
   np.testing.assert_allclose(value, [np.log(1 + np.e), 0.0], rtol=1e-6)
-  grads = jax.grad(lambda w, s: losses.consistency(w, s, threshold=0.9).sum(), argnums=(0, 1))(weak, strong)
+  grads = grad(lambda w, s: losses.consistency(w, s, threshold=0.9).sum(), argnums=(0, 1))(weak, strong)
   assert not grads[0].any()
   assert grads[1][0].any()
   assert not grads[1][1].any()
@@ -87,9 +96,7 @@ def test_imbalance_is_the_divergence_of_the_mean_prediction_from_uniform():
   one_each = 200.0 * jnp.eye(4)
   np.testing.assert_allclose(losses.class_imbalance(one_each), 0.0, atol=1e-6)
   np.testing.assert_allclose(losses.class_imbalance(one_each[:1].repeat(3, axis=0)), np.log(4), rtol=1e-6)
-  assert np.isfinite(
-    jax.grad(losses.class_imbalance)(one_each[:1])
-  ).all()  # though three probabilities are 0
+  assert np.isfinite(grad(losses.class_imbalance)(one_each[:1])).all()  # though three probabilities are 0
 
 
 R = np.array([-2.0, 0.0, 0.3, 1.5, 4.0])
@@ -123,17 +130,17 @@ def test_adversarial_pairs_pull_apart_and_are_finite_far_out(name):
   d = lambda r, f: sum(loss.sum() for loss in pair.d(r, f))
   g = lambda r, f: pair.g(r, f).sum()
   for r, f in ((real, fake), (jnp.array(R), jnp.array(F))):
-    (d_loss, (d_real, d_fake)) = jax.value_and_grad(d, argnums=(0, 1))(r, f)
-    g_loss, g_fake = jax.value_and_grad(g, argnums=1)(r, f)
+    (d_loss, (d_real, d_fake)) = value_and_grad(d, argnums=(0, 1))(r, f)
+    g_loss, g_fake = value_and_grad(g, argnums=1)(r, f)
     assert np.isfinite(jnp.concatenate([d_real, d_fake, g_fake, jnp.stack([d_loss, g_loss])])).all()
   # Least squares pulls to its targets, 1 and 0; between them all losses agree on the signs.
   between = jnp.linspace(0.1, 0.9, 5)
-  d_real, d_fake = jax.grad(d, argnums=(0, 1))(between, between)
+  d_real, d_fake = grad(d, argnums=(0, 1))(between, between)
   assert (d_real < 0).all()
   assert (d_fake > 0).all()
-  assert (jax.grad(g, argnums=1)(between, between) < 0).all()
+  assert (grad(g, argnums=1)(between, between) < 0).all()
   if name != "least_squares":
-    assert (jax.grad(g, argnums=1)(jnp.array(R), jnp.array(F)) < 0).all()
+    assert (grad(g, argnums=1)(jnp.array(R), jnp.array(F)) < 0).all()
 
 
 def test_min_max_and_non_saturating_share_the_fixed_point():
@@ -142,7 +149,7 @@ def test_min_max_and_non_saturating_share_the_fixed_point():
   for a, b in zip(losses.min_max.d(r, r), losses.non_saturating.d(r, r), strict=True):
     np.testing.assert_array_equal(a, b)
   saturating, not_so = (
-    jax.grad(lambda f, pair=pair: pair.g(f, f).sum())(r) for pair in (losses.min_max, losses.non_saturating)
+    grad(lambda f, pair=pair: pair.g(f, f).sum())(r) for pair in (losses.min_max, losses.non_saturating)
   )
   np.testing.assert_allclose(saturating, -SIGMOID(np.array([-3.0, 0.0, 3.0])), rtol=1e-5)
   np.testing.assert_allclose(not_so, -SIGMOID(np.array([3.0, 0.0, -3.0])), rtol=1e-5)
@@ -166,7 +173,7 @@ def test_smoothing_is_a_softer_target():
   np.testing.assert_allclose(soft.g(r, f), losses.non_saturating.g(r, f))
   # The target's log-odds are where D comes to rest.
   rest = jnp.log(jnp.array([0.9 / 0.1]))
-  np.testing.assert_allclose(jax.grad(lambda r: soft.d(r, f)[0].sum())(rest), 0, atol=1e-6)
+  np.testing.assert_allclose(grad(lambda r: soft.d(r, f)[0].sum())(rest), 0, atol=1e-6)
   squares = losses.smooth(losses.least_squares, 0.9).d(r, f)[0]
   np.testing.assert_allclose(squares, (R - 0.9) ** 2 / 2 + 0.9 * 0.1 / 2, rtol=1e-5, atol=1e-6)
 
@@ -175,7 +182,7 @@ def test_known_realness_reads_the_class_where_it_is_known():
   y = jnp.array([2, -1, 0])
   expected = [2.0, np.log(3), -3.0]
   np.testing.assert_allclose(losses.known_real_logit(LOGITS, y), expected, rtol=1e-6)
-  grads = jax.grad(lambda logits: losses.known_real_logit(logits, y).sum())(LOGITS)
+  grads = grad(lambda logits: losses.known_real_logit(logits, y).sum())(LOGITS)
   np.testing.assert_allclose(grads, [[0, 0, 1], [1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
 
 
@@ -188,7 +195,7 @@ def test_entropy_and_divergence_are_scipys():
   sure = jnp.array([[1e4, 0.0], [-1e4, 1e4]])
   for loss in (losses.entropy(sure), losses.divergence(sure, sure)):
     np.testing.assert_array_equal(loss, [0.0, 0.0])
-  finite = jax.grad(lambda x: losses.entropy(x).sum() + losses.divergence(x, sure[:, ::-1]).sum())(sure)
+  finite = grad(lambda x: losses.entropy(x).sum() + losses.divergence(x, sure[:, ::-1]).sum())(sure)
   assert np.isfinite(finite).all()
 
 
@@ -214,9 +221,9 @@ def test_high_density_is_a_kernel_estimate_with_a_threshold():
 def test_high_density_pushes_outwards_and_leaves_the_real_images_alone():
   real, fake = jnp.float32(np.random.default_rng(0).normal(size=(9, 2))), jnp.array([[0.1, 0.2]])
   loss = lambda real, fake: losses.high_density(real, fake, quantile=0.0).sum()
-  grad_real, grad_fake = jax.grad(loss, argnums=(0, 1))(real, fake)
+  grad_real, grad_fake = grad(loss, argnums=(0, 1))(real, fake)
   np.testing.assert_array_equal(grad_real, 0.0)
   assert loss(real, fake - 0.1 * grad_fake) < loss(real, fake)
   away = jnp.array([[30.0, 30.0]])
   assert loss(real, away) == 0
-  np.testing.assert_array_equal(jax.grad(loss, argnums=1)(real, away), 0.0)
+  np.testing.assert_array_equal(grad(loss, argnums=1)(real, away), 0.0)

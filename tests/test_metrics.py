@@ -262,9 +262,9 @@ if REAL:
     for part in ("train", "t10k"):
       x = read_idx(Path(REAL) / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
       parts += [x, read_idx(Path(REAL) / f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int64)]
-    return data.Dataset("anything", *parts, tuple("0123456789"))
+    return datasets.Dataset("anything", *parts, tuple("0123456789"))
 
-  def test_the_bundled_judge_of_real_mnist(mnist, tmp_path, monkeypatch):
+  def test_the_bundled_extractor_of_real_mnist(mnist, tmp_path, monkeypatch):
     """Known by its content, in the order of the original files; its stored moments are those found."""
     must_not_train(monkeypatch)
     bundled = metrics.load_feature_extractor(mnist, cache_dir=tmp_path)

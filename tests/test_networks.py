@@ -21,12 +21,11 @@ def test_shapes_ranges_and_gradients(kind, shape, key):
   """From the latents to D's logits: the shapes fit, pixels are in [0, 1], every parameter matters."""
   g, d = pair(kind, shape)
   z = g.latents(key, 4)
-  g_variables = g.init(key, z, train=True)
-  x = g.apply(g_variables, z, train=True)
+  g_variables, x = jax.jit(lambda: (v := g.init(key, z, train=True), g.apply(v, z, train=True)))()
   assert x.shape == (4, *shape)
   assert x.dtype == jnp.float32
   assert 0 <= x.min() < x.max() <= 1
-  d_variables = d.init({"params": key, "noise": key}, x, train=True)
+  d_variables = jax.jit(lambda x: d.init({"params": key, "noise": key}, x, train=True))(x)
 
   def loss(g_params, d_params):
     x = g.apply(g_variables | {"params": g_params}, z, train=True)
@@ -49,9 +48,11 @@ def test_too_small_images_are_refused(key):
 def test_noise_only_in_training(key):
   d = networks.MLPDiscriminator(3, widths=(16,))
   x = jax.random.uniform(key, (8, 4, 4, 1))
-  variables = d.init({"params": key, "noise": key}, x, train=True)
-  calm = [d.apply(variables, x, train=False)[0] for _ in range(2)]
-  noisy = [d.apply(variables, x, train=True, rngs={"noise": jax.random.key(i)})[0] for i in range(2)]
+  variables = jax.jit(lambda: d.init({"params": key, "noise": key}, x, train=True))()
+  apply = jax.jit(
+    lambda train, key: d.apply(variables, x, train=train, rngs={"noise": key})[0], static_argnums=0
+  )
+  calm, noisy = ([apply(train, jax.random.key(i)) for i in range(2)] for train in (False, True))
   np.testing.assert_array_equal(*calm)
   assert not np.allclose(*noisy)
 

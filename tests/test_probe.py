@@ -26,9 +26,10 @@ def test_is_the_logistic_regression_of_scikit_learn(n, l2):
 def test_scale_and_dead_features_do_not_matter(key):
   x = jax.random.normal(key, (50, 4))
   y = (x[:, 0] > 0).astype(jnp.int32)
-  plain = probe.fit_linear(x, y, num_classes=2)
+  fit = jax.jit(probe.fit_linear, static_argnames="num_classes")
+  plain = fit(x, y, num_classes=2)
   other = jnp.concatenate([1000 * x + 5, jnp.full((50, 1), 3.0)], axis=-1)
-  scaled = probe.fit_linear(other, y, num_classes=2)
+  scaled = fit(other, y, num_classes=2)
   np.testing.assert_allclose(plain.logits(x), scaled.logits(other), atol=1e-2)
 
 
@@ -56,10 +57,10 @@ def test_layers_are_those_of_the_averaged_network(network, make_tiny):
   tiny = make_tiny(network=network)
   state, x = tiny.state(), tiny.batch().x_lab
   state = state.replace(d=state.d.replace(params=jax.tree.map(jnp.zeros_like, state.d.params)))
-  layers = probe.make_layers(tiny.d, (8, 8, 1))(state, x)
+  layers = jax.jit(probe.make_layers(tiny.d, (8, 8, 1)))(state, x)
   sizes = {"conv": [4 * 4 * 4, 4 * 4 * 8, 8], "mlp": [8, 8]}[network]
   assert {name: h.shape for name, h in layers.items()} == {
     f"Block_{i}": (len(x), size) for i, size in enumerate(sizes)
   }
-  features = steps.make_classifier(tiny.d)(state, x)[1]
+  features = jax.jit(steps.make_classifier(tiny.d))(state, x)[1]
   np.testing.assert_allclose(layers[f"Block_{len(sizes) - 1}"], features, rtol=1e-6)

@@ -98,7 +98,7 @@ def test_no_key_is_used_twice(make_tiny):
   tiny = make_tiny(objective=FULL, network="mlp")
   multi_step = steps.make_multi_step(tiny.step(augment=WEAK), tiny.sample_batch, max_steps=2)
   with jax.debug_key_reuse(True):
-    jax.jit(multi_step)(tiny.state(), tiny.data, 2)
+    jax.jit(multi_step).trace(tiny.state(), tiny.data, 2)
 
 
 FINE_TUNES = [("conv", objectives.supervised_only()), ("mlp", objectives.Objective(d=FULL.d))]
@@ -166,10 +166,10 @@ def test_ema_follows_its_equation(make_tiny):
 def test_sampler_and_classifier_read_the_averages(tiny):
   state = tiny.state()
   other = state.replace(g=tiny.state().g.replace(params=jax.tree.map(jnp.zeros_like, state.g.params)))
-  sample, key = steps.make_sampler(tiny.g), jax.random.key(3)
+  sample, key = jax.jit(steps.make_sampler(tiny.g), static_argnums=2), jax.random.key(3)
   np.testing.assert_array_equal(sample(state, key, 5), sample(other, key, 5))
   assert sample(state, key, 5).shape == (5, 8, 8, 1)
-  logits, features = steps.make_classifier(tiny.d)(state, tiny.batch().x_lab)
+  logits, features = jax.jit(steps.make_classifier(tiny.d))(state, tiny.batch().x_lab)
   assert (logits.shape, features.shape) == ((4, 3), (4, 8))
 
 
@@ -290,7 +290,7 @@ def test_everything_at_once_uses_no_key_twice():
   d = tiny.d.clone(noise_in=0.3, noise_hidden=0.5)
   step = steps.make_step(tiny.g, d, **tiny.txs, objective=tiny.objective, augment=tiny.augment)
   with jax.debug_key_reuse(True):
-    jax.jit(step)(states[0], tiny.batch(1))
+    jax.jit(step).trace(states[0], tiny.batch(1))
 
 
 def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
@@ -362,26 +362,29 @@ def test_a_sampler_makes_the_classes_that_it_is_asked_for(key):
 class Recorder:
   """A network without parameters but one, which says with which keys it was called."""
 
-  def __init__(self, name, said):
-    self.name, self.said = name, said
+  def __init__(self, name, said, conditional=False):
+    self.name, self.said, self.conditional = name, said, conditional
 
   def init(self, rngs, x, *, train):
     return {"params": {"w": jnp.ones(())}}
 
   def latents(self, key, num):
     self.said("latents", key)
-    return jnp.ones((num, 1))
+    z = jnp.ones((num, 1))
+    return types.ClassLatents(z, jnp.zeros(num, jnp.int32)) if self.conditional else z
 
   def apply(self, variables, x, *, train, rngs, mutable=()):
     self.said(f"noise of {self.name}", rngs["noise"])
     w = variables["params"]["w"]
     if self.name == "g":
-      return w * jnp.ones((len(x), 2, 2, 1)), {}
+      return w * jnp.ones((len(jax.tree.leaves(x)[0]), 2, 2, 1)), {}
     flat = w * x.reshape(len(x), 4)
     return (flat[:, :3], flat), {}
 
 
-def recorded_step(objective, augmented=lambda key, x: x, sizes=(2, 3, 4), teacher=2.0):
+def recorded_step(
+  objective, augmented=lambda key, x: x, sizes=(2, 3, 4), teacher=2.0, conditional=False, y_lab=None
+):
   """Metrics of one step of recorders, and the keys that each purpose was given: `[(name, key data)]`."""
   keys = []
 
@@ -392,12 +395,13 @@ def recorded_step(objective, augmented=lambda key, x: x, sizes=(2, 3, 4), teache
     said("augmentation", key)
     return augmented(key, x)
 
-  g, d, tx = Recorder("g", said), Recorder("d", said), optax.sgd(0.1)
+  g, d, tx = Recorder("g", said, conditional), Recorder("d", said), optax.sgd(0.1)
   x = jnp.linspace(0, 1, 10 * 4).reshape(10, 2, 2, 1)
   state = steps.init_state(jax.random.key(0), g, d, g_tx=tx, d_tx=tx, x_init=x)
   state = state.replace(ema={"g": state.ema["g"], "d": {"w": jnp.float32(teacher)}})
   n, u, m = sizes
-  batch = types.Batch(x[:n], jnp.arange(n) % 3, x[n : n + u], x[-m:], num_generated=m)
+  y_lab = jnp.arange(n) % 3 if y_lab is None else y_lab
+  batch = types.Batch(x[:n], y_lab, x[n : n + u], x[-m:], num_generated=m)
   keys.clear()
   step = steps.make_step(g, d, g_tx=tx, d_tx=tx, objective=objective(said), augment=augment)
   _, metrics = jax.jit(step)(state, batch)
@@ -469,17 +473,25 @@ def test_generated_images_are_as_many_as_the_batch_says(make_tiny):
 
 
 def test_with_all_labels_adas_signal_is_the_logit_of_the_class():
-  """What D is asked for is what tells whether it overfits."""
-  tiny, _, (before, *_), _ = three_steps("conditional")
-  batch = tiny.batch(1)
-  batch = batch.replace(x_unl=batch.x_unl[:0], y_lab=jnp.array([0, 0, 0, 1]))
-  _, metrics = jax.jit(tiny.step(augment=ADAPTIVE))(before, batch)
-  logits = tiny.d.apply({"params": before.d.params}, batch.x_lab, train=False)[0]
-  real = logits[np.arange(4), batch.y_lab]
-  assert (np.sign(real) != np.sign(jax.nn.logsumexp(logits, axis=1))).any()
-  np.testing.assert_allclose(metrics["d/real_sign"], np.sign(real).mean(), atol=1e-6)
-  np.testing.assert_allclose(metrics["d/real_logit_real"], real.mean(), rtol=1e-4)
-  assert metrics["d/overfitting"] == metrics["d/real_sign"]  # a horizon of one step
+  """What D is asked for is what tells whether it overfits: `l_y` where every image has a class."""
+  y = jnp.array([0, 0, 2, 1])
+  for unlabelled, conditional in ((0, True), (3, True), (0, False)):
+    sizes = (4, unlabelled, 2)
+    batch, metrics, _ = recorded_step(
+      one_term(lambda outputs, said: 0.0 * outputs.fake.logits.sum()),
+      augmented=lambda key, x: x - 0.1,
+      sizes=sizes,
+      conditional=conditional,
+      y_lab=y,
+    )
+    logits = (np.concatenate([batch.x_lab, batch.x_unl]) - 0.1).reshape(4 + unlabelled, 4)[:, :3]
+    lse = np.log(np.exp(logits).sum(axis=1))
+    of_class = logits[np.arange(4), y]
+    assert (np.sign(of_class) != np.sign(lse[:4])).any()
+    real = of_class if conditional and not unlabelled else lse
+    np.testing.assert_allclose(metrics["d/real_sign"], np.sign(real).mean(), atol=1e-6)
+    unl_or_lab = real[4:] if unlabelled else real
+    np.testing.assert_allclose(metrics["d/real_logit_real"], unl_or_lab.mean(), rtol=1e-4)
 
 
 # --- Penalties through the whole step
