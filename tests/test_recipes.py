@@ -58,6 +58,12 @@ def test_a_description_of_another_version_is_a_sentence():
       recipes.rebuild({**stored, **change})
 
 
+@pytest.mark.parametrize("tuned", [lambda name: ssgan.tuned(name, 500), gan.tuned])
+def test_a_network_that_was_not_tuned_has_no_tuned_recipe(tuned):
+  with pytest.raises(InputError, match="nothing was tuned for the network conv_small"):
+    tuned("conv_small")
+
+
 def test_a_control_differs_in_its_other_images_alone():
   recipe = FAMILIES["ssgan"]()
   control = recipes.supervised_control(recipe)

@@ -78,7 +78,12 @@ def tuned(network: Literal["conv_fine", "article"], penalty: Penalty | None = No
     network: the pair.
     penalty: in place of the pair's. wgan_gp comes with its paper's weight of 10 and at every step: it is
       what makes the loss a distance, where a zero-centred penalty may come seldom.
+
+  Raises:
+    InputError: another network, for which nothing was tuned.
   """
+  if network not in ("conv_fine", "article"):
+    raise InputError(f"nothing was tuned for the network {network}: start from conv_fine or article")
   hparams = Hparams() if network == "conv_fine" else _article()
   if penalty is None:
     return hparams

@@ -14,7 +14,7 @@ import optax
 from gan_jax import augment, networks, objectives
 from gan_jax.recipes import recipe as base
 from gan_jax.recipes.recipe import Ranges, Recipe
-from gan_jax.types import Augment, BatchSizes
+from gan_jax.types import Augment, BatchSizes, InputError
 
 SMALL_DATA = 10_000
 """Training images below which `tuned` gives the hyper-parameters of small data."""
@@ -71,11 +71,16 @@ def tuned(network: Literal["conv", "mlp"], num_images: int) -> Hparams:
   conv: tuned on held-out training images, split seeds 100 to 105, of MNIST (weights, augmentation,
   schedule) and of the digits (number of steps, class balance). mlp: the published recipe of Improved GAN,
   for 12,000 steps where the paper has 180,000.
+
+  Raises:
+    InputError: another network, for which nothing was tuned.
   """
   small_data = num_images < SMALL_DATA
   if network == "conv":
     small = {"num_steps": 1000, "class_balance": (1.0, 0.0), "ema_decay": 0.99}
     return Hparams(**(small if small_data else {}))
+  if network != "mlp":
+    raise InputError(f"nothing was tuned for the network {network}: start from conv or mlp")
   return Hparams(
     network="mlp",
     num_steps=4000 if small_data else 12_000,
