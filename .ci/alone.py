@@ -8,7 +8,8 @@ import jax
 
 from gan_jax import data, datasets, evaluate, recipes, train
 
-assert not Path("experiments").exists() and importlib.util.find_spec("experiments") is None
+assert not Path("experiments").exists()
+assert importlib.util.find_spec("experiments") is None
 
 digits = datasets.load("digits")
 split = data.split_labels(digits.y_train, 5, seed=0)
@@ -18,6 +19,7 @@ recipe = recipes.ssgan.build(hparams, digits.image_shape, digits.num_classes)
 fit = train.fit(recipe, images, jax.random.key(0))
 labelled = [(images.x_lab, images.y_lab)]
 (found,) = evaluate.make_evaluate(recipe)(digits, [fit.state], labelled)
-assert int(fit.state.step) == 20 and not Path("metrics.jsonl").exists()
+assert int(fit.state.step) == 20
+assert not Path("metrics.jsonl").exists()
 assert found.error < 60, found.error
 print(f"the wheel alone, 20 steps on the digits: {found.error:.2f} % test error")
