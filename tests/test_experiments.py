@@ -28,11 +28,17 @@ CONTRACT = {
 GENERATOR = {"frechet", "frechet_replayed_training_set", "classes_covered", "class_entropy", "alarms"}
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """Where the feature extractor of the digits, hardly trained, is kept for all tests here."""
+  return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch, reads):
+def run(tmp_path, monkeypatch, reads, cache):
   """Runs an experiment for two steps with a sealed test set, and checks what holds for every experiment."""
   monkeypatch.setattr("gan_jax.metrics.feature_network.default_steps", lambda num_images: 2)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
   open_run, opened = run_dir.open_run, []
 
   def spy(experiment, config, *args, **kwargs):
