@@ -72,7 +72,7 @@ def main(config: Config) -> Json:
     result, table, num_classes, seed = {}, [], dataset.num_classes, config.train.seed
     if extractor is not None:
       y = np.arange(config.gan_flags.num_scored) % num_classes
-      x = evaluate.sample(recipe, fit.state, len(y), seed=seed, purpose=evaluate.CLASS_SCORE, y=y)
+      x = evaluate.sample(recipe, fit.state, len(y), seed=seed, purpose="classes", y=y)
       logits, _ = extractor.predict(data.to_bytes(x))
       result["class_agreement"] = 100 - metrics.error_percent(logits, y)
       share = f"{result['class_agreement']:.2f} %"

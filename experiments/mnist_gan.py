@@ -162,7 +162,7 @@ def finish(
     table.append(("test error of the discriminator as a classifier", f"{found.error:.2f} %"))
   quality = {}
   if extractor is not None:
-    x_fake = evaluate.sample(recipe, fit.state, flags.num_scored, seed=run.seed, purpose=evaluate.SCORE)
+    x_fake = evaluate.sample(recipe, fit.state, flags.num_scored, seed=run.seed, purpose="frechet")
     quality = metrics.generator_quality(extractor, x_fake)
     replayed = metrics.replay_quality(extractor, dataset, min(flags.num_scored, len(dataset.x_train)))
     (name, distance), (_, replay) = (

@@ -99,8 +99,7 @@ def main(config: Config) -> Json:
     quality = {}
     if config.frechet:
       extractor = evaluate.load_feature_extractor(dataset, say=report.say)
-      purpose, seed = evaluate.SCORE, config.train.seed
-      x_fake = evaluate.sample(recipe, fit.state, 10_000, seed=seed, purpose=purpose)
+      x_fake = evaluate.sample(recipe, fit.state, 10_000, seed=config.train.seed, purpose="frechet")
       quality = metrics.generator_quality(extractor, x_fake)
 
     result = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from gan_jax import metrics, probe, steps
+from gan_jax import metrics, objectives, probe, steps
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.types import TrainState
@@ -111,25 +111,22 @@ def load_feature_extractor(dataset: Dataset, **kwargs: Any) -> metrics.FeatureEx
   return metrics.load_feature_extractor(with_test_set(dataset), **kwargs)
 
 
-GRID, SCORE, CLASS_SCORE = 0, 1, 2
-"""What images are sampled for: each purpose has keys of its own, see `sample`."""
-
-
 def sample(
   recipe: Recipe,
   state: TrainState,
   num: int,
   *,
   seed: int,
-  purpose: int = GRID,
+  purpose: str = "grid",
   y: Int[np.ndarray, "n"] | None = None,
 ) -> Float[np.ndarray, "n h w c"]:
   """Images in [0, 1] from the averaged generator, `num` of them, of the classes `y` where it is given.
 
-  The keys are those of `jax.random.key(seed + purpose)`, folded with the number of the batch of 500.
+  Each purpose has keys of its own: `jax.random.key(seed)` folded with the purpose, see
+  `objectives.named_key`, and with the number of the batch of 500.
   """
   draw = jax.jit(steps.make_sampler(recipe.g), static_argnums=2)
-  batch, key, rows = min(num, 500), jax.random.key(seed + purpose), []
+  batch, key, rows = min(num, 500), objectives.named_key(jax.random.key(seed), purpose), []
   for i in range(-(-num // batch)):
     classes = () if y is None else (jnp.resize(y[i * batch : (i + 1) * batch], (batch,)),)
     rows.append(np.asarray(draw(state, jax.random.fold_in(key, i), batch, *classes)))

@@ -1,5 +1,6 @@
 """Published methods side by side, each an `Objective`: a weighted sum of terms for D and one for G."""
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from gan_jax import losses, terms
 from gan_jax.terms import StepOutputs, Term
@@ -33,12 +34,20 @@ class Objective:
 def weighted_sum(
   weighted: Mapping[str, tuple[Weight, Term]], outputs: StepOutputs
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """The loss, and the value of each term by its name before its weight."""
+  """The loss, and the value of each term by its name before its weight.
+
+  A term's key comes from its name, so the other terms of an objective do not change its random numbers.
+  """
   values, loss = {}, jnp.zeros(())
-  for i, (name, (weight, term)) in enumerate(weighted.items()):
-    values[name] = term(replace(outputs, key=jax.random.fold_in(outputs.key, i)))
+  for name, (weight, term) in weighted.items():
+    values[name] = term(replace(outputs, key=named_key(outputs.key, name)))
     loss += (weight(outputs.step) if callable(weight) else weight) * values[name]
   return loss, values
+
+
+def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
+  """The key of this name. Unlike small numbers, names are no index of another `split` of the same key."""
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def with_class_balance(objective: Objective, weight: Weight) -> Objective:

@@ -87,7 +87,8 @@ def test_samples_depend_on_seed_and_purpose_and_are_as_many_as_asked_for(problem
   assert 0 <= x.min() <= x.max() <= 1
   np.testing.assert_array_equal(draw(501), x)
   assert not np.array_equal(draw(501, seed=7), x)
-  assert not np.array_equal(draw(501, purpose=evaluate.SCORE), x)
+  assert not np.array_equal(draw(501, purpose="frechet"), x)
+  assert not np.array_equal(draw(501, purpose="frechet"), draw(501, seed=1))
   assert not np.array_equal(x[500], x[0])  # a batch has a key of its own
 
 

@@ -47,6 +47,15 @@ def test_a_weighted_sum_weighs_by_number_and_by_schedule(key):
     assert values == {"a": 3.0, "b": 10.0}
 
 
+def test_a_terms_key_comes_from_its_name(key):
+  """Other terms, before it or after it, leave its random numbers as they are."""
+  draw = lambda outputs: jax.random.uniform(outputs.key)
+  values = lambda *names: objectives.weighted_sum(dict.fromkeys(names, (1.0, draw)), Outputs(key))[1]
+  alone, among = values("b"), values("a", "b", "c")
+  assert alone["b"] == among["b"] == values("b", "a")["b"]
+  assert len({float(value) for value in among.values()}) == 3
+
+
 def test_without_an_adversarial_weight_there_is_no_generator():
   assert objectives.semi_supervised_gan(adversarial=0.0).g == {}
   assert set(objectives.semi_supervised_gan(adversarial=0.0).d) == {"supervised"}
