@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -31,18 +31,7 @@ from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
 FILES = ("splits", "study.jsonl", "study.md", "study.png")
-Method = Literal[
-  "supervised",
-  "supervised_augmented",
-  "fixmatch_ema",
-  "mean_teacher",
-  "vat",
-  "feature_matching",
-  "gan_consistency",
-  "bad_generator",
-  "gan_augmented",
-]
-METHODS: tuple[Method, ...] = tuple(name for name in study.METHODS if name != "conditional_generator")
+METHODS: tuple[study.Method, ...] = get_args(study.Method)
 REFERENCES = ("supervised_augmented", "fixmatch_ema")
 """What every method is compared with, split by split: labels alone, and all images without a GAN."""
 WEIGHTS = ("teacher", "vat", "vat_epsilon", "vat_entropy", "bad_entropy", "bad_density", "generated")
@@ -58,7 +47,7 @@ class Config:
   """Labels in total, a multiple of the number of classes, or all."""
   splits: tuple[int, ...] = tuple(range(10))
   """Seeds of the label splits: below 100 to report, from 100 on to tune."""
-  methods: tuple[Method, ...] = METHODS
+  methods: tuple[study.Method, ...] = METHODS
   """What to train. gan_consistency brings probes on every layer of its discriminator."""
   tune: bool = False
   """Hold out a third of the training images, at most 10,000, and report on them, not on the test set."""

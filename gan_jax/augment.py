@@ -172,7 +172,7 @@ class Adaptive:
   num_images: int = 500_000
   """Real images that D sees while p goes from 0 to 1."""
   horizon: int = 100
-  """Updates over which r is averaged."""
+  """Steps over which r is averaged."""
 
   def init(self) -> dict[str, Float[Array, ""]]:
     """The state to begin with, for `TrainState.aux`: p = 0, r = 0."""

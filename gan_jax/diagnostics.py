@@ -151,7 +151,7 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
     found["memorisation"] = (
       f"the discriminator memorises its training images: it takes {train_accuracy:.0f} % of them for"
       f" real, and sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try"
-      " stronger or adaptive augmentation, more images, a gradient penalty, or fewer updates"
+      " stronger or adaptive augmentation, more images, a gradient penalty, or fewer steps"
     )
 
   num_classes = sum(name.startswith("diagnostics/share_") for name in seen[-1])

@@ -235,8 +235,8 @@ def high_density(
 
   Args:
     features_real: at least three rows.
-    features_fake: what is judged.
-    quantile: share of the real images that lie where generated ones are left in peace, in [0, 1].
+    features_fake: of the generated images.
+    quantile: of the real densities, below which generated images are not penalised, in [0, 1].
 
   References:
     Dai et al., 2017, https://arxiv.org/abs/1705.09783, equation 7, where `p` is a PixelCNN++ trained on

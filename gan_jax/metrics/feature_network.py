@@ -58,7 +58,7 @@ class FeatureNetwork(nn.Module):
 
 
 def default_steps(num_images: int) -> int:
-  """Updates for a training set of this size: 5,000 for MNIST's 60,000 images, never below 1,000."""
+  """Steps for a training set of this size: 5,000 for MNIST's 60,000 images, never below 1,000."""
   return min(5000, max(1000, num_images // 12))
 
 
@@ -71,7 +71,7 @@ def train(dataset: Dataset, *, seed: int = 0, num_steps: int | None = None) -> P
   Args:
     dataset: with images from 8x8 up.
     seed: of the initial weights, the batches and the augmentation.
-    num_steps: updates of 128 images (default: `default_steps`).
+    num_steps: steps of 128 images (default: `default_steps`).
   """
   num_steps = num_steps or default_steps(len(dataset.x_train))
   x, y = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train, jnp.int32)

@@ -25,9 +25,9 @@ Method = Literal[
   "gan_consistency",
   "bad_generator",
   "gan_augmented",
-  "conditional_generator",
 ]
-"""`conditional_generator` trains the generator that `gan_augmented` starts with."""
+First = Literal["conditional_generator"]
+"""Trains the generator that `gan_augmented` starts with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Hparams(ssgan.Hparams):
   What D is taught by its own predictions gains its weight over the ramp: early ones are wrong.
   """
 
-  method: Method
+  method: Method | First
   teacher: float = 5.0
   """Weight of the averaged teacher in mean_teacher."""
   vat: float = 1.0
@@ -54,7 +54,9 @@ class Hparams(ssgan.Hparams):
   """Weight of the generated images in gan_augmented."""
 
 
-def tuned(network: Literal["conv", "mlp"], num_images: int, image_side: int, method: Method) -> Hparams:
+def tuned(
+  network: Literal["conv", "mlp"], num_images: int, image_side: int, method: Method | First
+) -> Hparams:
   """The hyper-parameters for this network, number of training images, and shorter side of an image.
 
   Augmentation, consistency and class balance are those of `ssgan.tuned("conv", ...)` for both networks. On
@@ -171,7 +173,7 @@ def _class_conditional(recipe: Recipe, h: Hparams) -> Recipe:
   return dataclasses.replace(recipe, g=g)
 
 
-METHODS: dict[Method, Callable[[Recipe, Hparams], Recipe]] = {
+METHODS: dict[Method | First, Callable[[Recipe, Hparams], Recipe]] = {
   "supervised": _supervised,
   "supervised_augmented": _supervised_augmented,
   "fixmatch_ema": _fixmatch_ema,
