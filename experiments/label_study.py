@@ -4,13 +4,19 @@
   python -m experiments.label_study --dataset mnist --budgets 100     10 labels a class of MNIST
   python -m experiments.label_study --dataset digits --tune --splits 100 101 102 --vat 0.5
 
-All methods share the discriminator, the optimizer, the batches and the number of steps, all but
-`supervised` the augmentation, and those that see unlabelled images class balance; they differ in the rest
-of their objective, see `gan_jax.recipes.study`. `gan_augmented` trains its generator first, for as many
-steps again, on all images. All splits of one method and budget are trained together in one compiled
-program. The unlabelled images are all training images, labelled ones included. The averaged parameters of
-the last step are evaluated on the test set, once. Hyper-parameters are tuned with --tune: it reports on
-training images held out, on splits that no result is reported on.
+All methods share the discriminator, the optimizer, the batches, the number of steps and, for each split,
+the initial parameters and the batches' keys; all but `supervised` the augmentation, and those that see
+unlabelled images class balance or, in AdaMatch, distribution alignment. They differ in the rest of their
+objective, see `gan_jax.recipes.study`. Arms named `@matched` are methods without a generator with so many
+unlabelled images per step that the step costs what one of `gan_consistency` costs, by the compiled
+programs' own counts, which stand beside the errors. `gan_augmented` trains its generator first, for as
+many steps again, on all images. `label_spreading` and `self_training` are scikit-learn's, on pixels.
+
+All splits of one method and budget are trained together in one compiled program. The unlabelled images
+are all training images, labelled ones included. The averaged parameters of the last step are evaluated on
+the test set, once. Budgets, splits and methods are written to the run before the first is read; a run
+that is resumed keeps them. Hyper-parameters are tuned with --tune: it reports on training images held
+out, on splits that no result is reported on, and leaves its lines in benchmarks/results/tuning.
 """
 
 import dataclasses
@@ -18,6 +24,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -31,11 +38,19 @@ from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
 FILES = ("splits", "study.jsonl", "study.md", "study.png")
-METHODS: tuple[study.Method, ...] = get_args(study.Method)
-REFERENCES = ("supervised_augmented", "fixmatch_ema")
-"""What every method is compared with, split by split: labels alone, and all images without a GAN."""
-WEIGHTS = ("teacher", "vat", "vat_epsilon", "vat_entropy", "bad_entropy", "bad_density", "generated")
+Pixels = Literal["label_spreading", "self_training"]
+Matched = Literal["fixmatch_ema@matched", "adamatch@matched", "vat@matched"]
+Arm = study.Method | Matched | Pixels
+ARMS: tuple[Arm, ...] = (*get_args(study.Method), *get_args(Matched), *get_args(Pixels))
+REFERENCES = ("supervised_augmented", "fixmatch_ema", "fixmatch_ema@matched")
+"""What every method is compared with, split by split: labels alone, and all images without a GAN, at the
+same number of images and at the same arithmetic."""
+WEIGHTS = (
+  *("teacher", "vat", "vat_epsilon", "vat_entropy", "bad_entropy", "bad_density", "generated"),
+  *("mutual", "mixed", "confident", "undecided"),
+)
 """Flags that have the name of a hyper-parameter."""
+TUNING = Path(__file__).parent.parent / "benchmarks" / "results" / "tuning"
 
 
 @dataclass(frozen=True)
@@ -45,9 +60,9 @@ class Config:
   data: cli.DataFlags = cli.DataFlags()
   budgets: tuple[int | Literal["all"], ...] = (20, 50, 100, 200)
   """Labels in total, a multiple of the number of classes, or all."""
-  splits: tuple[int, ...] = tuple(range(10))
+  splits: tuple[int, ...] = tuple(range(20, 30))
   """Seeds of the label splits: below 100 to report, from 100 on to tune."""
-  methods: tuple[study.Method, ...] = METHODS
+  methods: tuple[Arm, ...] = ARMS
   """What to train. gan_consistency brings probes on every layer of its discriminator."""
   tune: bool = False
   """Hold out a third of the training images, at most 10,000, and report on them, not on the test set."""
@@ -80,6 +95,14 @@ class Config:
   """Weight of the penalty on generated images in dense regions in bad_generator."""
   generated: float = 1.0
   """Weight of the generated images in gan_augmented."""
+  mutual: float = 1.0
+  """Weight of the mutual information at the first step of mutual_information."""
+  mixed: float = 0.25
+  """Weight of the partly real images in gan_mixed."""
+  confident: float = 0.03
+  """Weight of the confident generated images at the last step of gan_confident."""
+  undecided: float = 0.1
+  """Weight of the entropy on generated images in gan_undecided."""
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
@@ -101,7 +124,7 @@ def main(config: Config) -> Json:
   if config.tune:
     dataset = datasets.for_tuning(dataset, config.train.seed)
   splits = {budget: split_labels(dataset, budget, config.splits) for budget in config.budgets}
-  used = {method: make_recipe(config, dataset, method) for method in config.methods}
+  used = make_arms(config, dataset)
   with run_dir.open_run("label_study", config, dataset, None, recipes_used=used, files=FILES) as run:
     for budget in config.budgets:
       for split in splits[budget]:
@@ -116,10 +139,13 @@ def main(config: Config) -> Json:
     train = Study(dataset, seed=config.train.seed)
     for i, (budget, method) in enumerate(todo):
       shared = {"budget": budget, "method": method, "network": config.network, **run.environment}
-      found = [shared | row for row in train.cell(method, used[method], splits[budget])]
+      found = [shared | row for row in train.cell(method, used.get(method), splits[budget])]
       rows += found
       with open(path, "ab") as file:
         file.write(_lines(found))  # the classifier's own line is the last: with it the cell is complete
+      if config.tune and TUNING.is_dir():
+        with open(TUNING / f"{dataset.name}.jsonl", "ab") as file:
+          file.write(_lines([{"flags": cli.flags_of(config), "note": dataset.note, **found[-1]}]))
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 
@@ -136,7 +162,7 @@ def main(config: Config) -> Json:
     result = {
       "interrupted": False,
       "network": config.network,
-      "steps": used[config.methods[0]].num_steps,
+      "steps": max((recipe.num_steps for recipe in used.values()), default=0),
       "recipes": {name: recipes.describe(recipe) for name, recipe in used.items()},
       "tune": config.tune,
       "splits": list(config.splits),
@@ -146,8 +172,25 @@ def main(config: Config) -> Json:
       "probe_test_error": None,
       "cells": cells,
     }
-    table = [(f"{cell['budget']} labels, {_name(cell)}", _in_words(cell)) for cell in cells]
+    table = [
+      (f"{cell['budget']} labels, {_name(cell)}", _in_words(cell))
+      for cell in cells
+      if cell["reading"] == CLASSIFIER  # study.md has the probes
+    ]
     return run_dir.finish(run, result, table=table, pictures=[("Errors over labels", "study.png")])
+
+
+def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
+  """The recipes of the methods that have one; those `@matched` cost what `gan_consistency` costs."""
+  arms: dict[str, Recipe] = {}
+  for name in config.methods:
+    if name not in get_args(Pixels):
+      method, _, matched = name.partition("@")
+      arms[name] = make_recipe(config, dataset, method)  # pyright: ignore[reportArgumentType]
+      if matched:
+        gan = make_recipe(config, dataset, "gan_consistency")
+        arms[name] = recipes.with_arithmetic_of(arms[name], gan)
+  return arms
 
 
 def make_recipe(config: Config, dataset: Dataset, method: study.Method) -> Recipe:
@@ -202,12 +245,24 @@ class Study:
 
   def __init__(self, dataset: Dataset, *, seed: int):
     self._dataset, self._seed = dataset, seed
-    self._programs: dict[tuple[str, int], Callable] = {}
+    self._programs: dict[tuple[str, int], Any] = {}
+    self._flops: dict[str, float] = {}
     self._evaluate: dict[bool, Callable] = {}
 
-  def cell(self, method: str, recipe: Recipe, splits: Sequence[LabelSplit]) -> list[Json]:
-    """Trains a recipe on all splits; a row a reading of its discriminator, the classifier's the last."""
+  def cell(self, method: str, recipe: Recipe | None, splits: Sequence[LabelSplit]) -> list[Json]:
+    """Trains on all splits; a row a reading of the discriminator, the classifier's the last."""
     num_labels = len(splits[0].indices)
+    shared = {
+      "dataset": self._dataset.name,
+      "num_labels": num_labels,
+      "splits": [split.seed for split in splits],
+      "sha256": [split.sha256 for split in splits],
+    }
+    if recipe is None:
+      begin = time.perf_counter()
+      errors = [pixel_error(method, self._dataset, split) for split in splits]
+      seconds = {"seconds_train": round(time.perf_counter() - begin, 2), "seconds_compile": 0.0}
+      return [{"reading": CLASSIFIER, **shared, "errors": errors, **seconds}]
     repeats = 1000 // num_labels if 1000 % num_labels == 0 else 1  # one program for all of these
     images = data.to_device_splits(self._dataset, splits, repeats=repeats)
     # All methods start from the same parameters and see the same batches: a key for each split.
@@ -217,12 +272,10 @@ class Study:
       if not np.isfinite(loss):
         say(f"{method} on split {split.seed} broke down: its loss is not finite")
     readings = self._read(recipe, states, splits, every_layer=method == "gan_consistency")
-    shared = {
-      "dataset": self._dataset.name,
-      "num_labels": num_labels,
-      "splits": [split.seed for split in splits],
-      "sha256": [split.sha256 for split in splits],
+    shared |= {
       "steps": recipe.num_steps,
+      "images_per_step": recipe.batch._asdict(),
+      "mflop_per_step": round(self._flops[method] / 1e6, 1),
     }
     rows = [{"reading": name, **shared, "errors": errors} for name, errors in readings.items()]
     rows[-1] |= seconds
@@ -259,13 +312,15 @@ class Study:
 
   def _program(
     self, method: str, recipe: Recipe, dispatch: int, states: TrainState, images: data.DeviceData
-  ) -> Callable:
+  ) -> Any:
     """`(states, images, num) -> (states, metrics)`, compiled once for each size of the labelled set."""
     case = method, images.y_lab.shape[1]
     if case not in self._programs:
       multi_step = parallel.replicate(recipe.make_multi_step(dispatch))
       lowered = jax.jit(multi_step, donate_argnums=0).lower(states, images, np.int32(0))
       self._programs[case] = lowered.compile()
+      # The body of a loop counts once: this is one step of one replicate.
+      self._flops[method] = self._programs[case].cost_analysis()["flops"]
     return self._programs[case]
 
   def _read(
@@ -289,11 +344,31 @@ class Study:
     return readings
 
 
+def pixel_error(name: str, dataset: Dataset, split: LabelSplit) -> float:
+  """Test error in percent of scikit-learn's semi-supervised classifiers on pixels."""
+  from sklearn.linear_model import LogisticRegression
+  from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
+
+  flat = lambda x: x.reshape(len(x), -1) / np.float32(255)
+  y, labelled = np.full(len(dataset.y_train), -1), list(split.indices)
+  y[labelled] = dataset.y_train[labelled]
+  classifier: Any = LabelSpreading(kernel="knn", max_iter=100)
+  if name == "self_training":
+    classifier = SelfTrainingClassifier(LogisticRegression(max_iter=1000))
+  with np.errstate(invalid="ignore"):  # images that no label reaches through neighbours
+    classifier.fit(flat(dataset.x_train), y)
+    return evaluate.error_of(lambda x: classifier.predict(flat(x)), dataset)
+
+
 # --- Statistics
 
 
 def summarise(rows: Sequence[Json]) -> list[Json]:
-  """Each row with its summary and its paired differences to `REFERENCES`, where they were trained."""
+  """Each row with its summary and its paired differences to `REFERENCES`, where they were trained.
+
+  Verdicts are corrected by Holm's procedure for the number of classifiers that are compared with a
+  reference, over all budgets; the uncorrected ones stand beside them.
+  """
   by_name = {(row["budget"], row["method"], row["reading"]): row for row in rows}
   cells = []
   for (budget, method, reading), row in by_name.items():
@@ -303,6 +378,12 @@ def summarise(rows: Sequence[Json]) -> list[Json]:
       if (method, reading) != (name, CLASSIFIER) and (budget, name, CLASSIFIER) in by_name
     }
     cells.append({**row, **_json(metrics.summarise(row["errors"])), "against": against})
+  for name in REFERENCES:
+    found = [c["against"][name] for c in cells if name in c["against"] and c["reading"] == CLASSIFIER]
+    found = [each for each in found if each["p"] is not None]
+    for each, p in zip(found, metrics.holm([each["p"] for each in found]), strict=True):
+      each["p_holm"] = p
+      each["verdict_holm"] = each["verdict"] if p < 0.05 else "cannot tell"
   return cells
 
 
@@ -316,7 +397,10 @@ def _name(cell: Json) -> str:
 
 
 def _in_words(cell: Json) -> str:
-  verdicts = "".join(f"; against {name}: {found['verdict']}" for name, found in cell["against"].items())
+  verdicts = "".join(
+    f"; against {name}: {found.get('verdict_holm', found['verdict'])}"
+    for name, found in cell["against"].items()
+  )
   return f"{_mean(cell)} %{verdicts}"
 
 
@@ -326,12 +410,14 @@ def markdown(cells: Sequence[Json], dataset: Dataset) -> str:
   lines = [f"# Error in percent on {dataset.name}", "", *_overview(cells, "mean +- std", _mean)]
   for name in names:
     lines += _overview(cells, f"less {name}", lambda c, name=name: _difference(c["against"].get(name)))
-  head = ["method", "mean +- std", "95 % interval", "median", "best", "worst", "over twice the median"]
+  head = ["method", "MFLOP a step", "mean +- std", "95 % interval"]
+  head += ["median", "best", "worst", "over twice the median"]
   head += [f"less {name}" for name in names]
   for budget in dict.fromkeys(cell["budget"] for cell in cells):
     rows = [
       [
         _name(cell),
+        f"{cell['mflop_per_step']:.1f}" if "mflop_per_step" in cell else "",
         _mean(cell),
         _interval(cell["interval"]),
         *(f"{cell[key]:.2f}" for key in ("median", "best", "worst")),
@@ -344,6 +430,7 @@ def markdown(cells: Sequence[Json], dataset: Dataset) -> str:
     lines += [f"## {budget} labels", "", *_table(head, rows)]
   splits = ", ".join(str(seed) for seed in cells[0]["splits"])
   lines.append(f"Splits {splits}. Unlabelled images include the labelled ones. {dataset.note}".strip())
+  lines.append("Verdicts: corrected by Holm's procedure; before correction in brackets where it differs.")
   return "\n".join(lines) + "\n"
 
 
@@ -372,7 +459,9 @@ def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
 def _difference(found: Json | None) -> str:
   if found is None:
     return ""
-  return f"{found['mean']:+.2f} ({_interval(found['interval'], '+')}): {found['verdict']}"
+  verdict = found.get("verdict_holm", found["verdict"])
+  before = f" [{found['verdict']}]" if verdict != found["verdict"] else ""
+  return f"{found['mean']:+.2f} ({_interval(found['interval'], '+')}): {verdict}{before}"
 
 
 if __name__ == "__main__":

@@ -103,6 +103,14 @@ def make_evaluate(
   return evaluate
 
 
+def error_of(
+  classify: Callable[[UInt8[np.ndarray, "n h w c"]], Int[np.ndarray, "n"]], dataset: Dataset
+) -> float:
+  """Test error in percent of any other classifier, images as bytes to classes."""
+  test = with_test_set(dataset)
+  return 100 * float(np.mean(classify(test.x_test) != test.y_test))
+
+
 # --- Generators
 
 

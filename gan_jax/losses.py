@@ -193,6 +193,53 @@ def consistency(
   return confident * cross_entropy(logits_strong, probs.argmax(axis=-1))
 
 
+def adamatch(
+  logits_lab: Float[Array, "n k"],
+  logits_weak: Float[Array, "b k"],
+  logits_strong: Float[Array, "b k"],
+  *,
+  threshold: float,
+) -> Float[Array, "b"]:
+  """Consistency with a relative threshold and distribution alignment.
+
+  With `p = p(. | lab, real)` the predictions on labelled images and `t = p(. | weak, real)`:
+  `t' = t (E p / E t)`, normalised, and `1[max_k t'_k >= c] * -log q(argmax_k t'_k)`,
+  `c = threshold * E max_k p_k`, `q = p(. | strong, real)`. So the classes of the pseudo-labels are as
+  frequent as those of the predictions on labels, and confidence is relative to that on labels, which a
+  penalty on D's gradient lowers for both. No gradient flows into `p` and `t`.
+
+  Args:
+    logits_lab: of the labelled images; none: as `consistency`.
+    logits_weak, logits_strong: of the same unlabelled images.
+    threshold: share of the confidence on labelled images, in [0, 1].
+
+  References:
+    Berthelot et al., 2021, https://arxiv.org/abs/2106.04732 (AdaMatch).
+  """
+  if not len(logits_lab):
+    return consistency(logits_weak, logits_strong, threshold=threshold)
+  labelled, weak = (jax.lax.stop_gradient(class_probs(a)) for a in (logits_lab, logits_weak))
+  aligned = weak * (labelled.mean(axis=0) / (weak.mean(axis=0) + 1e-6))[None]
+  aligned = aligned / aligned.sum(axis=-1, keepdims=True)
+  confident = aligned.max(axis=-1) >= threshold * labelled.max(axis=-1).mean()
+  return confident * cross_entropy(logits_strong, aligned.argmax(axis=-1))
+
+
+def mutual_information(logits_a: Float[Array, "b k"], logits_b: Float[Array, "b k"]) -> Float[Array, ""]:
+  """Mutual information of the classes of two views of the same images, in nats, at most log K.
+
+  `sum_kl P_kl log(P_kl / (P_k. P_.l))` with `P = (J + J') / 2`, `J = E p(. | a) p(. | b)'`. High where the
+  classes are decided, equal for both views and equally frequent.
+
+  References:
+    Ji et al., 2019, https://arxiv.org/abs/1807.06653 (IIC), section 3.1.
+  """
+  joint = class_probs(logits_a).T @ class_probs(logits_b) / len(logits_a)
+  joint = jnp.maximum((joint + joint.T) / 2, 1e-8)
+  marginal = joint.sum(axis=0)
+  return (joint * (jnp.log(joint) - jnp.log(marginal)[:, None] - jnp.log(marginal)[None])).sum()
+
+
 def entropy(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
   """`H(p) = -sum_k p_k log p_k` of the classifier `p = p(. | x, real)`: low where it is decided.
 

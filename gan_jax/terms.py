@@ -129,6 +129,83 @@ def consistency(weak: Augment, *, threshold: float) -> Term:
   return term
 
 
+def adamatch(weak: Augment, *, threshold: float) -> Term:
+  """The same with a threshold and class frequencies relative to those on labels, see `losses.adamatch`."""
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    key_augment, key_d = jax.random.split(outputs.key)
+    logits_weak = outputs.teacher_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+    logits = outputs.lab.logits, logits_weak, outputs.unl.logits
+    return losses.adamatch(*logits, threshold=threshold).mean()
+
+  return term
+
+
+def mutual_information(weak: Augment) -> Term:
+  """Minus the mutual information of an unlabelled image's class as augmented and as weakly augmented.
+
+  Both passes have a gradient.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    key_augment, key_d = jax.random.split(outputs.key)
+    logits_weak = outputs.d_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+    return -losses.mutual_information(outputs.unl.logits, logits_weak)
+
+  return term
+
+
+def mixed(outputs: StepOutputs) -> Float[Array, ""]:
+  """Real or fake of images that are partly real: `E s softplus(-r) + (1 - s) softplus(r)`.
+
+  `r` is the real logit of `M x + (1 - M) G(z)`: an unlabelled image with a rectangle of a generated one,
+  M uniform over positions and, as CutMix has it, over shares s of the image that is real.
+
+  References:
+    Liu et al., 2020, https://doi.org/10.1109/CVPR42600.2020.00576 (R3-CGAN), without its class targets.
+    Yun et al., 2019, https://arxiv.org/abs/1905.04899 (CutMix), section 3.1 (the rectangle).
+  """
+  key_share, key_centre, key_d = jax.random.split(outputs.key, 3)
+  num = min(len(outputs.unl.x), len(outputs.fake.x))
+  real, fake = outputs.unl.x[:num], outputs.fake.x[:num]
+  height, width = real.shape[1:3]
+  side = jnp.sqrt(1 - jax.random.uniform(key_share, (num, 1, 1)))
+  centre = jax.random.uniform(key_centre, (2, num, 1, 1))
+  v = (jnp.arange(height)[None, :, None] + 0.5) / height
+  u = (jnp.arange(width)[None, None, :] + 0.5) / width
+  inside = (jnp.abs(v - centre[0]) < side / 2) & (jnp.abs(u - centre[1]) < side / 2)
+  share = 1 - inside.mean(axis=(1, 2))
+  logits = outputs.d_fn(jnp.where(inside[..., None], fake, real), key_d)[0]
+  r = losses.real_logit(logits)
+  return (share * jax.nn.softplus(-r) + (1 - share) * jax.nn.softplus(r)).mean()
+
+
+def confident_generated(*, threshold: float) -> Term:
+  """Cross-entropy of generated images against the averaged D's class, where it is confident and they look
+  real: `E 1[max p' >= threshold, r' > 0] -log p(argmax p')`, primes the averaged D, a constant.
+
+  References:
+    Li et al., 2019, https://arxiv.org/abs/1912.09784 (Triple-GAN), whose generator is conditional.
+  """
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    logits = outputs.teacher_fn(outputs.fake.x, outputs.key)[0]
+    real = jax.lax.stop_gradient(losses.real_logit(logits)) > 0
+    loss = losses.consistency(logits, outputs.fake.logits, threshold=threshold)
+    return jnp.where(real, loss, 0.0).mean()
+
+  return term
+
+
+def undecided_generated(outputs: StepOutputs) -> Float[Array, ""]:
+  """Minus the mean entropy of the classifier on generated images: D is to be undecided about them.
+
+  References:
+    Springenberg, 2016, https://arxiv.org/abs/1511.06390, section 3.
+  """
+  return -losses.entropy(outputs.fake.logits).mean()
+
+
 def entropy(outputs: StepOutputs) -> Float[Array, ""]:
   """Mean entropy of the classifier on the unlabelled images."""
   return losses.entropy(outputs.unl.logits).mean()

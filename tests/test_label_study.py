@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -6,7 +7,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import cli, datasets
+from gan_jax import cli, datasets, recipes
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
@@ -63,6 +64,7 @@ def test_all_methods_start_from_the_same_parameters_and_the_splits_do_not(tmp_pa
 
   def no_steps(self, method, recipe, dispatch, states, images):
     started.append(states)
+    self._flops[method] = 0.0
     return lambda states, images, num: (states, {"d/loss": np.zeros((2, 1))})
 
   monkeypatch.setattr(label_study.Study, "_program", no_steps)
@@ -119,6 +121,36 @@ def test_bad_flags_leave_no_run(flags, words, tmp_path):
   assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_arms_are_matched_in_arithmetic_and_scikit_learn_is_one_of_them(tmp_path, read, monkeypatch):
+  """With what the matched arm is matched is asked for, see test_recipes.py for how."""
+
+  def with_arithmetic_of(recipe, other):
+    assert recipe.hparams == dataclasses.replace(other.hparams, method="fixmatch_ema")
+    assert other.hparams.method == "gan_consistency"
+    return recipes.with_unlabelled(recipe, 137)
+
+  monkeypatch.setattr(recipes, "with_arithmetic_of", with_arithmetic_of)
+  methods = ("fixmatch_ema", "fixmatch_ema@matched", "label_spreading")
+  result = study(tmp_path / "run", methods=methods)
+  same, matched, pixels = result["cells"]
+  assert [cell["method"] for cell in result["cells"]] == list(methods)
+  assert (same["images_per_step"]["unlabelled"], matched["images_per_step"]["unlabelled"]) == (100, 137)
+  assert 1.1 * same["mflop_per_step"] < matched["mflop_per_step"] < 1.37 * same["mflop_per_step"]
+  assert "mflop_per_step" not in pixels
+  assert max(pixels["errors"]) < 40  # two labels a class
+  assert set(pixels["against"]) == {"fixmatch_ema", "fixmatch_ema@matched"}
+  assert all(each["p_holm"] >= each["p"] for each in pixels["against"].values())
+
+
+def test_tuning_leaves_its_lines(tmp_path, read, monkeypatch):
+  """With the flags that made them, beside the results, on images that are no test images."""
+  monkeypatch.setattr(label_study, "TUNING", tmp_path)
+  study(tmp_path / "run", methods=("supervised",), tune=True, splits=(100, 101))
+  (row,) = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
+  assert (row["flags"]["tune"], row["method"], row["splits"]) == (True, "supervised", [100, 101])
+  assert "not on the test set" in row["note"]
+
+
 def test_flags_that_the_study_does_not_honour_it_does_not_take():
   flags = cli.flags_of(label_study.Config())
   assert not flags.keys() & {"labels_per_class", "split_seed", "num_images", "hold_out", "init_from"}
@@ -152,5 +184,5 @@ def test_markdown_and_verdicts():
   assert (
     "| less supervised_augmented | 20 labels |\n|---|---|\n| vat | -0.93 (-1.08 to -0.79): helps |" in table
   )
-  assert "| vat | 5.07 +- 1.05 | 2.46 to 7.68 | 5.10 | 4.00 | 6.10 | 0 % | -0.93" in table
-  assert "| supervised_augmented, linear probe, Block_0 | 6.00 +- 1.00 |" in table
+  assert "| vat |  | 5.07 +- 1.05 | 2.46 to 7.68 | 5.10 | 4.00 | 6.10 | 0 % | -0.93" in table
+  assert "| supervised_augmented, linear probe, Block_0 |  | 6.00 +- 1.00 |" in table

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.metrics
 
 from gan_jax import losses
 
@@ -184,6 +185,40 @@ def test_known_realness_reads_the_class_where_it_is_known():
   np.testing.assert_allclose(losses.known_real_logit(LOGITS, y), expected, rtol=1e-6)
   grads = grad(lambda logits: losses.known_real_logit(logits, y).sum())(LOGITS)
   np.testing.assert_allclose(grads, [[0, 0, 1], [1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
+
+
+def test_adamatch_by_hand():
+  """Predictions that lean to one class are tilted back; the threshold is relative to that on labels."""
+  lab = jnp.log(jnp.array([[0.8, 0.2], [0.2, 0.8]]))
+  weak = jnp.log(jnp.array([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]))  # mean 0.7, 0.3; aligned to 0.5, 0.5
+  strong = jnp.log(jnp.array([[0.7, 0.3], [0.4, 0.6], [0.5, 0.5]]))
+  aligned = np.array([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]) * (0.5 / np.array([0.7, 0.3]))
+  aligned /= aligned.sum(axis=1, keepdims=True)
+  assert aligned[1].argmax() == 1  # the pseudo-label itself has changed
+  found = losses.adamatch(lab, weak, strong, threshold=0.9)
+  np.testing.assert_allclose(found, [-np.log(0.7), 0.0, 0.0], rtol=1e-4)  # 0.72 is the threshold
+  found = losses.adamatch(lab, weak, strong, threshold=0.7)
+  np.testing.assert_allclose(found, [-np.log(0.7), -np.log(0.6), -np.log(0.5)], rtol=1e-4)
+  loss = lambda lab, weak, strong: losses.adamatch(lab, weak, strong, threshold=0.7).sum()
+  to_lab, to_weak, to_strong = grad(loss, argnums=(0, 1, 2))(lab, weak, strong)
+  assert not to_lab.any()
+  assert not to_weak.any()
+  assert to_strong.any()
+  none = losses.adamatch(lab[:0], weak, strong, threshold=0.9)
+  np.testing.assert_array_equal(none, losses.consistency(weak, strong, threshold=0.9))
+
+
+def test_mutual_information_is_scikit_learns():
+  rng = np.random.default_rng(0)
+  a, b = rng.integers(0, 3, (2, 60))
+  sure = lambda y: jnp.asarray(60.0 * np.eye(3)[y], jnp.float32)
+  both = np.concatenate([a, b]), np.concatenate([b, a])  # the joint is made symmetric
+  expected = sklearn.metrics.mutual_info_score(*both)
+  np.testing.assert_allclose(losses.mutual_information(sure(a), sure(b)), expected, atol=1e-4)
+  even = sure(np.arange(60) % 3)
+  np.testing.assert_allclose(losses.mutual_information(even, even), np.log(3), rtol=1e-4)
+  far = grad(lambda x: losses.mutual_information(x, even))(1e4 * even)
+  assert np.isfinite(far).all()
 
 
 def test_entropy_and_divergence_are_scipys():

@@ -172,6 +172,55 @@ def test_the_targets_of_consistency_are_the_averaged_networks(key):
   np.testing.assert_allclose(value, -np.log(p[np.arange(6), x.argmin(axis=1)]).mean(), rtol=1e-5)
 
 
+def test_adamatch_takes_its_targets_from_the_averaged_network(key):
+  x = jnp.float32(np.random.default_rng(0).uniform(size=(6, 3)))
+  teacher_fn = lambda x, key: (-x, None)
+  lab = images(3 * x, [0] * 6)
+  outputs = Outputs(key=key, lab=lab, unl=images(x, [-1] * 6), teacher_fn=teacher_fn)
+  value = terms.adamatch(lambda key, x: 2 * x, threshold=0.9)(outputs)
+  np.testing.assert_allclose(value, losses.adamatch(3 * x, -2 * x, x, threshold=0.9).mean(), rtol=1e-5)
+
+
+def test_mixed_images_are_as_real_as_their_share(key):
+  """A D that counts real pixels: the loss is the entropy of the share that it sees."""
+  real, fake = jnp.ones((400, 8, 8, 1)), jnp.zeros((500, 8, 8, 1))
+  seen = []
+
+  def d_fn(x, key):
+    share = x.mean(axis=(1, 2, 3))
+    seen.append(share)
+    return jnp.log(share / (1 - share + 1e-6) + 1e-6)[:, None], None
+
+  both = [terms.DiscOutputs(x, x, x, x, x) for x in (real, fake)]
+  value = terms.mixed(Outputs(key=key, unl=both[0], fake=both[1], d_fn=d_fn))
+  (share,) = seen
+  assert len(share) == 400
+  assert share.min() < 0.2
+  assert share.max() > 0.95
+  p = np.clip(np.asarray(share, np.float64), 1e-6, 1 - 1e-6)
+  expected = -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
+  np.testing.assert_allclose(value, expected, atol=1e-3)
+  # Rectangles: rows that are cut are cut in the same columns.
+  corner = real.at[:, :, :, 0].set(jnp.arange(64.0).reshape(8, 8))
+  pixels = []
+  d_fn = lambda x, key: (pixels.append(x) or x[:, :2, 0, 0], None)
+  terms.mixed(Outputs(key=key, unl=both[0]._replace(x=corner), fake=both[1], d_fn=d_fn))
+  cut = np.asarray(pixels[0][..., 0] == 0)[1:]
+  assert all((image[image.any(axis=1)] == image.any(axis=0)[None]).all() for image in cut[:, :, 1:])
+
+
+def test_generated_images_teach_where_the_averaged_network_is_sure_and_takes_them_for_real():
+  sure_real, sure_fake, unsure = [9.0, 0.0], [-3.0, -12.0], [3.0, 3.0]
+  logits = jnp.array([sure_real, sure_fake, unsure])
+  own = jnp.array([[1.0, 2.0]] * 3)
+  fake = images(own, [-1] * 3)
+  outputs = Outputs(fake=fake, teacher_fn=lambda x, key: (logits, None))
+  value = terms.confident_generated(threshold=0.95)(outputs)
+  np.testing.assert_allclose(value, (np.log(np.exp(1) + np.exp(2)) - 1) / 3, rtol=1e-5)
+  even = Outputs(fake=images(jnp.zeros((5, 4)), [-1] * 5))
+  np.testing.assert_allclose(terms.undecided_generated(even), -np.log(4), rtol=1e-5)
+
+
 def test_methods_of_the_study_by_hand():
   """Their terms and weights; the entropy is of unlabelled, the generated classes of generated images."""
   logits = np.array([[1.0, -1.0], [0.0, 2.0]])

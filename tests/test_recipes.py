@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -85,6 +86,20 @@ def test_more_layers_than_d_has_cannot_be_frozen():
     recipes.with_frozen(recipe, 4)
 
 
+def test_arithmetic_is_matched_by_the_compiled_programs_own_count():
+  """More unlabelled images make up for the generator and its images; nothing else changes."""
+  hparams = dataclasses.replace(ssgan.tuned("mlp", 500), network="article", consistency=1.0)
+  recipe = ssgan.build(hparams, SHAPE, 3)
+  alone = recipes.without_generator(recipe)
+  matched = recipes.with_arithmetic_of(alone, recipe)
+  assert alone.flops() < 0.8 * recipe.flops()
+  assert matched.flops() == pytest.approx(recipe.flops(), rel=0.01)
+  assert matched.batch == alone.batch._replace(unlabelled=matched.batch.unlabelled)
+  assert matched.batch.unlabelled > alone.batch.unlabelled
+  again = recipes.rebuild(described(matched))
+  assert (again.batch, described(again)) == (matched.batch, described(matched))
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_fifth_and_no_lower():
   hparams = ssgan.tuned("conv", 10**5)
   rate, num = recipes.learning_rate(hparams, 2.0), hparams.num_steps
@@ -107,15 +122,18 @@ def test_without_weights_there_are_no_other_images():
 def test_each_method_of_the_study_is_another_objective_over_the_same_batches():
   dataset = datasets.load("digits")
   config = label_study.Config()
-  methods = {name: label_study.make_recipe(config, dataset, name) for name in config.methods}
-  assert len(methods) == 9
+  methods = {name: label_study.make_recipe(config, dataset, name) for name in get_args(study.Method)}
+  assert len(methods) == 16
   terms = {name: frozenset(recipe.objective.d) for name, recipe in methods.items()}
   assert terms["supervised"] == terms["supervised_augmented"] == {"supervised"}
   assert len(set(terms.values())) == len(methods) - 1
   assert [name for name, recipe in methods.items() if recipe.augment is None] == ["supervised"]
-  balanced = [name for name, recipe in methods.items() if "class_balance" in recipe.objective.d]
-  assert balanced == [name for name, recipe in methods.items() if recipe.batch.unlabelled]
-  assert {"fixmatch_ema", "mean_teacher", "vat", "feature_matching"} < set(balanced)
+  balanced = {name for name, recipe in methods.items() if "class_balance" in recipe.objective.d}
+  aligned = {name for name, recipe in methods.items() if "adamatch" in recipe.objective.d}
+  assert aligned == {"adamatch", "gan_adamatch"}
+  assert balanced | aligned == {name for name, recipe in methods.items() if recipe.batch.unlabelled}
+  assert not balanced & aligned
+  assert {"fixmatch_ema", "mean_teacher", "vat", "feature_matching"} < balanced
   assert len({(recipe.d, recipe.num_steps, recipe.batch.labelled) for recipe in methods.values()}) == 1
   first = study.generator_of(methods["gan_augmented"])
   assert first is not None

@@ -22,6 +22,7 @@ def test_paired_is_scipys_and_says_what_it_means():
     found = metrics.paired(errors, reference)
     expected = scipy.stats.ttest_rel(errors, reference).confidence_interval(0.95)
     np.testing.assert_allclose(found.interval, expected)
+    np.testing.assert_allclose(found.p, scipy.stats.ttest_rel(errors, reference).pvalue)
     assert found.verdict == verdict
     assert scipy.stats.ttest_ind(errors, reference).pvalue > 0.05
 
@@ -29,5 +30,14 @@ def test_paired_is_scipys_and_says_what_it_means():
 @pytest.mark.parametrize("errors", [[3.0], [2.0, 2.0]])
 def test_one_run_or_no_difference_tells_nothing(errors):
   assert metrics.summarise(errors).std == 0
-  assert metrics.paired(errors, errors)[::2] == (0.0, "cannot tell")
+  found = metrics.paired(errors, errors)
+  assert (found.mean, found.verdict) == (0.0, "cannot tell")
+  assert found.p == (None if len(errors) == 1 else 1.0)
   assert (metrics.summarise(errors).interval is None) == (len(errors) == 1)
+
+
+def test_holm_by_hand():
+  """Ascending 0.01 x 4, 0.02 x 3, 0.03 x 2 (raised to 0.06), 0.9."""
+  np.testing.assert_allclose(metrics.holm([0.03, 0.9, 0.01, 0.02]), [0.06, 0.9, 0.04, 0.06])
+  assert metrics.holm([0.6, 0.7]) == [1.0, 1.0]
+  assert metrics.holm([]) == []

@@ -9,7 +9,7 @@ from gan_jax.metrics.feature_extractor import (
 )
 from gan_jax.metrics.frechet import Moments, frechet_distance, moments
 from gan_jax.metrics.generator import generator_quality, replay_quality
-from gan_jax.metrics.statistics import Difference, Summary, paired, summarise
+from gan_jax.metrics.statistics import Difference, Summary, holm, paired, summarise
 
 __all__ = [
   "Difference",
@@ -20,6 +20,7 @@ __all__ = [
   "error_percent",
   "frechet_distance",
   "generator_quality",
+  "holm",
   "load_feature_extractor",
   "moments",
   "paired",

@@ -21,7 +21,9 @@ from gan_jax.recipes.recipe import (
   adam,
   learning_rate,
   supervised_control,
+  with_arithmetic_of,
   with_frozen,
+  with_unlabelled,
   without_augmentation,
   without_generator,
 )
@@ -82,7 +84,9 @@ __all__ = [
   "ssgan",
   "study",
   "supervised_control",
+  "with_arithmetic_of",
   "with_frozen",
+  "with_unlabelled",
   "without_augmentation",
   "without_generator",
 ]

@@ -2,9 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Key
 
@@ -91,6 +93,15 @@ class Recipe:
       ema_decay=self.ema_decay,
     )
 
+  def flops(self) -> float:
+    """Floating-point operations of one step, by the compiled program's own count; compiles the step."""
+    x, y = np.zeros((1, *self.image_shape), np.uint8), np.zeros(1, np.int32)
+    images, key = data.DeviceData.from_arrays(x, y, x), jax.random.key(0)
+    state = jax.eval_shape(self.init_state, key, images)
+    batch = jax.eval_shape(data.make_sample_batch(self.batch), key, images)
+    compiled: Any = jax.jit(self.make_step()).lower(state, batch).compile()
+    return compiled.cost_analysis()["flops"]
+
   def make_multi_step(self, max_steps: int) -> steps.MultiStep:
     """Many steps in one call, on batches sampled on the device, see `steps.make_multi_step`."""
     return steps.make_multi_step(self.make_step(), data.make_sample_batch(self.batch), max_steps=max_steps)
@@ -160,6 +171,25 @@ def without_augmentation(recipe: Recipe) -> Recipe:
   return dataclasses.replace(recipe, augment=None, derived=(*recipe.derived, ("without_augmentation", {})))
 
 
+def with_unlabelled(recipe: Recipe, num: int) -> Recipe:
+  """The same with so many unlabelled images per step."""
+  return dataclasses.replace(
+    recipe,
+    batch=recipe.batch._replace(unlabelled=num),
+    derived=(*recipe.derived, ("with_unlabelled", {"num": num})),
+  )
+
+
+def with_arithmetic_of(recipe: Recipe, other: Recipe) -> Recipe:
+  """The same with as many unlabelled images per step as make its step cost what one of `other` costs.
+
+  By `Recipe.flops`, which is linear in the images; to within half an image.
+  """
+  num = recipe.batch.unlabelled
+  one, two = (with_unlabelled(recipe, k * num).flops() for k in (1, 2))
+  return with_unlabelled(recipe, round(num * (1 + (other.flops() - one) / (two - one))))
+
+
 def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
   """The same with the first layers of D frozen, from the image on (FreezeD, see `steps.freeze_layers`).
 
@@ -183,6 +213,7 @@ DERIVATIONS = {
   "without_generator": without_generator,
   "without_augmentation": without_augmentation,
   "with_frozen": with_frozen,
+  "with_unlabelled": with_unlabelled,
 }
 """By name, so that a stored run can be built again."""
 

@@ -5,11 +5,13 @@ of steps, and those that see unlabelled images also class balance, so that it de
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gan_jax import networks, objectives
+import optax
+
+from gan_jax import networks, objectives, terms
 from gan_jax.recipes import recipe as base
 from gan_jax.recipes import ssgan
 from gan_jax.recipes.recipe import Recipe
@@ -19,10 +21,17 @@ Method = Literal[
   "supervised",
   "supervised_augmented",
   "fixmatch_ema",
+  "adamatch",
+  "mutual_information",
   "mean_teacher",
   "vat",
   "feature_matching",
   "gan_consistency",
+  "gan_adamatch",
+  "gan_vat",
+  "gan_mixed",
+  "gan_confident",
+  "gan_undecided",
   "bad_generator",
   "gan_augmented",
 ]
@@ -52,6 +61,14 @@ class Hparams(ssgan.Hparams):
   """Weight of the penalty on generated images in dense regions in bad_generator."""
   generated: float = 1.0
   """Weight of the generated images in gan_augmented."""
+  mutual: float = 1.0
+  """Weight of the mutual information at the first step; it falls to 0 over 30 % of the steps."""
+  mixed: float = 0.25
+  """Weight of the partly real images in gan_mixed."""
+  confident: float = 0.03
+  """Weight of the confident generated images in gan_confident at the last step; it rises from 0."""
+  undecided: float = 0.1
+  """Weight of the entropy on generated images in gan_undecided."""
 
 
 def tuned(
@@ -119,6 +136,45 @@ def _feature_matching(recipe: Recipe, h: Hparams) -> Recipe:
   return _with_objective(recipe, h, objective)
 
 
+def _adamatch(recipe: Recipe, h: Hparams) -> Recipe:
+  return _gan_adamatch(base.without_generator(recipe), h)
+
+
+def _gan_adamatch(recipe: Recipe, h: Hparams) -> Recipe:
+  term = ssgan.ramped(h, h.consistency), terms.adamatch(ssgan.weak(h), threshold=h.threshold)
+  d = {
+    name: each for name, each in recipe.objective.d.items() if name not in ("consistency", "class_balance")
+  }
+  return _replace_terms(recipe, {**d, "adamatch": term})
+
+
+def _mutual_information(recipe: Recipe, h: Hparams) -> Recipe:
+  weight = optax.linear_schedule(h.mutual, 0.0, max(1, int(0.3 * h.num_steps)))
+  term = weight, terms.mutual_information(ssgan.weak(h))
+  recipe = base.without_generator(recipe)
+  return _replace_terms(recipe, {**recipe.objective.d, "mutual_information": term})
+
+
+def _gan_vat(recipe: Recipe, h: Hparams) -> Recipe:
+  vat = _vat(recipe, h).objective.d
+  return _replace_terms(_feature_matching(recipe, h), {**_feature_matching(recipe, h).objective.d, **vat})
+
+
+def _gan_mixed(recipe: Recipe, h: Hparams) -> Recipe:
+  return _replace_terms(recipe, {**recipe.objective.d, "mixed": (h.mixed, terms.mixed)})
+
+
+def _gan_confident(recipe: Recipe, h: Hparams) -> Recipe:
+  weight = optax.linear_schedule(0.0, h.confident, h.num_steps) if h.confident else 0.0
+  term = weight, terms.confident_generated(threshold=h.threshold)
+  return _replace_terms(recipe, {**recipe.objective.d, "confident_generated": term})
+
+
+def _gan_undecided(recipe: Recipe, h: Hparams) -> Recipe:
+  term = h.undecided, terms.undecided_generated
+  return _replace_terms(recipe, {**recipe.objective.d, "undecided_generated": term})
+
+
 def _mean_teacher(recipe: Recipe, h: Hparams) -> Recipe:
   objective = objectives.mean_teacher(weight=ssgan.ramped(h, h.teacher), weak=ssgan.weak(h))
   return _with_objective(base.without_generator(recipe), h, objective)
@@ -159,6 +215,11 @@ def _gan_augmented(recipe: Recipe, h: Hparams) -> Recipe:
   )
 
 
+def _replace_terms(recipe: Recipe, d: Mapping[str, tuple[objectives.Weight, terms.Term]]) -> Recipe:
+  """The same with these terms in D's objective."""
+  return dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, d=d))
+
+
 def _with_objective(recipe: Recipe, h: Hparams, objective: objectives.Objective) -> Recipe:
   return dataclasses.replace(
     recipe, objective=objectives.with_class_balance(objective, ssgan.class_balance(h))
@@ -177,10 +238,17 @@ METHODS: dict[Method | First, Callable[[Recipe, Hparams], Recipe]] = {
   "supervised": _supervised,
   "supervised_augmented": _supervised_augmented,
   "fixmatch_ema": _fixmatch_ema,
+  "adamatch": _adamatch,
+  "mutual_information": _mutual_information,
   "mean_teacher": _mean_teacher,
   "vat": _vat,
   "feature_matching": _feature_matching,
   "gan_consistency": _gan_consistency,
+  "gan_adamatch": _gan_adamatch,
+  "gan_vat": _gan_vat,
+  "gan_mixed": _gan_mixed,
+  "gan_confident": _gan_confident,
+  "gan_undecided": _gan_undecided,
   "bad_generator": _bad_generator,
   "gan_augmented": _gan_augmented,
   "conditional_generator": _conditional_generator,
