@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -222,7 +223,8 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
     del signum, frame
     stop.is_set = True
     signal.signal(signal.SIGINT, previous)
-    console.print("[yellow]stopping: writing what was reached (Ctrl-C again to leave at once)[/]")
+    # Not through the console: it may be in the middle of a line, which it would print again.
+    os.write(2, b"\nstopping: writing what was reached (Ctrl-C again to leave at once)\n")
 
   previous = signal.getsignal(signal.SIGINT)
   if previous is signal.SIG_IGN:  # as for a job in the background of a shell: it stays ignored

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from conftest import leaves_equal
 
 from gan_jax import checkpoint, data, diagnostics, recipes, report, train
@@ -90,6 +91,28 @@ def test_interrupt_ends_after_the_dispatch_and_saves(tiny, tmp_path, monkeypatch
   with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.latest_step == int(result.state.step) < 10
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_in_the_middle_of_a_line_does_not_print_it_twice(monkeypatch, handler):
+  """The console is not to be entered again by the handler while it writes."""
+  written = []
+
+  class Stream:
+    def write(self, text):
+      written.append(text)
+      if len(written) == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def flush(self):
+      pass
+
+  console = rich.console.Console(file=Stream())
+  monkeypatch.setattr(train, "console", console)
+  handler(signal.default_int_handler)
+  with train._stop_on_interrupt() as stop:
+    console.print("step 400")
+  assert stop.is_set
+  assert "".join(written).count("step 400") == 1
 
 
 def test_an_interrupt_that_was_ignored_stays_ignored(tiny, tmp_path, monkeypatch, handler):
