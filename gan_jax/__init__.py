@@ -12,6 +12,7 @@ from gan_jax import (
   evaluate,
   losses,
   metrics,
+  model,
   networks,
   objectives,
   parallel,
@@ -24,17 +25,21 @@ from gan_jax import (
   train,
   types,
 )
+from gan_jax.model import Model, load
 
 __version__ = "0.1.0"
 __all__ = [
+  "Model",
   "augment",
   "checkpoint",
   "data",
   "datasets",
   "diagnostics",
   "evaluate",
+  "load",
   "losses",
   "metrics",
+  "model",
   "networks",
   "objectives",
   "parallel",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gan_jax.types import InputError, TrainState
+from gan_jax.types import InputError, NetState, TrainState
 
 
 class Checkpoints:
@@ -135,6 +135,50 @@ def transfer(
       _, part, layer = path.split("/", 2)
       taken[f"{part}/params/{layer}"] = jnp.copy(loaded[path])
   return _map(lambda path, leaf: taken.get(path, leaf), state), notes
+
+
+def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
+  """What a run's networks are read from: averages and `model_state` of its newest checkpoint.
+
+  Args:
+    run_dir: the directory of the run. Nothing in it is changed.
+    like: a state of the same networks, or its shapes.
+
+  Returns:
+    A state without current parameters, optimizers and key: their fields are `{}`.
+
+  Raises:
+    InputError: no checkpoint, a damaged one, or one of other networks.
+  """
+  empty = NetState({}, {}, {})
+  wanted = TrainState(
+    step=like.step,
+    key={},  # pyright: ignore[reportArgumentType]
+    g=empty.replace(model_state=like.g.model_state),
+    d=empty.replace(model_state=like.d.model_state),
+    ema=like.ema,
+  )
+  directory = Path(run_dir) / "checkpoints"
+  if not directory.is_dir():  # Orbax would make it
+    raise InputError(f"{run_dir} holds no checkpoint")
+  with Checkpoints(directory, cleanup=False) as checkpoints:
+    if checkpoints.latest_step is None:
+      raise InputError(f"{run_dir} holds no checkpoint")
+    saved = checkpoints.metadata()
+    expected, found = _shapes(wanted), _shapes(saved)
+    other = sorted(path for path in expected if expected[path] != found.get(path))
+    if other:
+      raise InputError(
+        f"{directory} is a checkpoint of another model, or damaged: {other[0]} is"
+        f" {found.get(other[0], 'absent')} there and {expected[other[0]]} here"
+      )
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+      path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+      for path, leaf in _leaves(wanted).items()
+    }
+    loaded = _leaves(checkpoints.load(_map(lambda path, _: abstract.get(path, ...), saved)))
+  return _map(lambda path, _: loaded[path], wanted)
 
 
 def _new_head(name: str, here: dict, there: dict) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gan_jax
 from experiments import (
   feature_network,
   label_study,
@@ -107,6 +108,9 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
   for name in ("test_error", "supervised_test_error", "probe_test_error"):
     assert 0 <= result[name] <= 100
   assert reads == ["digits"]  # once for the run, its control and its probe
+  opened = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
+  probs = gan_jax.load(tmp_path / "run").predict(opened.x_test)
+  assert 100 * np.mean(probs.argmax(axis=1) != opened.y_test) == pytest.approx(result["test_error"])
   files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
   assert {"metrics.jsonl", "samples/last.png", "learning_curves.png", "confusion.png"} <= files
   assert any(name.startswith("checkpoints/2/") for name in files)

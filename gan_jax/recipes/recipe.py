@@ -93,14 +93,20 @@ class Recipe:
       ema_decay=self.ema_decay,
     )
 
+  def abstract_state(self) -> TrainState:
+    """Shapes and types of the state, without an array."""
+    return jax.eval_shape(self.init_state, jax.random.key(0), self._one_image())
+
   def flops(self) -> float:
     """Floating-point operations of one step, by the compiled program's own count; compiles the step."""
-    x, y = np.zeros((1, *self.image_shape), np.uint8), np.zeros(1, np.int32)
-    images, key = data.DeviceData.from_arrays(x, y, x), jax.random.key(0)
-    state = jax.eval_shape(self.init_state, key, images)
-    batch = jax.eval_shape(data.make_sample_batch(self.batch), key, images)
-    compiled: Any = jax.jit(self.make_step()).lower(state, batch).compile()
+    sample_batch = data.make_sample_batch(self.batch)
+    batch = jax.eval_shape(sample_batch, jax.random.key(0), self._one_image())
+    compiled: Any = jax.jit(self.make_step()).lower(self.abstract_state(), batch).compile()
     return compiled.cost_analysis()["flops"]
+
+  def _one_image(self) -> data.DeviceData:
+    x = np.zeros((1, *self.image_shape), np.uint8)
+    return data.DeviceData.from_arrays(x, np.zeros(1, np.int32), x)
 
   def make_multi_step(self, max_steps: int) -> steps.MultiStep:
     """Many steps in one call, on batches sampled on the device, see `steps.make_multi_step`."""

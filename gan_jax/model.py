@@ -1,0 +1,148 @@
+"""A finished run as a model: predictions, features, novelty, samples."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from gan_jax import checkpoint, losses, objectives, probe, recipes, steps
+from gan_jax.recipes import Recipe
+from gan_jax.types import InputError, TrainState
+
+Images = UInt8[Any, "n h w c"] | Float[Any, "n h w c"]
+"""Bytes, or floats in [0, 1]; the axis of a single channel may be left out."""
+
+_BATCH = 100
+_SAMPLES = 500
+
+
+@dataclass(frozen=True)
+class Model:
+  """The averaged networks of a run. Any number of images goes through one compiled program."""
+
+  recipe: Recipe
+  state: TrainState
+  classes: tuple[str, ...]
+  """Names of the K classes."""
+
+  def predict(self, images: Images) -> Float[np.ndarray, "n k"]:
+    """Class probabilities `p(y | x, real)`, in the order of `classes`.
+
+    Raises:
+      InputError: images of another shape or range, or a model without a classifier.
+    """
+    probs = _batched(lambda x: losses.class_probs(self._read(x)[0]), self._checked(images))
+    if probs.shape[-1] != len(self.classes):
+      raise InputError("this model has no classifier: its run trained a GAN without labels")
+    return probs
+
+  def features(self, images: Images, layer: str | None = None) -> Float[np.ndarray, "n f"]:
+    """Features of the discriminator, `[N, F]`; with `layer` those of that layer, see `probe.make_layers`.
+
+    Raises:
+      InputError: images of another shape or range, or a layer that the discriminator does not have.
+    """
+    if layer is None:
+      return _batched(lambda x: self._read(x)[1], self._checked(images))
+    names = self.recipe.d.layers(self.recipe.image_shape)
+    if layer not in names:
+      raise InputError(f"the discriminator has no layer {layer}: it has {', '.join(names)}")
+    layers = _layers(self.recipe.d, self.recipe.image_shape)
+    return _batched(lambda x: layers(self.state, x)[layer], self._checked(images))
+
+  def real_logit(self, images: Images) -> Float[np.ndarray, "n"]:
+    """The logit of "real", `logsumexp(l)`: lower for images that are unlike those of the training set."""
+    return _batched(lambda x: losses.real_logit(self._read(x)[0]), self._checked(images))
+
+  def sample(
+    self, num: int, *, seed: int = 0, classes: Sequence[str] | None = None
+  ) -> Float[np.ndarray, "n h w c"]:
+    """Generated images in [0, 1].
+
+    Image i depends on the seed and i, not on how many are drawn: they are always drawn 500 at a time, so a
+    generator that takes statistics of its batch has the same batch.
+
+    Args:
+      num: how many images.
+      seed: of the latents.
+      classes: the class that each image is to be of, for a class-conditional generator; else random ones.
+
+    Raises:
+      InputError: an unknown class, not as many as images, or a generator that cannot be asked for classes.
+    """
+    y = None if classes is None else np.resize(self._numbers(classes, num), -(-num // _SAMPLES) * _SAMPLES)
+    draw = _sampler(self.recipe.g)
+    key, images = objectives.named_key(jax.random.key(seed), "sample"), []
+    for i in range(-(-num // _SAMPLES)):
+      asked = () if y is None else (jnp.asarray(y[i * _SAMPLES : (i + 1) * _SAMPLES]),)
+      images.append(np.asarray(draw(self.state, jax.random.fold_in(key, i), _SAMPLES, *asked)))
+    return np.concatenate(images or [np.zeros((0, *self.recipe.image_shape), np.float32)])[:num]
+
+  def _read(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
+    return _classify(self.recipe.d)(self.state, x)
+
+  def _numbers(self, classes: Sequence[str], num: int) -> np.ndarray:
+    if not steps.is_class_conditional(self.recipe.g):
+      raise InputError("this generator cannot be asked for classes: its run was not class-conditional")
+    if len(classes) != num:
+      raise InputError(f"{num} images were asked for and {len(classes)} classes were named")
+    unknown = sorted(set(classes) - set(self.classes))
+    if unknown:
+      raise InputError(f"there is no class {unknown[0]}: there are {', '.join(self.classes)}")
+    return np.array([self.classes.index(name) for name in classes])
+
+  def _checked(self, images: Images) -> np.ndarray:
+    """Floats in [0, 1], `[N, H, W, C]`."""
+    x, shape = np.asarray(images), self.recipe.image_shape
+    if x.ndim == 3 and shape[-1] == 1:
+      x = x[..., None]
+    if x.shape[1:] != shape:
+      wanted, found = ("x".join(map(str, each)) for each in (shape, x.shape[1:]))
+      raise InputError(f"this model takes images [N, {wanted}], not [N, {found}]")
+    if x.dtype == np.uint8:
+      return x.astype(np.float32) / 255
+    if not (np.issubdtype(x.dtype, np.floating) and np.all((x >= 0) & (x <= 1))):  # refuses NaN
+      raise InputError(f"images must be bytes or floats in [0, 1], and these are {x.dtype}")
+    return x.astype(np.float32)
+
+
+def load(run: str | Path) -> Model:
+  """The model of a run, from its directory alone: `config.json` and the newest checkpoint.
+
+  Raises:
+    InputError: no run, a run of another version, or one without a checkpoint.
+  """
+  path = Path(run)
+  try:
+    stored = json.loads((path / "config.json").read_text())
+    described = next(iter(stored["recipes"].values()))  # the first is the one that is saved
+    classes = tuple(stored["class_names"])
+  except FileNotFoundError as error:
+    raise InputError(f"{path} is not the folder of a run: it has no config.json") from error
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    raise InputError(f"{path} holds no model: its config.json names no recipe") from error
+  recipe = recipes.rebuild(described)
+  return Model(recipe, checkpoint.restore_averages(path, recipe.abstract_state()), classes)
+
+
+def _batched(read: Any, x: np.ndarray) -> Any:
+  """`read` for many images, a full batch at a time."""
+  outputs = []
+  for start in range(0, max(len(x), 1), _BATCH):
+    rows = x[start : start + _BATCH]
+    fill = np.zeros((_BATCH - len(rows), *x.shape[1:]), np.float32)
+    outputs.append(np.asarray(read(jnp.asarray(np.concatenate([rows, fill]))))[: len(rows)])
+  return np.concatenate(outputs)
+
+
+# Modules of Linen are values, so one compiled program serves all models of one network.
+_classify = cache(lambda d: jax.jit(steps.make_classifier(d)))
+_layers = cache(lambda d, image_shape: jax.jit(probe.make_layers(d, image_shape)))
+_sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))

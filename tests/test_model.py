@@ -1,0 +1,127 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import gan_jax
+from gan_jax import recipes, steps, train
+from gan_jax.types import InputError
+
+
+@pytest.fixture
+def run(tiny, tmp_path, small_mlp):
+  """Trains a recipe on the tiny problem in a run's directory; gives its folder and its last state."""
+
+  def trained(recipe, classes=("a", "b", "c")):
+    path = tmp_path / "run"
+    images = tiny.data
+    fit = train.fit(recipe, images, jax.random.key(0), workdir=path)
+    config = {"recipes": {"main": recipes.describe(recipe)}, "class_names": list(classes)}
+    (path / "config.json").write_text(json.dumps(config))
+    return path, fit.state
+
+  return trained
+
+
+def recipe(family="ssgan", **changes):
+  if family == "gan":
+    hparams = recipes.gan.Hparams(network="article", num_steps=2, **changes)
+    return recipes.gan.build(hparams, (8, 8, 1), 3)
+  hparams = recipes.ssgan.Hparams(network="mlp", num_steps=2, **changes)
+  return recipes.ssgan.build(hparams, (8, 8, 1), 3)
+
+
+def test_a_loaded_model_is_the_one_that_was_trained(run, tiny):
+  trained = recipe()
+  path, state = run(trained)
+  model = gan_jax.load(path)
+  assert model.classes == ("a", "b", "c")
+  x = tiny.dataset.x_test
+  logits, features = steps.make_classifier(trained.d)(state, x / np.float32(255))
+  np.testing.assert_allclose(model.predict(x), jax.nn.softmax(logits), atol=1e-5)
+  np.testing.assert_allclose(model.features(x), features, atol=1e-5)
+  np.testing.assert_allclose(model.real_logit(x), jax.nn.logsumexp(logits, axis=1), atol=1e-4)
+  np.testing.assert_allclose(model.features(x, layer="Block_1"), features, atol=1e-5)
+  assert model.features(x, layer="Block_0").shape == (30, 12)
+  with pytest.raises(InputError, match="no layer Block_9: it has Block_0, Block_1"):
+    model.features(x, layer="Block_9")
+
+
+def test_any_number_of_images_goes_through_one_program(run, tiny):
+  model = gan_jax.load(run(recipe())[0])
+  x = np.concatenate([tiny.dataset.x_train] * 2)  # more than a batch
+  whole = model.predict(x)
+  assert whole.shape == (120, 3)
+  with jax.no_tracing():
+    for num in (0, 1, 7, 100, 101):
+      np.testing.assert_allclose(model.predict(x[:num]), whole[:num], atol=1e-6)
+    as_floats = model.predict(x[:5, ..., 0] / 255)
+  np.testing.assert_allclose(as_floats, whole[:5], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("x", "sentence"),
+  [
+    (np.zeros((2, 8, 9, 1), np.uint8), r"takes images \[N, 8x8x1\], not \[N, 8x9x1\]"),
+    (np.zeros((8, 8), np.uint8), "takes images"),
+    (np.full((2, 8, 8, 1), 1.5), r"floats in \[0, 1\]"),
+    (np.full((2, 8, 8, 1), np.nan), r"floats in \[0, 1\]"),
+    (np.zeros((2, 8, 8, 1), np.int64), "these are int64"),
+  ],
+)
+def test_other_images_are_refused(x, sentence, run):
+  with pytest.raises(InputError, match=sentence):
+    gan_jax.load(run(recipe())[0]).predict(x)
+
+
+def test_one_sample_at_a_time_is_all_at_once(run):
+  """Also with a generator that takes the statistics of its batch."""
+  model = gan_jax.load(run(recipe())[0])
+  x = model.sample(501)
+  assert x.shape == (501, 8, 8, 1)
+  for num in (0, 1, 3, 500):
+    np.testing.assert_array_equal(model.sample(num), x[:num])
+  assert not np.array_equal(model.sample(3, seed=1), x[:3])
+  assert len({image.tobytes() for image in x}) == 501
+  with pytest.raises(InputError, match="cannot be asked for classes"):
+    model.sample(1, classes=["a"])
+
+
+def test_samples_of_the_classes_asked_for(run):
+  model = gan_jax.load(run(recipe("gan", labels="all"))[0])
+  names = ["c", "a", "b", "a"]
+  x = model.sample(4, classes=names)
+  np.testing.assert_allclose(model.sample(2, classes=names[:2]), x[:2], atol=1e-6)
+  assert not np.allclose(model.sample(1, classes=["b"]), x[0])
+  with pytest.raises(InputError, match="no class z: there are a, b, c"):
+    model.sample(1, classes=["z"])
+  with pytest.raises(InputError, match="4 images were asked for and 1 classes"):
+    model.sample(4, classes=["a"])
+
+
+def test_a_gan_without_labels_has_no_classifier(run, tiny):
+  model = gan_jax.load(run(recipe("gan"))[0])
+  assert model.real_logit(tiny.dataset.x_test).shape == (30,)
+  with pytest.raises(InputError, match="no classifier"):
+    model.predict(tiny.dataset.x_test)
+
+
+def test_what_is_no_run_is_a_sentence(run, tmp_path):
+  with pytest.raises(InputError, match=r"has no config\.json"):
+    gan_jax.load(tmp_path / "nowhere")
+  path, _ = run(recipe())
+  other = json.loads((path / "config.json").read_text())
+  other["recipes"]["main"]["num_classes"] = 4
+  (path / "config.json").write_text(json.dumps(other))
+  with pytest.raises(InputError, match="of another model"):
+    gan_jax.load(path)
+  (path / "config.json").write_text("{}")
+  with pytest.raises(InputError, match="names no recipe"):
+    gan_jax.load(path)
+  (path / "config.json").write_text(
+    json.dumps({"recipes": {"main": recipes.describe(recipe())}, "class_names": []})
+  )
+  (path / "checkpoints").rename(path / "gone")
+  with pytest.raises(InputError, match="holds no checkpoint"):
+    gan_jax.load(path)
