@@ -145,7 +145,7 @@ def main(config: Config) -> Json:
         file.write(_lines(found))  # the classifier's own line is the last: with it the cell is complete
       if config.tune and TUNING.is_dir():
         with open(TUNING / f"{dataset.name}.jsonl", "ab") as file:
-          file.write(_lines([{"flags": cli.flags_of(config), "note": dataset.note, **found[-1]}]))
+          file.write(_lines([{"flags": cli.flags_of_recipe(config), "note": dataset.note, **found[-1]}]))
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 

@@ -212,6 +212,11 @@ def flags_of(config: Any) -> Json:
   return flags
 
 
+def flags_of_recipe(config: Any) -> Json:
+  """Flags that say what a run computes; without those that say where it finds and puts things."""
+  return {name: value for name, value in flags_of(config).items() if name not in _NOT_RECIPE}
+
+
 def with_flags(config: Config, **changes: Any) -> Config:
   """The configuration with some flags changed, in whatever group they are.
 
@@ -274,9 +279,9 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
     raise InputError(f"{path / 'config.json'} is not the configuration of this experiment") from error
   config = _parse(config_cls, flags, default=stored)
-  old, new = flags_of(stored), flags_of(config)
+  old, new = flags_of_recipe(stored), flags_of_recipe(config)
   for name in old:
-    if name not in _NOT_RECIPE and old[name] != new[name]:
+    if old[name] != new[name]:
       raise InputError(
         f"{path} was begun with {flag(name)} {old[name]}, not {new[name]}: leave the flag out"
       )

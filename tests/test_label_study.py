@@ -149,6 +149,7 @@ def test_tuning_leaves_its_lines(tmp_path, read, monkeypatch):
   (row,) = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
   assert (row["flags"]["tune"], row["method"], row["splits"]) == (True, "supervised", [100, 101])
   assert "not on the test set" in row["note"]
+  assert str(tmp_path) not in json.dumps(row)
 
 
 def test_flags_that_the_study_does_not_honour_it_does_not_take():

@@ -5,23 +5,24 @@ import numpy as np
 import pytest
 
 import gan_jax
-from gan_jax import recipes, steps, train
+from gan_jax import checkpoint, recipes, steps
 from gan_jax.types import InputError
 
 
 @pytest.fixture
 def run(tiny, tmp_path, small_mlp):
-  """Trains a recipe on the tiny problem in a run's directory; gives its folder and its last state."""
+  """Saves a state whose averages are not its parameters as a run; gives its folder and the state."""
 
-  def trained(recipe, classes=("a", "b", "c")):
-    path = tmp_path / "run"
-    images = tiny.data
-    fit = train.fit(recipe, images, jax.random.key(0), workdir=path)
-    config = {"recipes": {"main": recipes.describe(recipe)}, "class_names": list(classes)}
-    (path / "config.json").write_text(json.dumps(config))
-    return path, fit.state
+  def saved(recipe):
+    state = recipe.init_state(jax.random.key(0), tiny.data)
+    state = state.replace(ema=jax.tree.map(lambda p: 1.5 * p, state.ema))
+    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+      checkpoints.save(state)
+    config = {"recipes": {"main": recipes.describe(recipe)}, "class_names": ["a", "b", "c"]}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "run", state
 
-  return trained
+  return saved
 
 
 def recipe(family="ssgan", **changes):
