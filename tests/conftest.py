@@ -8,10 +8,9 @@ from importlib import metadata
 
 # Tests compile much and compute little. One module a program is quicker than many in parallel, and the
 # fusion emitters take half of the time that XLA compiles for on CPU; JAX 0.12 has no other.
-_flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
 if metadata.version("jaxlib") < "0.12":
-  _flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
+  os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
