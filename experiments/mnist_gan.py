@@ -135,7 +135,7 @@ def fit_gan(
     resume=config.run.resume,
     phase="gan",
     checkpoint_every=config.loop.checkpoint_every,
-    start=run_dir.start_from(run, config.transfer, recipe),
+    start=run_dir.start_from(config.transfer, recipe),
     diagnose=True,
     classify=extractor and extractor.classify,
     class_names=run.dataset.class_names,

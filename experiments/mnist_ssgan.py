@@ -73,7 +73,7 @@ def main(config: Config) -> Json:
       phase="semi-supervised",
       resume=config.run.resume,
       checkpoint_every=config.loop.checkpoint_every,
-      start=run_dir.start_from(run, config.transfer, recipe),
+      start=run_dir.start_from(config.transfer, recipe),
       diagnose=recipe.batch.generated > 0,
       class_names=dataset.class_names,
       **logged,

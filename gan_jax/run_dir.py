@@ -187,18 +187,13 @@ def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) ->
   return main(config)
 
 
-def start_from(
-  run: Run, flags: cli.TransferFlags, recipe: Recipe
-) -> Callable[[TrainState], TrainState] | None:
+def start_from(flags: cli.TransferFlags, recipe: Recipe) -> Callable[[TrainState], TrainState] | None:
   """For `train.fit`: a fresh state as --init-from would have it; says which heads could not be taken."""
   init_from = flags.init_from
   if init_from is None:
     return None
 
   def start(state: TrainState) -> TrainState:
-    # A resumed run has left that state behind, and the run that it came from may be gone.
-    if run.flags.resume and (run.path / "checkpoints").is_dir():
-      return state
     layers = recipe.d.layers(recipe.image_shape)
     state, notes = checkpoint.transfer(state, init_from, layers=layers, parts=flags.parts)
     for note in notes:

@@ -1,12 +1,14 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import jax
 import pytest
+from conftest import leaves_equal
 
 from experiments import mnist_ssgan
-from gan_jax import cli, recipes, run_dir
+from gan_jax import checkpoint, cli, recipes, run_dir
 from gan_jax.types import InputError
 
 
@@ -122,6 +124,17 @@ def test_a_part_is_done_once(open_run):
   (run.path / "pretrained" / "result.json").write_text('{"interrupted": false}')
   assert run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config()) == {"interrupted": False}
   assert [(flags.resume, flags.overwrite) for flags in calls] == [(False, True), (True, False)]
+
+
+def test_a_run_starts_from_the_averages_of_another(tiny):
+  """Also one that was cut off before its first checkpoint: `fit` asks only where there is none."""
+  with checkpoint.Checkpoints(Path("source/checkpoints").absolute()) as checkpoints:
+    state = tiny.state()
+    averages = jax.tree.map(lambda p: p + 1, state.ema)
+    checkpoints.save(state.replace(ema=averages))
+  start = run_dir.start_from(cli.TransferFlags(init_from="source"), tiny.recipe())
+  assert start is not None
+  assert all(leaves_equal(start(tiny.state()).ema, averages))
 
 
 def test_environment_names_device_and_versions():
