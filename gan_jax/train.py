@@ -74,14 +74,17 @@ def fit(
     steps_per_dispatch: the most steps in one dispatch.
 
   Raises:
-    InputError: a metric is not finite; nothing from then on has been saved.
+    InputError: a metric is not finite; nothing from then on has been saved. Or `workdir` holds checkpoints
+      and is not to be resumed.
   """
   state = recipe.init_state(key, images)
   with contextlib.ExitStack() as stack:
     checkpoints = None
     if workdir is not None and checkpoint_every is not None:
       checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
-    if resume and checkpoints is not None and checkpoints.latest_step is not None:
+    if checkpoints is not None and checkpoints.latest_step is not None:
+      if not resume:
+        raise InputError(f"{workdir} holds checkpoints: pass resume=True to go on, or name another folder")
       state = checkpoints.restore(state)
     elif start is not None:
       state = start(state)

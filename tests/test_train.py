@@ -30,6 +30,14 @@ def test_two_and_two_steps_are_four_bit_for_bit(tiny, tmp_path):
   assert [row["step"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 4]
 
 
+def test_a_directory_that_holds_training_is_not_overwritten(tiny, tmp_path):
+  fit(tiny, 2, workdir=tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_text()
+  with pytest.raises(InputError, match="holds checkpoints: pass resume=True"):
+    fit(tiny, 4, workdir=tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 def test_arrays_are_enough(tiny, tmp_path):
   """No flags and no directory: images, labels, a tuned recipe and a key."""
   images = data.DeviceData.from_arrays(
