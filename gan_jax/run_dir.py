@@ -82,7 +82,7 @@ def open_run(
   values = cli.flags_of(config)
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(flags.workdir or Path("runs") / experiment / stamp)
-  check_workdir(path, flags)
+  check_workdir(path, flags, experiment)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
   found = environment()
@@ -142,8 +142,8 @@ def remove(path: Path, files: Sequence[str]) -> None:
     shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
 
-def check_workdir(path: Path, flags: cli.RunFlags) -> None:
-  """Raises `InputError` for a directory that these flags may not write to."""
+def check_workdir(path: Path, flags: cli.RunFlags, experiment: str) -> None:
+  """Raises `InputError` for a directory that a run of this experiment may not write to."""
   if path.exists() and not path.is_dir():
     raise InputError(f"--workdir {path} is not a folder")
   holds_run = (path / "config.json").exists()
@@ -151,6 +151,12 @@ def check_workdir(path: Path, flags: cli.RunFlags) -> None:
     return
   if holds_run and not flags.overwrite:
     raise InputError(f"{path} already holds a run: pass --resume to go on or --overwrite to replace it")
+  if holds_run:
+    stored = experiment
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      stored = json.loads((path / "config.json").read_text())["experiment"]
+    if stored != experiment:
+      raise InputError(f"{path} holds a run of {stored}, not of {experiment}: name another folder")
   if not holds_run and path.exists() and set(os.listdir(path)) - {".lock"}:
     raise InputError(f"--workdir {path} holds other files: name an empty or a new folder")
 

@@ -49,6 +49,17 @@ def test_a_run_is_never_overwritten_by_accident(open_run, tiny, tmp_path):
     opened(open_run(workdir="mine", overwrite=True))
 
 
+def test_a_run_of_another_experiment_is_not_replaced(open_run):
+  """Its checkpoints would stay, for a configuration that is not theirs."""
+  run = opened(open_run(workdir="here"))
+  stored = json.loads((run.path / "config.json").read_text())
+  (run.path / "config.json").write_text(json.dumps({**stored, "experiment": "another"}))
+  with pytest.raises(InputError, match="holds a run of another, not of test: name another folder"):
+    opened(open_run(workdir="here", overwrite=True))
+  (run.path / "config.json").write_text('{"exp')  # cut off: of whatever experiment it was, it can go
+  opened(open_run(workdir="here", overwrite=True))
+
+
 def test_a_run_is_resumed_with_its_own_split_and_recipe(open_run, tiny):
   run = opened(open_run(workdir="here"))
   opened(open_run(workdir="here", resume=True))
