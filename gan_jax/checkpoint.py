@@ -1,7 +1,8 @@
 """The whole TrainState on disk, through Orbax. A checkpoint is there entirely or not at all."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ class Checkpoints:
     return InputError(f"{self.directory / str(self.latest_step)} is damaged: remove it or start anew")
 
 
+@contextlib.contextmanager
+def _newest(run_dir: str | Path) -> Iterator[Checkpoints]:
+  """The checkpoints of another run, of which nothing is changed; `InputError` where it has none."""
+  directory = Path(run_dir) / "checkpoints"
+  if not directory.is_dir():  # Orbax would make it
+    raise InputError(f"{run_dir} holds no checkpoint to start from")
+  with Checkpoints(directory, cleanup=False) as checkpoints:
+    if checkpoints.latest_step is None:
+      raise InputError(f"{run_dir} holds no checkpoint to start from")
+    yield checkpoints
+
+
 def transfer(
   state: TrainState, run_dir: str | Path, *, layers: Sequence[str], parts: Sequence[str] = ("g", "d")
 ) -> tuple[TrainState, list[str]]:
@@ -105,12 +118,7 @@ def transfer(
   Raises:
     InputError: no checkpoint, a damaged one, or networks of another kind or image size.
   """
-  directory = Path(run_dir) / "checkpoints"
-  if not directory.is_dir():  # Orbax would make it
-    raise InputError(f"{run_dir} holds no checkpoint to start from")
-  with Checkpoints(directory, cleanup=False) as checkpoints:
-    if checkpoints.latest_step is None:
-      raise InputError(f"{run_dir} holds no checkpoint to start from")
+  with _newest(run_dir) as checkpoints:
     saved = checkpoints.metadata()
     here, there = _shapes(_pack(state)), _shapes(saved)
     wanted, notes = set(), []
@@ -158,18 +166,13 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
     d=empty.replace(model_state=like.d.model_state),
     ema=like.ema,
   )
-  directory = Path(run_dir) / "checkpoints"
-  if not directory.is_dir():  # Orbax would make it
-    raise InputError(f"{run_dir} holds no checkpoint")
-  with Checkpoints(directory, cleanup=False) as checkpoints:
-    if checkpoints.latest_step is None:
-      raise InputError(f"{run_dir} holds no checkpoint")
+  with _newest(run_dir) as checkpoints:
     saved = checkpoints.metadata()
     expected, found = _shapes(wanted), _shapes(saved)
     other = sorted(path for path in expected if expected[path] != found.get(path))
     if other:
       raise InputError(
-        f"{directory} is a checkpoint of another model, or damaged: {other[0]} is"
+        f"{checkpoints.directory} is a checkpoint of another model, or damaged: {other[0]} is"
         f" {found.get(other[0], 'absent')} there and {expected[other[0]]} here"
       )
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
