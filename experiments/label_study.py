@@ -45,11 +45,6 @@ ARMS: tuple[Arm, ...] = (*get_args(study.Method), *get_args(Matched), *get_args(
 REFERENCES = ("supervised_augmented", "fixmatch_ema", "fixmatch_ema@matched")
 """What every method is compared with, split by split: labels alone, and all images without a GAN, at the
 same number of images and at the same arithmetic."""
-WEIGHTS = (
-  *("teacher", "vat", "vat_epsilon", "vat_entropy", "bad_entropy", "bad_density", "generated"),
-  *("mutual", "mixed", "confident", "undecided"),
-)
-"""Flags that have the name of a hyper-parameter."""
 TUNING = Path(__file__).parent.parent / "benchmarks" / "results" / "tuning"
 
 
@@ -81,32 +76,14 @@ class Config:
   class_balance: tuple[float, float] | None = None
   """Weight of class balance, at the first and the last step, in all that see unlabelled images
   (default: the recipe's)."""
-  teacher: float = 5.0
-  """Weight of the averaged teacher in mean_teacher."""
-  vat: float = 1.0
-  """Weight of the divergence in vat."""
+  weights: study.Weights = study.Weights()
   vat_epsilon: float = 0.4
   """Norm of the virtual adversarial perturbation, as a share of the mean norm of the images."""
-  vat_entropy: float = 1.0
-  """Weight of the entropy in vat."""
-  bad_entropy: float = 2.0
-  """Weight of the entropy in bad_generator."""
-  bad_density: float = 0.1
-  """Weight of the penalty on generated images in dense regions in bad_generator."""
-  generated: float = 1.0
-  """Weight of the generated images in gan_augmented."""
-  mutual: float = 1.0
-  """Weight of the mutual information at the first step of mutual_information."""
-  mixed: float = 0.25
-  """Weight of the partly real images in gan_mixed."""
-  confident: float = 0.03
-  """Weight of the confident generated images at the last step of gan_confident."""
-  undecided: float = 0.1
-  """Weight of the entropy on generated images in gan_undecided."""
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    cli.not_negative(self, "learning_rate", "adversarial", "consistency", "class_balance", *WEIGHTS)
+    cli.not_negative(self, "learning_rate", "adversarial", "consistency", "class_balance", "vat_epsilon")
+    cli.not_negative(self.weights, *vars(self.weights))
     for name in ("budgets", "splits", "methods"):
       values = getattr(self, name)
       if not values or len(set(values)) < len(values):
@@ -203,9 +180,9 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method) -> Recip
     adversarial=config.adversarial,
     consistency=config.consistency,
     class_balance=config.class_balance,
-    **{name: getattr(config, name) for name in WEIGHTS},
+    vat_epsilon=config.vat_epsilon * float(norm),
+    **vars(config.weights),
   )
-  given["vat_epsilon"] *= float(norm)
   if not config.augmentation:
     given |= {"strong": None, "weak": None}
   side = min(dataset.image_shape[:2])

@@ -75,7 +75,7 @@ class TrainFlags:
   steps: int | None = None
   """Steps, each of which updates D, then G (default: the recipe's)."""
   batch_size: int | None = None
-  """Unlabelled images per step (default: the recipe's)."""
+  """Unlabelled images per step, in experiments with generators all real ones (default: the recipe's)."""
   seed: int = 0
   """Seed of everything random but the label split."""
 
