@@ -201,9 +201,10 @@ def split_labels(dataset: Dataset, budget: int | str, seeds: Sequence[int]) -> l
     per_class, rest = divmod(budget, dataset.num_classes)
     if rest or per_class < 1:
       raise InputError(f"--budgets {budget} is not a multiple of the {dataset.num_classes} classes")
-    fewest = int(np.bincount(dataset.y_train, minlength=dataset.num_classes).min())
+    labels = dataset.y_train[dataset.y_train >= 0]
+    fewest = int(np.bincount(labels, minlength=dataset.num_classes).min())
     if per_class > fewest:
-      raise InputError(f"--budgets {budget}: a class has but {fewest} training images; use all")
+      raise InputError(f"--budgets {budget}: a class has but {fewest} labels; use all")
   return [data.split_labels(dataset.y_train, per_class, seed) for seed in seeds]
 
 

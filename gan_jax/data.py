@@ -31,14 +31,14 @@ def split_labels(
   first `per_class` of every class. So splits of one seed are nested: 5 labels a class are among the 10.
 
   Args:
-    labels: classes of the whole training set.
-    per_class: labels of each class; None: all images of the run are labelled.
+    labels: classes of the whole training set, -1 where there is no label.
+    per_class: labels of each class; None: every label of the images of the run.
     seed: of the permutation.
     num_images: images that the run may train on; None: all that are not held out.
     num_held_out: images that it may not.
 
   Raises:
-    InputError: `per_class` is below 1 or above the images of the smallest class, or there are not so
+    InputError: `per_class` is below 1 or above the labels of the smallest class, or there are not so
       many images.
   """
   if per_class is not None and per_class < 1:
@@ -52,17 +52,76 @@ def split_labels(
     )
   order = np.random.default_rng(seed).permutation(len(labels))
   images, held_out = order[:num_images], order[rest:]
-  classes = np.unique(labels)
+  classes = np.unique(labels[labels >= 0])
   counts = np.array([(labels[images] == k).sum() for k in classes])
   if per_class is not None and per_class > counts.min():
     raise InputError(
-      f"--labels-per-class {per_class} is more than the {counts.min()} training images of class"
+      f"--labels-per-class {per_class} is more than the {counts.min()} labelled training images of class"
       f" {classes[counts.argmin()]}"
     )
-  chosen = np.sort(np.concatenate([images[labels[images] == k][:per_class] for k in classes]))
+  if counts.min() == 0:
+    raise InputError(
+      f"class {classes[counts.argmin()]} has no label among the {num_images} images to train on"
+    )
+  chosen = np.concatenate([images[labels[images] == k][:per_class] for k in classes])
+  return _split(labels, chosen, per_class, seed, images, held_out)
+
+
+def folds(
+  labels: Int[np.ndarray, "n"], split: LabelSplit, num: int
+) -> list[tuple[LabelSplit, Int[np.ndarray, "o"]]]:
+  """Cross-validation over the labels: `num` splits, and the labelled images that each leaves out.
+
+  Every labelled image is left out once, and then it is no image of the run at all, as a new image would
+  be. Stratified: a class's labels are dealt to the folds in turn, in the order of the split's seed.
+
+  Args:
+    labels: classes of the whole training set, -1 where there is no label.
+    split: what to take apart.
+    num: at least 2, at most the labels of the smallest class.
+  """
+  order = np.random.default_rng(split.seed).permutation(np.asarray(split.indices))
+  order = order[np.argsort(labels[order], kind="stable")]
+  dealt = [np.sort(order[i::num]) for i in range(num)]
+  return [
+    (
+      _split(
+        labels,
+        np.setdiff1d(order, out),
+        None,
+        split.seed,
+        np.setdiff1d(split.images, out),
+        np.asarray(split.held_out, int),
+      ),
+      out,
+    )
+    for out in dealt
+  ]
+
+
+def _split(
+  labels: np.ndarray,
+  chosen: np.ndarray,
+  per_class: int | None,
+  seed: int,
+  images: np.ndarray,
+  held_out: np.ndarray,
+) -> LabelSplit:
+  chosen = np.sort(chosen)
   digest = hashlib.sha256(chosen.astype("<i8").tobytes() + labels[chosen].astype("<i8").tobytes())
-  images, held_out = (tuple(np.sort(a).tolist()) for a in (images, held_out))
-  return LabelSplit(tuple(chosen.tolist()), per_class, seed, digest.hexdigest(), images, held_out)
+  images_, held_out_ = (tuple(np.sort(a).tolist()) for a in (images, held_out))
+  return LabelSplit(tuple(chosen.tolist()), per_class, seed, digest.hexdigest(), images_, held_out_)
+
+
+def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | None:
+  """Frequencies of the classes among labels, `(n_k + 1) / (n + K)`; None where all are equal.
+
+  One is added to each count (Laplace), because a class may have but one label.
+  """
+  counts = np.bincount(np.asarray(y_lab), minlength=num_classes)
+  if len(set(counts.tolist())) == 1:
+    return None
+  return tuple(((counts + 1) / (counts.sum() + num_classes)).tolist())
 
 
 # --- On the device

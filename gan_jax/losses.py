@@ -251,17 +251,26 @@ def entropy(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
   return jnp.sum(jax.nn.softmax(logits) * -jax.nn.log_softmax(logits), axis=-1)
 
 
-def class_imbalance(logits: Float[Array, "b k"]) -> Float[Array, ""]:
-  """How far the classes that a batch is given are from equally frequent: `sum_k m_k log(K m_k)`.
+def class_imbalance(
+  logits: Float[Array, "b k"], prior: Float[Array, "k"] | None = None
+) -> Float[Array, ""]:
+  """Divergence of a batch's mean prediction from the class prior, `sum_k m_k log(m_k / prior_k)`.
 
-  `m_k = E p_k` over the batch: the divergence of its mean prediction from uniform, in nats, 0 at best.
+  `m_k = E p_k` over the batch; in nats, 0 at best.
+
+  Args:
+    logits: `[B, K]`.
+    prior: frequencies of the classes, `[K]`, all above 0; None: equal ones, `1 / K`.
 
   References:
-    Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5 (the entropy of the marginal).
+    Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5 (the entropy of the marginal: the
+    uniform prior).
   """
   log_probs = jax.nn.log_softmax(logits, axis=-1)
   log_mean = jax.nn.logsumexp(log_probs, axis=0) - math.log(len(logits))  # finite, as is its gradient
-  return (jnp.exp(log_mean) * log_mean).sum() + math.log(logits.shape[-1])
+  if prior is None:
+    return (jnp.exp(log_mean) * log_mean).sum() + math.log(logits.shape[-1])
+  return (jnp.exp(log_mean) * (log_mean - jnp.log(prior))).sum()
 
 
 def divergence(logits_p: Float[Array, "b k"], logits_q: Float[Array, "b k"]) -> Float[Array, "b"]:

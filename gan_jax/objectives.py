@@ -1,7 +1,7 @@
 """Published methods side by side, each an `Objective`: a weighted sum of terms for D and one for G."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -50,17 +50,20 @@ def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def with_class_balance(objective: Objective, weight: Weight) -> Objective:
-  """The objective and a class-balance term, for data whose classes are about equally frequent.
+def with_class_balance(
+  objective: Objective, weight: Weight, prior: Sequence[float] | None = None
+) -> Objective:
+  """The objective and a class-balance term.
 
   Args:
     objective: any with unlabelled images.
     weight: a number or a schedule.
+    prior: frequencies of the K classes; None: equal ones.
 
   References:
     Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5, see `losses.class_imbalance`.
   """
-  return replace(objective, d={**objective.d, "class_balance": (weight, terms.class_balance)})
+  return replace(objective, d={**objective.d, "class_balance": (weight, terms.class_balance(prior))})
 
 
 def gan(

@@ -4,7 +4,7 @@ A term is a pure function of `StepOutputs`, so a new loss is one function here a
 In D's update the generated images are constants, in G's update the real ones are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -211,12 +211,19 @@ def entropy(outputs: StepOutputs) -> Float[Array, ""]:
   return losses.entropy(outputs.unl.logits).mean()
 
 
-def class_balance(outputs: StepOutputs) -> Float[Array, ""]:
-  """Divergence of the mean prediction on the unlabelled images from uniform class frequencies.
+def class_balance(prior: Sequence[float] | None = None) -> Term:
+  """Divergence of the mean prediction on the unlabelled images from the class prior.
 
   Against confirmation bias: early pseudo-label errors reinforce themselves.
+
+  Args:
+    prior: frequencies of the K classes, see `data.class_prior`; None: equal ones.
   """
-  return losses.class_imbalance(outputs.unl.logits)
+
+  def term(outputs: StepOutputs) -> Float[Array, ""]:
+    return losses.class_imbalance(outputs.unl.logits, None if prior is None else jnp.asarray(prior))
+
+  return term
 
 
 def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:

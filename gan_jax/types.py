@@ -75,7 +75,7 @@ class LabelSplit(NamedTuple):
   indices: tuple[int, ...]
   """Positions of the labelled images in the training set, ascending."""
   per_class: int | None
-  """Labels of each class; None: every image of the run has its label."""
+  """Labels of each class; None: every label that there is."""
   seed: int
   """The seed that the split was drawn with."""
   sha256: str

@@ -106,3 +106,38 @@ def test_arrays_alone_are_a_training_set():
     data.DeviceData.from_arrays(x[:2], np.array([1, 0]), x.astype(np.float32))
   with pytest.raises(AssertionError):
     data.DeviceData.from_arrays(x[:2, :3], np.array([1, 0]), x)
+
+
+def test_images_without_a_label_are_images():
+  labels = np.where(np.arange(40) % 2, -1, np.arange(40) // 2 % 4)
+  every = data.split_labels(labels, None, seed=1)
+  assert every.indices == tuple(range(0, 40, 2))
+  assert every.images == tuple(range(40))
+  few = data.split_labels(labels, 3, seed=1, num_held_out=5)
+  assert np.bincount(labels[list(few.indices)]).tolist() == [3] * 4
+  with pytest.raises(InputError, match="more than the 5 labelled training images of class"):
+    data.split_labels(labels, 6, seed=1)
+  with pytest.raises(InputError, match="has no label among the 2 images"):
+    data.split_labels(labels, None, seed=1, num_images=2)
+
+
+@given(st.integers(2, 4), st.lists(st.integers(4, 9), min_size=2, max_size=5), st.integers(0, 100))
+def test_every_label_is_left_out_once(num, counts, seed):
+  """Stratified to one label, and what is left out is in no way an image of that fold."""
+  labels = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(20, -1)])
+  labels = np.random.default_rng(seed).permutation(labels)
+  split = data.split_labels(labels, None, seed, num_held_out=0)
+  folds = data.folds(labels, split, num)
+  assert sorted(np.concatenate([out for _, out in folds])) == list(split.indices)
+  for fold, out in folds:
+    assert set(fold.indices) == set(split.indices) - set(out)
+    assert set(fold.images) == set(split.images) - set(out)
+    per_class = np.bincount(labels[out], minlength=len(counts))
+    assert all(abs(k - n / num) < 1 for k, n in zip(per_class, counts, strict=True))
+    assert abs(len(out) - len(split.indices) / num) < 1
+  assert len({fold.sha256 for fold, _ in folds}) == num
+
+
+def test_class_prior_is_the_smoothed_frequency_of_the_labels():
+  assert data.class_prior(np.array([0, 1, 2, 2, 1, 0]), 3) is None
+  assert data.class_prior(np.array([0, 0, 0, 1]), 3) == (4 / 7, 2 / 7, 1 / 7)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import sklearn.metrics
 
@@ -98,6 +99,17 @@ def test_imbalance_is_the_divergence_of_the_mean_prediction_from_uniform():
   np.testing.assert_allclose(losses.class_imbalance(one_each), 0.0, atol=1e-6)
   np.testing.assert_allclose(losses.class_imbalance(one_each[:1].repeat(3, axis=0)), np.log(4), rtol=1e-6)
   assert np.isfinite(grad(losses.class_imbalance)(one_each[:1])).all()  # though three probabilities are 0
+
+
+def test_imbalance_is_the_divergence_of_the_mean_prediction_from_a_prior():
+  probs = jax.nn.softmax(LOGITS, axis=-1).mean(axis=0)
+  prior = jnp.array([0.7, 0.2, 0.1])
+  expected = scipy.special.rel_entr(probs, prior).sum()
+  np.testing.assert_allclose(losses.class_imbalance(LOGITS, prior), expected, rtol=1e-5)
+  as_prior = jnp.log(prior)[None]
+  np.testing.assert_allclose(losses.class_imbalance(as_prior, prior), 0.0, atol=1e-6)
+  uniform = losses.class_imbalance(LOGITS, jnp.full(3, 1 / 3))
+  np.testing.assert_allclose(uniform, losses.class_imbalance(LOGITS), rtol=1e-5)
 
 
 R = np.array([-2.0, 0.0, 0.3, 1.5, 4.0])

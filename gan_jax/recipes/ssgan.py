@@ -55,6 +55,8 @@ class Hparams(base.Hparams):
   class_balance: tuple[float, float] = (3.0, 0.0)
   """Weight of class balance at the first and at the last step, linear between. A constant weight follows
   the class counts of single batches, which are chance."""
+  class_prior: tuple[float, ...] | None = None
+  """Frequencies of the classes that class balance holds the predictions to; None: equal ones."""
   strong: Ranges | None = field(default_factory=_strong)
   """Ranges of the affine augmentation of all images that D sees; None: no augmentation."""
   weak: Ranges | None = field(default_factory=_weak)
@@ -113,7 +115,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
     d=d,
     g_tx=base.adam(h, h.g_learning_rate),
     d_tx=base.adam(h, h.d_learning_rate),
-    objective=objectives.with_class_balance(objective, class_balance(h)),
+    objective=objectives.with_class_balance(objective, class_balance(h), h.class_prior),
     batch=BatchSizes(
       h.num_labelled,
       h.num_unlabelled if uses_unlabelled else 0,

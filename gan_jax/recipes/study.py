@@ -225,7 +225,7 @@ def _replace_terms(recipe: Recipe, d: Mapping[str, tuple[objectives.Weight, term
 
 def _with_objective(recipe: Recipe, h: Hparams, objective: objectives.Objective) -> Recipe:
   return dataclasses.replace(
-    recipe, objective=objectives.with_class_balance(objective, ssgan.class_balance(h))
+    recipe, objective=objectives.with_class_balance(objective, ssgan.class_balance(h), h.class_prior)
   )
 
 
