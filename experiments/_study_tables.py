@@ -40,7 +40,7 @@ def summarise(rows: Sequence[Json]) -> list[Json]:
 
 
 def compare(errors: Sequence[float], reference: Sequence[float]) -> Json:
-  """`metrics.paired` as JSON: errors less those of the reference, from the same splits in the same order."""
+  """`metrics.paired` as JSON: errors less those of the reference, both split by split."""
   return _json(metrics.paired(errors, reference))
 
 
@@ -106,7 +106,7 @@ def overviews(cells: Sequence[Json], title: str = "mean +- std") -> list[str]:
 def overview(
   cells: Sequence[Json], title: str, entry: Callable[[Json], str], *, probes: bool = False
 ) -> list[list[str]]:
-  """A header, then a row a method, a column a budget; instead of the classifiers their probes, if asked for."""
+  """A header, then a row a method, a column a budget; of the classifiers or, if asked for, the probes."""
   cells = [cell for cell in cells if (cell["reading"] != CLASSIFIER) == probes]
   found = {(_name(cell), cell["budget"]): entry(cell) for cell in cells}
   names, budgets = dict.fromkeys(map(_name, cells)), dict.fromkeys(cell["budget"] for cell in cells)
