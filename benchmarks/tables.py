@@ -25,9 +25,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    "--check", action="store_true", help="write nothing; exit with 2 where a table differs"
-  )
+  parser.add_argument("--check", action="store_true", help="write nothing; exit 2 where a table differs")
   check = parser.parse_args().check
   pages = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
   rewritten = {path: rewrite(text, path.name, check=check) for path, text in pages.items()}
@@ -68,9 +66,7 @@ def rewrite(text: str, page: str, *, check: bool = False) -> str:
       table = TABLES[name]()
       new = f"\n{table}\n\n" + (f"{DAGGER}\n\n" if "†" in table else "")
       if check and new != old:
-        raise InputError(
-          f"{page}: the table {name} differs from the results; run python -m benchmarks.tables"
-        )
+        raise InputError(f"{page}: table {name} differs from the results; run python -m benchmarks.tables")
       out += [new, line]
       name = None
   if name is not None:

@@ -50,7 +50,7 @@ def test_a_changed_number_is_found_and_made_right_again(copy, monkeypatch, capsy
   assert run(monkeypatch, "--check") == 2
   (error,) = capsys.readouterr().err.splitlines()
   assert error == (
-    "error: study.md: the table digits differs from the results; run python -m benchmarks.tables"
+    "error: study.md: table digits differs from the results; run python -m benchmarks.tables"
   )
   assert run(monkeypatch) == 0
   assert page.read_text() == right
@@ -63,7 +63,7 @@ def test_a_changed_result_is_found(copy, monkeypatch, capsys):
   row["scratch_test_errors"][0] += 1
   path.write_text(json.dumps(row))
   assert run(monkeypatch, "--check") == 2
-  assert "results.md: the table transfer differs" in capsys.readouterr().err
+  assert "results.md: table transfer differs" in capsys.readouterr().err
 
 
 BAD = [
