@@ -4,14 +4,28 @@ import argparse
 import json
 import math
 import os
+import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gan_jax.types import InputError
+from gan_jax import report
+from gan_jax.types import InputError, Json
 
+Rows = Sequence[Json]
+"""Lines of results."""
 RESULTS = Path(__file__).parent / "results"
+NAMES = {
+  "update": "recipe",
+  "updates": "steps",
+  "updates_per_second": "steps_per_second",
+  "update_mb": "step_mb",
+  "how": "strategy",
+  "seconds_to_first_update": "seconds_to_first_step",
+}
+"""Keys of older lines -> today's, as far as tables are made of them; README.md has them all."""
 
 
 def parser(doc: str | None, name: str | None) -> argparse.ArgumentParser:
@@ -64,6 +78,30 @@ def run(experiment: str, flags: Sequence[str], workdir: Path, env: Mapping[str, 
   return json.loads(path.read_text())
 
 
+def read(name: str) -> list[Json]:
+  """The lines of `results/<name>`, `.jsonl` or one object in `.json`, under today's names.
+
+  Raises:
+    InputError: there is no such file, or a line of it is not JSON.
+  """
+  path = RESULTS / name
+  if not path.exists():
+    raise InputError(f"there is no {path}")
+  rows = [json.loads(path.read_text())] if path.suffix == ".json" else report.read_metrics(path)
+  return [_today({NAMES.get(key, key): value for key, value in row.items()}) for row in rows]
+
+
+def _today(row: Json) -> Json:
+  if row.get("strategy") == "loop":
+    row["strategy"] = "sequential"
+  if "method" in row and "reading" not in row:
+    method, _, reading = row["method"].replace("pseudo_label", "fixmatch_ema").partition(", ")
+    layer = re.fullmatch(r"(.*), layer (\d+)", reading)
+    row["method"] = method
+    row["reading"] = f"{layer[1]}, Block_{int(layer[2]) - 1}" if layer else "classifier"
+  return row
+
+
 def finish(name: str, results: Sequence[dict], table: Callable[[Sequence[dict]], str]) -> None:
   """Writes `results/<name>.jsonl`, a line a result, and prints the table."""
   RESULTS.mkdir(exist_ok=True)
@@ -91,3 +129,35 @@ def environment(result: dict) -> str:
   """Device and versions in a line."""
   versions = result["versions"]
   return f"{result['device']}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}"
+
+
+def with_environment(table: str, rows: Rows, note: str = "") -> str:
+  """The table, then the note, and devices, versions and commits of its lines, each once."""
+  pairs = [environment(row).split("; ") for row in rows if "torch" not in row["versions"]]
+  found = [device for device, _ in pairs] + [versions for _, versions in pairs]
+  for versions in (row["versions"] for row in rows if "torch" in row["versions"]):
+    found.append(f"PyTorch {versions['torch'].partition('+')[0]} under Python {versions['python']}")
+  found += [f"commit `{row['commit'].removesuffix('-dirty')}`{mark(row)}" for row in rows]
+  return f"{table}\n\n{f'{note} '.lstrip()}{'; '.join(dict.fromkeys(found))}."
+
+
+def mark(*rows: Json) -> str:
+  """A dagger where one of the lines was made with local changes."""
+  return "†" if any(row["commit"].endswith("-dirty") for row in rows) else ""
+
+
+def mean_std(values: Sequence[float]) -> str:
+  """Mean and standard deviation; of fewer than three the values themselves."""
+  if len(values) < 3:
+    return listed([f"{value:.2f}" for value in values])
+  return f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"
+
+
+def spread(rows: Rows, key: str, digits: int = 0) -> str:
+  """Smallest and largest value."""
+  values = [row[key] for row in rows]
+  return " to ".join(dict.fromkeys(f"{value:,.{digits}f}" for value in (min(values), max(values))))
+
+
+def listed(values: Sequence[object]) -> str:
+  return ", ".join(map(str, values))

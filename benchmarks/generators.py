@@ -17,11 +17,15 @@ ROWS = {
   "article": ("mnist_gan", "the article's GAN", "--network article --loss min_max"),
   "article-ns": ("mnist_gan", "the same, non-saturating loss", "--network article"),
   "article-r1": ("mnist_gan", "the same, non-saturating + R1", "--network article --penalty r1"),
-  "conv": ("mnist_gan", "conv, non-saturating + R1", ""),
+  "conv": ("mnist_gan", "conv_fine, non-saturating + R1", ""),
   "conv-rotation": ("mnist_gan", "the same + rotation", "--rotation 1"),
-  "conditional": ("mnist_conditional", "conv, class-conditional, all labels", ""),
-  "conditional-100": ("mnist_conditional", "conv, class-conditional, 100 labels", "--labels-per-class 10"),
-  "feature-matching": ("mnist_ssgan", "conv, feature matching, 100 labels", "--frechet"),
+  "conditional": ("mnist_conditional", "conv_fine, class-conditional, all labels", ""),
+  "conditional-100": (
+    "mnist_conditional",
+    "conv_fine, class-conditional, 100 labels",
+    "--labels-per-class 10",
+  ),
+  "feature-matching": ("mnist_ssgan", "conv, feature matching and consistency, 100 labels", "--frechet"),
 }
 """Row -> experiment, name in the table, flags."""
 

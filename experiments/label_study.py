@@ -31,7 +31,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from gan_jax import cli, data, datasets, evaluate, metrics, parallel, recipes, report, run_dir
+from experiments import _study_tables
+from gan_jax import cli, data, datasets, evaluate, parallel, recipes, report, run_dir
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, study
 from gan_jax.report import say
@@ -42,9 +43,6 @@ Pixels = Literal["label_spreading", "self_training"]
 Matched = Literal["fixmatch_ema@matched", "adamatch@matched", "vat@matched"]
 Arm = study.Method | Matched | Pixels
 ARMS: tuple[Arm, ...] = (*get_args(study.Method), *get_args(Matched), *get_args(Pixels))
-REFERENCES = ("supervised_augmented", "fixmatch_ema", "fixmatch_ema@matched")
-"""What every method is compared with, split by split: labels alone, and all images without a GAN, at the
-same number of images and at the same arithmetic."""
 TUNING = Path(__file__).parent.parent / "benchmarks" / "results" / "tuning"
 
 
@@ -111,7 +109,7 @@ def main(config: Config) -> Json:
     rows = report.read_metrics(path) if config.run.resume else []
     if path.exists():
       report.write_bytes(path, _lines(rows))  # without a line that was cut off
-    done = {(row["budget"], row["method"]) for row in rows if row["reading"] == CLASSIFIER}
+    done = {(row["budget"], row["method"]) for row in rows if row["reading"] == _study_tables.CLASSIFIER}
     todo = [(b, m) for b in config.budgets for m in config.methods if (b, m) not in done]
     train = Study(dataset, seed=config.train.seed)
     for i, (budget, method) in enumerate(todo):
@@ -126,12 +124,12 @@ def main(config: Config) -> Json:
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 
-    cells = summarise(rows)
-    tables = markdown(cells, dataset)
+    cells = _study_tables.summarise(rows)
+    tables = _study_tables.markdown(cells, dataset)
     report.write_bytes(run.path / "study.md", tables.encode())
     curves: dict[str, dict[int, list[float]]] = {}
     for cell in cells:
-      if cell["reading"] == CLASSIFIER:  # the probes would hide the rest
+      if cell["reading"] == _study_tables.CLASSIFIER:  # the probes would hide the rest
         curves.setdefault(cell["method"], {})[cell["num_labels"]] = cell["errors"]
     half_an_image = 50 / len(dataset.x_test)
     where = "held-out error" if config.tune else "test error"
@@ -149,11 +147,7 @@ def main(config: Config) -> Json:
       "probe_test_error": None,
       "cells": cells,
     }
-    table = [
-      (f"{cell['budget']} labels, {_name(cell)}", _in_words(cell))
-      for cell in cells
-      if cell["reading"] == CLASSIFIER  # study.md has the probes
-    ]
+    table = _study_tables.overview(cells, f"{where}, %", _study_tables.mean)  # study.md has the rest
     return run_dir.finish(run, result, table=table, pictures=[("Errors over labels", "study.png")])
 
 
@@ -214,9 +208,6 @@ def _lines(rows: Sequence[Json]) -> bytes:
 
 # --- Training
 
-CLASSIFIER = "classifier"
-"""The reading of a discriminator that is its own classes; the others are probes on its layers."""
-
 
 class Study:
   """Trains cells, a method and a budget each, and keeps the programs that they share."""
@@ -240,7 +231,7 @@ class Study:
       begin = time.perf_counter()
       errors = [pixel_error(method, self._dataset, split) for split in splits]
       seconds = {"seconds_train": round(time.perf_counter() - begin, 2), "seconds_compile": 0.0}
-      return [{"reading": CLASSIFIER, **shared, "errors": errors, **seconds}]
+      return [{"reading": _study_tables.CLASSIFIER, **shared, "errors": errors, **seconds}]
     repeats = 1000 // num_labels if 1000 % num_labels == 0 else 1  # one program for all of these
     images = data.to_device_splits(self._dataset, splits, repeats=repeats)
     # All methods start from the same parameters and see the same batches: a key for each split.
@@ -318,7 +309,7 @@ class Study:
       for layer in found[0].linear:
         readings[f"linear probe, {layer}"] = [each.linear[layer] for each in found]
         readings[f"nearest neighbour, {layer}"] = [each.nearest[layer] for each in found]
-    readings[CLASSIFIER] = [each.error for each in found]
+    readings[_study_tables.CLASSIFIER] = [each.error for each in found]
     return readings
 
 
@@ -336,110 +327,6 @@ def pixel_error(name: str, dataset: Dataset, split: LabelSplit) -> float:
   with np.errstate(invalid="ignore"):  # images that no label reaches through neighbours
     classifier.fit(flat(dataset.x_train), y)
     return evaluate.error_of(lambda x: classifier.predict(flat(x)), dataset)
-
-
-# --- Statistics
-
-
-def summarise(rows: Sequence[Json]) -> list[Json]:
-  """Each row with its summary and its paired differences to `REFERENCES`, where they were trained.
-
-  Verdicts are corrected by Holm's procedure for the number of classifiers that are compared with a
-  reference, over all budgets; the uncorrected ones stand beside them.
-  """
-  by_name = {(row["budget"], row["method"], row["reading"]): row for row in rows}
-  cells = []
-  for (budget, method, reading), row in by_name.items():
-    against = {
-      name: _json(metrics.paired(row["errors"], by_name[budget, name, CLASSIFIER]["errors"]))
-      for name in REFERENCES
-      if (method, reading) != (name, CLASSIFIER) and (budget, name, CLASSIFIER) in by_name
-    }
-    cells.append({**row, **_json(metrics.summarise(row["errors"])), "against": against})
-  for name in REFERENCES:
-    found = [c["against"][name] for c in cells if name in c["against"] and c["reading"] == CLASSIFIER]
-    found = [each for each in found if each["p"] is not None]
-    for each, p in zip(found, metrics.holm([each["p"] for each in found]), strict=True):
-      each["p_holm"] = p
-      each["verdict_holm"] = each["verdict"] if p < 0.05 else "cannot tell"
-  return cells
-
-
-def _json(found: metrics.Summary | metrics.Difference) -> Json:
-  interval = found.interval and list(found.interval)
-  return {**found._asdict(), "interval": interval}
-
-
-def _name(cell: Json) -> str:
-  return cell["method"] if cell["reading"] == CLASSIFIER else f"{cell['method']}, {cell['reading']}"
-
-
-def _in_words(cell: Json) -> str:
-  verdicts = "".join(
-    f"; against {name}: {found.get('verdict_holm', found['verdict'])}"
-    for name, found in cell["against"].items()
-  )
-  return f"{_mean(cell)} %{verdicts}"
-
-
-def markdown(cells: Sequence[Json], dataset: Dataset) -> str:
-  """Tables: all methods and budgets in short, then each budget in full."""
-  names = [name for name in REFERENCES if any(name in cell["against"] for cell in cells)]
-  lines = [f"# Error in percent on {dataset.name}", "", *_overview(cells, "mean +- std", _mean)]
-  for name in names:
-    lines += _overview(cells, f"less {name}", lambda c, name=name: _difference(c["against"].get(name)))
-  head = ["method", "MFLOP a step", "mean +- std", "95 % interval"]
-  head += ["median", "best", "worst", "over twice the median"]
-  head += [f"less {name}" for name in names]
-  for budget in dict.fromkeys(cell["budget"] for cell in cells):
-    rows = [
-      [
-        _name(cell),
-        f"{cell['mflop_per_step']:.1f}" if "mflop_per_step" in cell else "",
-        _mean(cell),
-        _interval(cell["interval"]),
-        *(f"{cell[key]:.2f}" for key in ("median", "best", "worst")),
-        f"{100 * cell['failure_rate']:.0f} %",
-        *(_difference(cell["against"].get(name)) for name in names),
-      ]
-      for cell in cells
-      if cell["budget"] == budget
-    ]
-    lines += [f"## {budget} labels", "", *_table(head, rows)]
-  splits = ", ".join(str(seed) for seed in cells[0]["splits"])
-  lines.append(f"Splits {splits}. Unlabelled images include the labelled ones. {dataset.note}".strip())
-  lines.append("Verdicts: corrected by Holm's procedure; before correction in brackets where it differs.")
-  return "\n".join(lines) + "\n"
-
-
-def _overview(cells: Sequence[Json], title: str, entry: Callable[[Json], str]) -> list[str]:
-  """A row a method, a column a budget; without the probes."""
-  cells = [cell for cell in cells if cell["reading"] == CLASSIFIER]
-  found = {(cell["method"], cell["budget"]): entry(cell) for cell in cells}
-  methods, budgets = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("method", "budget"))
-  rows = [[name, *(found.get((name, budget), "") for budget in budgets)] for name in methods]
-  return _table([title, *(f"{budget} labels" for budget in budgets)], [row for row in rows if any(row[1:])])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-  lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-  return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
-
-
-def _mean(cell: Json) -> str:
-  return f"{cell['mean']:.2f} +- {cell['std']:.2f}"
-
-
-def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
-  return "" if interval is None else f"{interval[0]:{sign}.2f} to {interval[1]:{sign}.2f}"
-
-
-def _difference(found: Json | None) -> str:
-  if found is None:
-    return ""
-  verdict = found.get("verdict_holm", found["verdict"])
-  before = f" [{found['verdict']}]" if verdict != found["verdict"] else ""
-  return f"{found['mean']:+.2f} ({_interval(found['interval'], '+')}): {verdict}{before}"
 
 
 if __name__ == "__main__":

@@ -209,7 +209,8 @@ _PAGE = """<!doctype html>
 </style>
 <h1>{{ result.experiment }} on {{ result.dataset }}</h1>
 {% if result.note %}<p class="note">{{ result.note }}</p>{% endif %}
-<table>{% for name, value in table %}<tr><td>{{ name }}</td><td class="n">{{ value }}</td></tr>
+<table>{% for row in table %}<tr>
+ {%- for cell in row %}<td{% if not loop.first %} class="n"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% for title, data in pictures %}<h2>{{ title }}</h2>
 <img alt="{{ title }}" src="data:image/png;base64,{{ data }}">
@@ -220,7 +221,7 @@ _PAGE = """<!doctype html>
 
 
 def page(
-  path: Path, result: Json, table: Sequence[tuple[str, str]], pictures: Sequence[tuple[str, Path]]
+  path: Path, result: Json, table: Sequence[Sequence[str]], pictures: Sequence[tuple[str, Path]]
 ) -> None:
   """One HTML file with the table, the pictures inside it, and the result as JSON."""
   import jinja2

@@ -264,7 +264,7 @@ def finish(
   run: Run,
   result: Json,
   *,
-  table: Sequence[tuple[str, str]],
+  table: Sequence[Sequence[str]],
   pictures: Sequence[tuple[str, str]],
 ) -> Json:
   """Completes the result, writes `result.json` and `report.html`, and prints the table.
@@ -272,7 +272,7 @@ def finish(
   Args:
     run: the open run.
     result: the experiment's own keys.
-    table: rows of name and value.
+    table: rows, each a name and its values.
     pictures: title and file name, relative to the run's directory, for the page.
   """
   dataset, split = run.dataset, run.split

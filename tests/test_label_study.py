@@ -7,7 +7,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import cli, datasets, recipes
+from gan_jax import cli, recipes, run_dir
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
@@ -157,33 +157,22 @@ def test_flags_that_the_study_does_not_honour_it_does_not_take():
   assert not flags.keys() & {"labels_per_class", "split_seed", "num_images", "hold_out", "init_from"}
 
 
-def test_markdown_and_verdicts():
-  rows = [
-    {
-      "budget": 20,
-      "method": method,
-      "reading": "classifier",
-      "num_labels": 20,
-      "splits": [0, 1, 2],
-      "errors": errors,
-    }
-    for method, errors in (
-      ("supervised_augmented", [5.0, 6.0, 7.0]),
-      ("vat", [4.0, 5.1, 6.1]),
-      ("mean_teacher", [5.1, 5.8, 30.0]),
-    )
-  ]
-  rows.append(rows[0] | {"reading": "linear probe, Block_0"})
-  cells = label_study.summarise(rows)
-  against = [cell["against"].get("supervised_augmented", {}) for cell in cells]
-  assert [each.get("verdict") for each in against] == [None, "helps", "cannot tell", "cannot tell"]
-  assert [round(cell["failure_rate"], 2) for cell in cells] == [0, 0, 0.33, 0]
-  assert np.isclose(against[1]["mean"], -2.8 / 3)
-  table = label_study.markdown(cells, datasets.load("digits"))
-  head = "| mean +- std | 20 labels |\n|---|---|\n| supervised_augmented | 6.00 +- 1.00 |\n"
-  assert head + "| vat | 5.07 +- 1.05 |\n| mean_teacher |" in table  # probes are not in the overview
-  assert (
-    "| less supervised_augmented | 20 labels |\n|---|---|\n| vat | -0.93 (-1.08 to -0.79): helps |" in table
-  )
-  assert "| vat |  | 5.07 +- 1.05 | 2.46 to 7.68 | 5.10 | 4.00 | 6.10 | 0 % | -0.93" in table
-  assert "| supervised_augmented, linear probe, Block_0 |  | 6.00 +- 1.00 |" in table
+def test_the_terminal_shows_a_row_a_method_and_a_column_a_budget(tmp_path, read, monkeypatch):
+  """The overview of `study.md`; probes are left to the file."""
+  shown = []
+  finish = run_dir.finish
+
+  def spy(run, result, *, table, pictures):
+    shown.extend(table)
+    return finish(run, result, table=table, pictures=pictures)
+
+  monkeypatch.setattr(run_dir, "finish", spy)
+  methods = ("supervised", "gan_consistency")
+  study(tmp_path / "run", methods=methods, budgets=(20, 50))
+  header, *rows = shown
+  assert header == ["test error, %", "20 labels", "50 labels"]
+  assert [row[0] for row in rows] == list(methods)
+  text = (tmp_path / "run" / "study.md").read_text()
+  assert all(f"| {' | '.join(row)} |" in text for row in rows)
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert all(f'<td>{name}</td><td class="n">{first}</td>' in page for name, first, _ in rows)

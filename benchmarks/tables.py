@@ -1,0 +1,348 @@
+"""The tables of README.md and docs/, made from the stored results.
+
+python -m benchmarks.tables            rewrites them
+python -m benchmarks.tables --check    exits with 2 where one differs
+
+A table stands in a page between the lines `<!-- table: NAME -->` and `<!-- end -->`. Each is a function of
+lines of `benchmarks/results`, listed in `TABLES`. What was made with local changes has a dagger.
+"""
+
+import argparse
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import _gan_map, _runs, generators, splits
+from experiments import _study_tables
+from gan_jax.types import InputError, Json
+
+ROOT = Path(__file__).parent.parent
+DAGGER = "† Made with local changes: the commit that the line names does not hold all of its code."
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--check", action="store_true", help="write nothing; exit 2 where a table differs")
+  check = parser.parse_args().check
+  pages = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+  rewritten = {path: rewrite(text, path.name, check=check) for path, text in pages.items()}
+  for path, text in rewritten.items():
+    if text != pages[path]:
+      path.write_text(text)
+      print(f"written to {path.relative_to(ROOT)}")
+
+
+def rewrite(text: str, page: str, *, check: bool = False) -> str:
+  """The text of a page with its tables made anew.
+
+  Args:
+    text: Markdown.
+    page: its name, for messages.
+    check: whether a table that differs is an error.
+
+  Raises:
+    InputError: an unknown table, a marker without its partner or, with `check`, a table that differs.
+  """
+  out, old, name = [], "", None
+  for line in text.splitlines(keepends=True):
+    marker = re.fullmatch(r"<!-- (?:table: (.*)|end) -->\n?", line)
+    if marker is None:
+      if name is None:
+        out.append(line)
+      old += line
+    elif marker[1] is not None and name is not None:
+      break
+    elif marker[1] is not None:
+      name, old = marker[1], ""
+      if name not in TABLES:
+        raise InputError(f"{page}: there is no table {name}; there are {', '.join(TABLES)}")
+      out.append(line)
+    elif name is None:
+      raise InputError(f"{page}: an <!-- end --> without a table before it")
+    else:
+      table = TABLES[name]()
+      new = f"\n{table}\n\n" + (f"{DAGGER}\n\n" if "†" in table else "")
+      if check and new != old:
+        raise InputError(f"{page}: table {name} differs from the results; run python -m benchmarks.tables")
+      out += [new, line]
+      name = None
+  if name is not None:
+    raise InputError(f"{page}: the table {name} has no <!-- end -->")
+  return "".join(out)
+
+
+# --- Classifiers
+
+FEW_LABELS = {
+  "mnist-conv-100": "MNIST, conv",
+  "digits-conv-50": "digits, conv",
+  "mnist-mlp-100": "MNIST, mlp",
+  "mnist-mlp-100-longer": "MNIST, mlp",
+}
+"""File of splits -> data and network."""
+
+
+def results(files: Mapping[str, _runs.Rows], study: _runs.Rows) -> str:
+  """Three files of splits, and the study at 50 labels, whose rows have the last control."""
+  lines = []
+  for name, last in zip(files, ("not decided", "not run", "no consistency"), strict=True):
+    rows = files[name]
+    gan, control, _ = (_runs.mean_std([row[key] for row in rows]) for key in splits.ERRORS)
+    lines.append([FEW_LABELS[name] + _runs.mark(*rows), rows[0]["num_labels"], len(rows)])
+    lines[-1] += [f"**{gan}**", control, last, f"{_runs.spread(rows, 'seconds_train')} s a split"]
+  arms = "gan_consistency", "supervised_augmented", "fixmatch_ema"
+  found = {row["method"]: row for row in study if (row["budget"], row["reading"]) == (50, "classifier")}
+  used = [found[arm] for arm in arms]
+  lines.append([f"digits, conv_small (study){_runs.mark(*used)}", 50, len(used[0]["splits"])])
+  lines[-1] += [_runs.mean_std(row["errors"]) for row in used]
+  lines[-1].append(f"{used[0]['seconds_train']:.0f} s for all splits")
+  head = "data, network", "labels", "n", "semi-supervised GAN", "supervised control"
+  head += "consistency without GAN", "training"
+  return _runs.with_environment(_runs.markdown(head, lines), [*_all(files), *used])
+
+
+def few_labels(files: Mapping[str, _runs.Rows]) -> str:
+  """A row a file of splits, in full."""
+  lines = []
+  for name, rows in files.items():
+    gan, control, probe = (_runs.mean_std([row[key] for row in rows]) for key in splits.ERRORS)
+    lines.append([FEW_LABELS[name] + _runs.mark(*rows), rows[0]["num_labels"]])
+    lines[-1] += [_runs.listed([row["split_seed"] for row in rows]), f"**{gan}**", control, probe]
+    lines[-1] += [f"{rows[0]['steps']:,}", f"{_runs.spread(rows, 'seconds_train')} s, {rows[0]['device']}"]
+    lines[-1] += [_runs.spread(rows, "steps_per_second", 1), f"{_runs.spread(rows, 'seconds_total')} s"]
+    lines[-1].append(f"{_runs.spread(rows, 'peak_memory_mb')} MB")
+  head = "data, network", "labels", "splits", "semi-supervised", "supervised", "linear probe", "steps"
+  head += "training", "steps/s", "whole run", "memory"
+  return _runs.with_environment(_runs.markdown(head, lines), _all(files))
+
+
+def transfer(rows: _runs.Rows) -> str:
+  """A row a direction; the gain is positive where transfer lowers the error."""
+  lines = []
+  for row in rows:
+    tuned, scratch = row["fine_tuned_test_errors"], row["scratch_test_errors"]
+    gains = [before - after for before, after in zip(scratch, tuned, strict=True)]
+    interval = _study_tables.interval(_study_tables.compare(scratch, tuned)["interval"])
+    lines.append([f"{row['source']} to {row['dataset'].partition('@')[0]}{_runs.mark(row)}"])
+    lines[-1] += [
+      *map(_runs.mean_std, (tuned, scratch, gains)),
+      interval,
+      _runs.listed([f"{x:.2f}" for x in gains]),
+    ]
+  head = "", "transferred", "from scratch", "gain", "95 % interval of the mean gain"
+  head += (f"on splits {_runs.listed(rows[0]['split_seeds'])}",)
+  return _runs.with_environment(_runs.markdown(head, lines), rows)
+
+
+def _all(files: Mapping[str, _runs.Rows]) -> _runs.Rows:
+  return [row for rows in files.values() for row in rows]
+
+
+# --- The study
+
+
+def digits(rows: _runs.Rows) -> str:
+  """Errors of every method and budget, then their differences to each reference."""
+  tables = _study_tables.overviews(_study_tables.summarise(rows), f"mean +- std{_runs.mark(*rows)}")
+  train, compiling = (sum(row.get(key, 0) for row in rows) for key in ("seconds_train", "seconds_compile"))
+  note = f"Splits {_runs.listed(rows[0]['splits'])}. {_study_tables.VERDICTS} Training took {train:,.0f} s,"
+  return _runs.with_environment("\n".join(tables[:-1]), rows, f"{note} compilation {compiling:,.0f} s.")
+
+
+def probes(rows: _runs.Rows) -> str:
+  """Errors of the probes on each layer of a discriminator."""
+  cells, title = _study_tables.summarise(rows), f"mean +- std{_runs.mark(*rows)}"
+  found = _study_tables.overview(cells, title, _study_tables.mean, probes=True)
+  return "\n".join(_study_tables.table(found))
+
+
+def tuning(rows: _runs.Rows) -> str:
+  """A row an arm; lines whose splits or hyper-parameters are not those of the first are left out."""
+  free = "augmentation", "budgets", "methods"
+  fixed = lambda row: {key: value for key, value in row["flags"].items() if key not in free}
+  rows = [row for row in rows if fixed(row) == fixed(rows[0])]
+  found = {(row["method"], row["flags"]["augmentation"], row["budget"]): row for row in rows}
+  columns = list(dict.fromkeys(key[1:] for key in found))
+  lines = []
+  for method in dict.fromkeys(row["method"] for row in rows):
+    arm = [found.get((method, *column)) for column in columns]
+    flops = dict.fromkeys(f"{row['mflop_per_step']:.0f}" for row in arm if row and "mflop_per_step" in row)
+    lines.append([f"`{method}`", _runs.listed(list(flops))])
+    lines[-1] += [f"{_runs.mean_std(row['errors'])}{_runs.mark(row)}" if row else "" for row in arm]
+  head = ["arm", "MFLOP a step"]
+  head += [
+    f"{'augmented' if augmented else 'as they are'}, {budget} labels" for augmented, budget in columns
+  ]
+  return _runs.with_environment(
+    _runs.markdown(head, lines), rows, f"Splits {_runs.listed(rows[0]['splits'])}."
+  )
+
+
+def mnist(gan: _runs.Rows, without: _runs.Rows) -> str:
+  """Both sides split by split, where there are both."""
+  other = {
+    seed: (row, error) for row in without for seed, error in zip(row["splits"], row["errors"], strict=True)
+  }
+  gan = [row for row in gan if row["split_seed"] in other]
+  lines = [
+    ["default recipe of `mnist_ssgan`", *(f"{row['test_error']:.2f}{_runs.mark(row)}" for row in gan)],
+    ["`fixmatch_ema` of the study", *(f"{error:.2f}{_runs.mark(row)}" for row, error in other.values())],
+  ]
+  head = "test error, %", *(f"split {seed}" for seed in other)
+  return _runs.with_environment(_runs.markdown(head, lines), [*gan, *without])
+
+
+# --- Generators
+
+FRECHET = "frechet_mnist-5e89338e_n10000"
+
+
+def mnist_generators(rows: _runs.Rows, two_cores: Json) -> str:
+  """A row a kind of generator; that of `two_cores` once more at the end, with the time it takes there."""
+  lines = []
+  for row in (*rows, two_cores):
+    name = (
+      generators.ROWS[row["row"]][1] if "row" in row else "article's GAN, non-saturating loss, two cores"
+    )
+    lines.append([f"{name}{_runs.mark(row)}", f"{row[FRECHET]:.2f}", row["classes_covered"]])
+    for key in ("class_agreement", "probe_test_error", "test_error"):
+      value = row.get(key)
+      lines[-1].append("" if value is None else f"{value:.2f} %")
+    lines[-1] += [f"{row['steps']:,}", f"{row['seconds_train']:.0f} s", f"{row['steps_per_second']:.0f}"]
+  replayed = rows[0]["frechet_replayed_training_set"]
+  lines.append(["*training images, replayed*", f"{replayed:.2f}", 10, *[""] * 6])
+  head = "generator", "Frechet distance", "classes", "class agreement", "probe error", "test error", "steps"
+  return _runs.with_environment(_runs.markdown((*head, "training", "steps/s"), lines), [*rows, two_cores])
+
+
+def few_images(row: Json) -> str:
+  """A row a number of images, a column a kind of augmentation."""
+  found: dict[int, dict[str, str]] = {}
+  for cell in row["cells"].values():
+    text = f"{cell['frechet']:.2f}, {cell['probe_test_error']:.1f} %"
+    for alarm in cell["alarms"]:
+      text += ", alarm" + "".join(re.findall(r"unseen images( \d+ %)", alarm))
+    found.setdefault(cell["num_images"], {})[cell["augment"]] = text
+  kinds = list(next(iter(found.values())))
+  lines = [[f"{num:,}{_runs.mark(row)}", *(cells[kind] for kind in kinds)] for num, cells in found.items()]
+  return _runs.with_environment(_runs.markdown(("images", *kinds), lines), [row])
+
+
+# --- Speed
+
+PEERS = {"torch_eager": "PyTorch eager", "torch_compile": "PyTorch compiled", "plain_jax": "plain JAX"}
+
+
+def peers(rows: _runs.Rows) -> str:
+  """A row a recipe: steps per second, and how many times faster ours is."""
+  lines = []
+  for name in dict.fromkeys(row["recipe"] for row in rows):
+    found = {row["contender"]: row for row in rows if row["recipe"] == name}
+    ours = found["ours"]
+    lines.append([f"{name} ({'/'.join(map(str, ours['rows']))}){_runs.mark(*found.values())}"])
+    lines[-1].append(f"{ours['steps_per_second']['median']:.4g}")
+    for row in (found[peer] for peer in PEERS):
+      rate, ratio = row["steps_per_second"]["median"], row["ours_is_faster_by"]["median"]
+      lines[-1].append(f"{rate:.4g} ({ratio:.2f})")
+    lines[-1].append(f"{100 * ours['fraction_of_matmul_rate']:.0f} %")
+  head = "step (labelled/unlabelled/generated images)", "ours", *PEERS.values(), "of the matrix rate"
+  note = f"Medians of {len(rows[0]['rounds'])} rounds."
+  return _runs.with_environment(_runs.markdown(head, lines), rows, note)
+
+
+def batch_sizes(rows: _runs.Rows) -> str:
+  """A row a batch size: how many times faster ours is."""
+  found = {(row["batch_size"], row["contender"]): row for row in rows}
+  lines = []
+  for size in dict.fromkeys(row["batch_size"] for row in rows):
+    peers = [found[size, peer] for peer in PEERS]
+    lines.append(
+      [f"{size:,}{_runs.mark(*peers)}", *(f"{row['ours_is_faster_by']['median']:.2f}" for row in peers)]
+    )
+  note = f"Medians of {len(rows[0]['rounds'])} rounds."
+  return _runs.with_environment(_runs.markdown(("batch size", *PEERS.values()), lines), rows, note)
+
+
+def other_figures(
+  accuracy: _runs.Rows, starts: _runs.Rows, replicates: _runs.Rows, scaling: _runs.Rows
+) -> str:
+  """A row a figure."""
+  lines = []
+  for row in accuracy:
+    name = (
+      f"training to {row['target']:g} % test error, {row['recipe']}, MNIST, {row['num_labels']} labels,"
+    )
+    end = "" if row["reached"] else f", not reached: {row['test_error']:.2f} %"
+    end += f", after {row['seconds_compile']:.0f} s of compilation" if row["seconds_compile"] else ""
+    lines.append([f"{name} split {row['split_seed']}{_runs.mark(row)}"])
+    lines[-1].append(f"{row['seconds']:.0f} s, {row['steps']:,} steps{end}")
+  for network in dict.fromkeys(row["network"] for row in starts):
+    used = [row for row in starts if row["network"] == network]
+    times = [
+      [row["seconds_to_first_step"] for row in used if row["time"] == t] for t in ("first", "second")
+    ]
+    first, second = (f"{statistics.median(values):.1f} s" for values in times)
+    lines.append(
+      [f"start of Python to the first step, {network}, median of {len(times[0])}{_runs.mark(*used)}"]
+    )
+    lines[-1].append(f"{first}; with the compilation cache {second}")
+  for row in replicates:
+    if "ours_is_faster_by" in row:
+      name = f"{row['replicates']} replicates of {row['recipe']} in one program, {row['strategy']}"
+      lines.append(
+        [name + _runs.mark(row), f"{row['ours_is_faster_by']['median']:.1f} times as long as one"]
+      )
+  for row in scaling:
+    if "side" in row:
+      name = f"memory of a step of {row['recipe']}, {row['side']}x{row['side']}, {sum(row['rows'])} images"
+      lines.append(
+        [name + _runs.mark(row), f"{row['step_mb']:.0f} MB, beside a state of {row['state_mb']:.0f} MB"]
+      )
+    else:
+      name = f"8 replicates of {row['recipe']} on virtual devices: {row['devices']}"
+      lines.append([name + _runs.mark(row), f"{row['steps_per_second']:.1f} steps/s together"])
+  rows = [*accuracy, *starts, *replicates, *scaling]
+  return _runs.with_environment(_runs.markdown(("", "measured"), lines), rows)
+
+
+# --- All of them
+
+
+def _files(names: Sequence[str]) -> dict[str, _runs.Rows]:
+  return {name.rpartition("/")[2]: _runs.read(f"{name}.jsonl") for name in names}
+
+
+def _lines(*names: str) -> list[Json]:
+  return [row for name in names for row in _runs.read(name)]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+  "results": lambda: results(_files(list(FEW_LABELS)[:3]), _lines("label_study-digits.jsonl")),
+  "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
+  "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
+  "map": lambda: _gan_map.table(
+    _files([f"map/{path.stem}" for path in sorted((_runs.RESULTS / "map").glob("*.jsonl"))])
+  ),
+  "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
+  "digits": lambda: digits(_lines("label_study-digits.jsonl")),
+  "probes": lambda: probes(_lines("label_study-digits.jsonl")),
+  "mnist": lambda: mnist(_lines("mnist-conv-100.jsonl"), _lines("label_study-mnist-no-gan.jsonl")),
+  "generators": lambda: mnist_generators(_lines("generators.jsonl"), *_lines("article-2-cores.json")),
+  "few-images": lambda: few_images(*_lines("mnist_low_data.json")),
+  "peers": lambda: peers(_lines("step_time.jsonl")),
+  "batch-sizes": lambda: batch_sizes(_lines("batch_sizes.jsonl")),
+  "other-figures": lambda: other_figures(
+    _lines("time_to_accuracy.jsonl"),
+    _lines("startup.jsonl"),
+    _lines("replicates_loop.jsonl", "replicates_vmap.jsonl", "replicates_16.jsonl"),
+    _lines("scaling.jsonl"),
+  ),
+}
+"""Name -> its Markdown."""
+
+
+if __name__ == "__main__":
+  _runs.cli(main)

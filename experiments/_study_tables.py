@@ -1,0 +1,148 @@
+"""Statistics and Markdown of the study, for `label_study` and `benchmarks.tables`. Not an experiment."""
+
+from collections.abc import Callable, Sequence
+
+from gan_jax import metrics
+from gan_jax.datasets import Dataset
+from gan_jax.types import Json
+
+CLASSIFIER = "classifier"
+"""The reading of a discriminator that is its own classes; the others are probes on its layers."""
+REFERENCES = ("supervised_augmented", "fixmatch_ema", "fixmatch_ema@matched")
+"""What every method is compared with, split by split: labels alone, and all images without a GAN, at the
+same number of images and at the same arithmetic."""
+
+
+# --- Statistics
+
+
+def summarise(rows: Sequence[Json]) -> list[Json]:
+  """Each row with its summary and its paired differences to `REFERENCES`, where they were trained.
+
+  Verdicts are corrected by Holm's procedure for the number of classifiers that are compared with a
+  reference, over all budgets; the uncorrected ones stand beside them.
+
+  Args:
+    rows: the lines of a `study.jsonl`, each with its errors in percent.
+  """
+  by_name = {(row["budget"], row["method"], row["reading"]): row for row in rows}
+  cells = []
+  for (budget, method, reading), row in by_name.items():
+    against = {
+      name: compare(row["errors"], by_name[budget, name, CLASSIFIER]["errors"])
+      for name in REFERENCES
+      if (method, reading) != (name, CLASSIFIER) and (budget, name, CLASSIFIER) in by_name
+    }
+    cells.append({**row, **_json(metrics.summarise(row["errors"])), "against": against})
+  for name in REFERENCES:
+    correct([c["against"][name] for c in cells if name in c["against"] and c["reading"] == CLASSIFIER])
+  return cells
+
+
+def compare(errors: Sequence[float], reference: Sequence[float]) -> Json:
+  """`metrics.paired` as JSON: errors less those of the reference, both split by split."""
+  return _json(metrics.paired(errors, reference))
+
+
+def correct(found: Sequence[Json]) -> None:
+  """Adds `p_holm` and `verdict_holm` to each of these comparisons, corrected for their number.
+
+  A comparison on a single split has no p-value: it is left as it is and does not count.
+  """
+  found = [each for each in found if each["p"] is not None]
+  for each, p in zip(found, metrics.holm([each["p"] for each in found]), strict=True):
+    each["p_holm"] = p
+    each["verdict_holm"] = each["verdict"] if p < 0.05 else "cannot tell"
+
+
+def _json(found: metrics.Summary | metrics.Difference) -> Json:
+  interval = found.interval and list(found.interval)
+  return {**found._asdict(), "interval": interval}
+
+
+# --- Tables
+
+
+def markdown(cells: Sequence[Json], dataset: Dataset) -> str:
+  """Tables: all methods and budgets in short, then each budget in full."""
+  lines = [f"# Error in percent on {dataset.name}", "", *overviews(cells)]
+  names = _references(cells)
+  head = ["method", "MFLOP a step", "mean +- std", "95 % interval"]
+  head += ["median", "best", "worst", "over twice the median"]
+  head += [f"less {name}" for name in names]
+  for budget in dict.fromkeys(cell["budget"] for cell in cells):
+    rows = [
+      [
+        _name(cell),
+        f"{cell['mflop_per_step']:.1f}" if "mflop_per_step" in cell else "",
+        mean(cell),
+        interval(cell["interval"]),
+        *(f"{cell[key]:.2f}" for key in ("median", "best", "worst")),
+        f"{100 * cell['failure_rate']:.0f} %",
+        *(difference(cell["against"].get(name)) for name in names),
+      ]
+      for cell in cells
+      if cell["budget"] == budget
+    ]
+    lines += [f"## {budget} labels", "", *table([head, *rows]), ""]
+  splits = ", ".join(str(seed) for seed in cells[0]["splits"])
+  lines.append(f"Splits {splits}. Unlabelled images include the labelled ones. {dataset.note}".strip())
+  lines.append(VERDICTS)
+  return "\n".join(lines) + "\n"
+
+
+VERDICTS = "Verdicts: corrected by Holm's procedure; before correction in brackets where it differs."
+
+
+def overviews(cells: Sequence[Json], title: str = "mean +- std") -> list[str]:
+  """Lines of Markdown: the mean errors, then the differences to each reference that was trained."""
+  lines = [*table(overview(cells, title, mean)), ""]
+  for name in _references(cells):
+    less = overview(cells, f"less {name}", lambda c, name=name: difference(c["against"].get(name)))
+    lines += [*table(less), ""]
+  return lines
+
+
+def overview(
+  cells: Sequence[Json], title: str, entry: Callable[[Json], str], *, probes: bool = False
+) -> list[list[str]]:
+  """A header, then a row a method, a column a budget; of the classifiers or, if asked for, the probes."""
+  cells = [cell for cell in cells if (cell["reading"] != CLASSIFIER) == probes]
+  found = {(_name(cell), cell["budget"]): entry(cell) for cell in cells}
+  names, budgets = dict.fromkeys(map(_name, cells)), dict.fromkeys(cell["budget"] for cell in cells)
+  rows = [[name, *(found.get((name, budget), "") for budget in budgets)] for name in names]
+  return [[title, *(f"{budget} labels" for budget in budgets)], *(row for row in rows if any(row[1:]))]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of Markdown; the first row is the header."""
+  lines = [f"| {' | '.join(row)} |" for row in rows]
+  return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+
+
+def mean(cell: Json) -> str:
+  """Mean and standard deviation of a cell."""
+  return f"{cell['mean']:.2f} +- {cell['std']:.2f}"
+
+
+def interval(found: Sequence[float] | None, sign: str = "") -> str:
+  """An interval; nothing for a single split."""
+  return "" if found is None else f"{found[0]:{sign}.2f} to {found[1]:{sign}.2f}"
+
+
+def difference(found: Json | None) -> str:
+  """A comparison: mean, interval and verdict; nothing where there is none."""
+  if found is None:
+    return ""
+  verdict = found.get("verdict_holm", found["verdict"])
+  before = f" [{found['verdict']}]" if verdict != found["verdict"] else ""
+  within = f" ({interval(found['interval'], '+')})" if found["interval"] else ""
+  return f"{found['mean']:+.2f}{within}: {verdict}{before}"
+
+
+def _references(cells: Sequence[Json]) -> list[str]:
+  return [name for name in REFERENCES if any(name in cell["against"] for cell in cells)]
+
+
+def _name(cell: Json) -> str:
+  return cell["method"] if cell["reading"] == CLASSIFIER else f"{cell['method']}, {cell['reading']}"

@@ -1,0 +1,140 @@
+import json
+import re
+import shutil
+import sys
+
+import pytest
+
+from benchmarks import _runs, tables
+from gan_jax.types import InputError
+
+PAGES = [tables.ROOT / "README.md", *sorted((tables.ROOT / "docs").glob("*.md"))]
+
+
+def run(monkeypatch, *flags):
+  """The exit code of `python -m benchmarks.tables FLAGS`."""
+  monkeypatch.setattr(sys, "argv", ["tables", *flags])
+  try:
+    _runs.cli(tables.main)
+  except SystemExit as stop:
+    return stop.code
+  return 0
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+  """The pages and the results, to be changed."""
+  (tmp_path / "docs").mkdir()
+  for path in PAGES:
+    shutil.copy(path, tmp_path / path.relative_to(tables.ROOT))
+  shutil.copytree(_runs.RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+  monkeypatch.setattr(tables, "ROOT", tmp_path)
+  monkeypatch.setattr(_runs, "RESULTS", tmp_path / "results")
+  return tmp_path
+
+
+def test_every_table_of_the_pages_is_that_of_the_results(monkeypatch, capsys):
+  assert run(monkeypatch, "--check") == 0, capsys.readouterr().err
+
+
+def test_every_table_is_on_a_page():
+  found = re.findall(r"<!-- table: (.*) -->", "".join(path.read_text() for path in PAGES))
+  assert sorted(found) == sorted(tables.TABLES)
+
+
+def test_a_changed_number_is_found_and_made_right_again(copy, monkeypatch, capsys):
+  page = copy / "docs" / "study.md"
+  right = page.read_text()
+  page.write_text(right.replace("| 31.02 +- 5.57 |", "| 31.03 +- 5.57 |"))
+  assert page.read_text() != right
+  assert run(monkeypatch, "--check") == 2
+  (error,) = capsys.readouterr().err.splitlines()
+  assert error == (
+    "error: study.md: table digits differs from the results; run python -m benchmarks.tables"
+  )
+  assert run(monkeypatch) == 0
+  assert page.read_text() == right
+  assert capsys.readouterr().out == "written to docs/study.md\n"
+
+
+def test_a_changed_result_is_found(copy, monkeypatch, capsys):
+  path = copy / "results" / "transfer-mnist-digits.json"
+  row = json.loads(path.read_text())
+  row["scratch_test_errors"][0] += 1
+  path.write_text(json.dumps(row))
+  assert run(monkeypatch, "--check") == 2
+  assert "results.md: table transfer differs" in capsys.readouterr().err
+
+
+BAD = [
+  (
+    "<!-- table: nothing -->\n<!-- end -->\n",
+    "page.md: there is no table nothing; there are results, few-",
+  ),
+  ("text\n<!-- table: peers -->\n| a |\n", "page.md: the table peers has no <!-- end -->"),
+  ("<!-- table: peers -->\n<!-- table: mnist -->\n<!-- end -->\n", "the table peers has no <!-- end -->"),
+  ("<!-- end -->\n", "page.md: an <!-- end --> without a table"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD)
+def test_a_page_with_wrong_markers_is_a_sentence(text, words):
+  with pytest.raises(InputError, match=re.escape(words)):
+    tables.rewrite(text, "page.md")
+
+
+def test_nothing_is_written_where_one_page_is_wrong(copy, monkeypatch):
+  (copy / "docs" / "speed.md").write_text("<!-- end -->\n")
+  page = copy / "README.md"
+  wrong = page.read_text().replace("8.66", "8.67")
+  page.write_text(wrong)
+  assert run(monkeypatch) == 2
+  assert page.read_text() == wrong
+
+
+def test_text_around_a_table_is_left_alone(monkeypatch):
+  monkeypatch.setattr(tables, "TABLES", {"a": lambda: "| 1† |", "b": lambda: "| 2 |"})
+  text = "before\n<!-- table: a -->\nold\n<!-- end -->\nbetween\n<!-- table: b -->\n<!-- end -->"
+  new = tables.rewrite(text, "page.md")
+  first = f"before\n<!-- table: a -->\n\n| 1† |\n\n{tables.DAGGER}\n\n<!-- end -->\n"
+  assert new == first + "between\n<!-- table: b -->\n\n| 2 |\n\n<!-- end -->"
+  assert tables.rewrite(new, "page.md", check=True) == new
+
+
+def test_older_lines_have_todays_names(tmp_path, monkeypatch):
+  monkeypatch.setattr(_runs, "RESULTS", tmp_path)
+  old = [
+    {"update": "conv_ssgan", "updates_per_second": 2.0, "how": "loop"},
+    {"method": "pseudo_label"},
+    {"method": "gan_consistency, linear probe, layer 2"},
+    {"method": "vat@matched", "reading": "classifier"},
+  ]
+  (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+  assert _runs.read("a.jsonl") == [
+    {"recipe": "conv_ssgan", "steps_per_second": 2.0, "strategy": "sequential"},
+    {"method": "fixmatch_ema", "reading": "classifier"},
+    {"method": "gan_consistency", "reading": "linear probe, Block_1"},
+    {"method": "vat@matched", "reading": "classifier"},
+  ]
+  with pytest.raises(InputError, match=r"there is no .*b\.jsonl"):
+    _runs.read("b.jsonl")
+
+
+ALLOWED = {
+  "README.md": {"3.11"},
+  "results.md": {"0.795", "0.098", "0.91", "0.58", "0.93", "0.065"},  # published
+  "generators.md": {"99.57"},  # in gan_jax/metrics/mnist.npz
+  "own_images.md": {"12.5"},  # degrees of the augmentation
+  "extending.md": {"1.0"},  # a weight
+  "speed.md": {"1.5", "1.25", "1.2", "1.3"},  # targets
+}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_prose_has_no_measurement_that_no_table_has(path):
+  text = path.read_text()
+  blocks = "".join(re.findall(r"<!-- table.*?<!-- end -->", text, flags=re.DOTALL))
+  for pattern in (r"<!-- table.*?<!-- end -->", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)"):
+    text = re.sub(pattern, "", text, flags=re.DOTALL)
+  found = set(re.findall(r"\d+\.\d+", text)) - set(re.findall(r"\d+\.\d+", blocks))
+  assert found <= ALLOWED.get(path.name, set())
