@@ -53,6 +53,8 @@ class Weights:
   """Weight of the entropy in bad_generator."""
   bad_density: float = 0.1
   """Weight of the penalty on generated images in dense regions in bad_generator."""
+  gamma: float = 1.0
+  """Weight of R1, for pixels in [0, 1], where gan_augmented trains its generator."""
   generated: float = 1.0
   """Weight of the generated images in gan_augmented."""
   mutual: float = 1.0
@@ -202,6 +204,7 @@ def _bad_generator(recipe: Recipe, h: Hparams) -> Recipe:
 def _conditional_generator(recipe: Recipe, h: Hparams) -> Recipe:
   objective = objectives.conditional_gan(
     penalty="r1",
+    gamma=h.gamma,
     penalty_every=4,
     consistency_weight=ssgan.ramped(h, h.consistency),
     weak=ssgan.weak(h),
