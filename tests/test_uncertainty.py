@@ -10,7 +10,7 @@ from gan_jax import metrics
 
 @pytest.fixture
 def predicted():
-  """Probabilities of 4 classes for 500 images, overconfident, many equal. Class 1 is hard, 3 is never true."""
+  """Probabilities of 4 classes for 500 images, overconfident. Class 1 is hard, 3 is never true."""
   rng = np.random.default_rng(0)
   y = rng.integers(0, 3, 500)
   logits = rng.normal(size=(500, 4)) + 1.5 * np.eye(4)[y] - [0, 1, 0, 0]

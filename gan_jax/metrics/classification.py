@@ -45,7 +45,7 @@ def recall(
 
 
 def balanced_error(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> float:
-  """Mean over the classes that have images of `100 - recall`, in percent: rare classes count like others."""
+  """Mean of `100 - recall` over the classes with images, in percent: a rare class counts like others."""
   return float(np.nanmean(100 - recall(logits, y, logits.shape[-1])))
 
 

@@ -1,4 +1,4 @@
-"""How far a classifier's confidence can be relied on: calibration, abstention, own images against foreign."""
+"""How far confidence can be relied on: calibration, abstention, own images against foreign ones."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class Reliability(NamedTuple):
   """Mean confidence of each bin, in [0, 1]; nan for an empty one."""
   accuracy: Float[np.ndarray, "b"]
   """Share of each bin that is classified correctly, in [0, 1]; nan for an empty one."""
-  count: Int[np.ndarray, "b"]
+  count: Int[np.ndarray, "b"]  # pyright: ignore[reportIncompatibleMethodOverride]
   """Images in each bin."""
 
 
@@ -32,8 +32,8 @@ def reliability(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], bins: 
   which = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence)
   count = np.bincount(which, minlength=bins)
   some = np.where(count, count, np.nan)
-  means = (np.bincount(which, weights=values, minlength=bins) / some for values in (confidence, correct))
-  return Reliability(*means, count)
+  mean = lambda values: np.bincount(which, weights=values, minlength=bins) / some
+  return Reliability(mean(confidence), mean(correct), count)
 
 
 def calibration_error(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], bins: int = 15) -> float:
