@@ -106,11 +106,11 @@ def compare(path: Path, runs: Sequence[Path]) -> None:
   stored = {str(run): _read(Path(run)) for run in runs}
   results = {name: result for name, (result, _) in stored.items()}
   names = ("run", "experiment", "dataset", "test error", "95 % interval", "supervised control")
-  names += ("linear probe", "labels", "label split", "steps", "seconds of training")
+  names += ("linear probe", "labels", "label split", "steps", "seconds")
   numbers = Section(
     "Numbers",
     text="Errors in percent of the test images: lower is better. The interval is that of one trained"
-    " classifier: another label split or seed may change more.",
+    " classifier: another label split or seed may change more. Seconds are those of training.",
     header=names,
     rows=[_compared(name, result) for name, result in results.items()],
   )
@@ -119,7 +119,9 @@ def compare(path: Path, runs: Sequence[Path]) -> None:
   differ = [flag for flag in every if len({repr(each.get(flag)) for each in flags.values()}) > 1]
   sections = [numbers]
   if differ:
-    rows = [(name, *(_word(each.get(flag)) for flag in differ)) for name, each in flags.items()]
+    rows = [
+      (name, *(_word(each.get(flag)) or "default" for flag in differ)) for name, each in flags.items()
+    ]
     sections.append(Section("Flags that differ", header=("run", *map(cli.flag, differ)), rows=rows))
   for title, file in (("Generated images", "samples/last.png"), ("Learning curves", "learning_curves.png")):
     found = [Picture(Path(name) / file, name) for name in stored if (Path(name) / file).is_file()]
@@ -205,10 +207,8 @@ def _test_images(found: Evaluation, shown: Shown, class_names: Sequence[str]) ->
 
 def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> list[Section]:
   """The confusion matrix, or its largest entries where there are many classes, and the recall by class."""
-  num, text = (
-    counts.sum(axis=1),
-    "Test images by true and predicted class; correct ones are on the diagonal.",
-  )
+  num = counts.sum(axis=1)
+  text = "Test images by true and predicted class; correct ones are on the diagonal."
   if len(class_names) <= _ROWS:
     picture = Picture(folder / "confusion.png")
     confusion = Section("Confusion matrix", text=text, pictures=[picture], full_size=len(class_names) > 10)
@@ -220,12 +220,15 @@ def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> l
   present = np.flatnonzero(num)
   recall = 100 * counts[present, present] / num[present]
   lowest = np.argsort(recall, kind="stable")[:_ROWS]
-  by_recall = zip(present[lowest].tolist(), recall[lowest].tolist(), strict=True)
+  rows = []
+  for i in lowest:
+    k = int(present[i])
+    rows.append((class_names[k], str(num[k]), f"{recall[i]:.1f} %"))
   by_class = Section(
     "Recall by class",
     text="Test images of each class that are found, the lowest recall first.",
     header=("class", "test images", "recall"),
-    rows=[(class_names[k], str(num[k]), f"{found:.1f} %") for k, found in by_recall],
+    rows=rows,
   )
   return [confusion, by_class]
 

@@ -120,10 +120,10 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
             dashes = "-" if phase == rows[0]["phase"] else "--"
             axes.plot(*zip(*points, strict=True), dashes, label=f"{name}, {phase}", linewidth=1)
       axes.set_title(title)
-      axes.set_xlabel("steps")
       axes.spines[["top", "right"]].set_visible(False)
       if axes.lines:
         axes.legend(fontsize=9, frameon=False)
+    panels[-1].set_xlabel("steps")
 
   _figure(path, (4.8, 2.6 * max(1, len(curves))), draw)
 
