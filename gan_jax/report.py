@@ -131,16 +131,17 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
 def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:
   """Confusion matrix; the diagonal is left blank so that the mistakes show. Numbers up to 20 classes."""
   many = len(counts) > 10
+  names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
 
   def draw(figure):
     axes = figure.subplots()
     mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
     picture = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
-    ticks = range(len(class_names))
-    long = max(map(len, class_names)) > 2
-    axes.set_xticks(ticks, class_names, rotation=45 if long else 0, ha="right" if long else "center")
+    ticks = range(len(names))
+    turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
+    axes.set_xticks(ticks, names, parse_math=False, **turned)
     axes.tick_params(labelsize=10 if many else 12)
-    axes.set_yticks(ticks, class_names)
+    axes.set_yticks(ticks, names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(counts) <= 20:
@@ -168,7 +169,7 @@ def reliability_diagram(path: Path, found: Reliability) -> None:
     above.plot(found.confidence, found.accuracy, "o", color="black", markersize=4, label="mean confidence")
     above.set_ylim(0, 1.02)
     above.set_ylabel("accuracy")
-    above.legend(fontsize=9, frameon=False, loc="upper left")
+    figure.legend(fontsize=9, frameon=False, loc="outside upper center", ncols=3)
     below.bar(middles, found.count, width, color="0.6")
     below.set_yscale("symlog", linthresh=1)
     below.set_ylabel("images")

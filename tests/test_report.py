@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -58,6 +59,15 @@ def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
     cell = luminance(picture.to_rgba(picture.get_array())[i, j])
     low, high = sorted([luminance(to_rgb(text.get_color())), cell])
     assert (high + 0.05) / (low + 0.05) >= 4.5, (i, j)
+
+
+def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(tmp_path, monkeypatch):
+  figure = Figure()
+  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+  report.confusion(tmp_path / "c.png", np.eye(2, dtype=int), ("$\\nonsense$", 40 * "x"))
+  FigureCanvasAgg(figure).draw()  # a formula that cannot be read raises here
+  (axes,) = figure.axes
+  assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…"]
 
 
 def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(tmp_path, monkeypatch):
