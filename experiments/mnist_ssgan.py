@@ -17,12 +17,12 @@ from typing import Literal
 
 import jax
 
-from gan_jax import cli, data, evaluate, metrics, recipes, report, run_dir, train
+from gan_jax import cli, data, evaluate, metrics, page, recipes, report, run_dir, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import ssgan
 from gan_jax.types import Json
 
-FILES = (*run_dir.TRAINING_FILES, "samples", "learning_curves.png", "confusion.png")
+FILES = (*run_dir.TRAINING_FILES, "samples", "learning_curves.png", "confusion.png", "reliability.png")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def main(config: Config) -> Json:
     report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
     assert found.confusion is not None  # D has the classes
     report.confusion(run.path / "confusion.png", found.confusion, dataset.class_names)
+    report.reliability_diagram(run.path / "reliability.png", metrics.reliability(found.probs, found.y))
     quality = {}
     if config.frechet:
       extractor = evaluate.load_feature_extractor(dataset, say=report.say)
@@ -109,6 +110,7 @@ def main(config: Config) -> Json:
       "recipe": recipes.describe(recipe),
       "supervised_seconds_train": round(fits[1].seconds_train, 1) if len(fits) > 1 else None,
       **errors,
+      **evaluate.describe(found, dataset.class_names),
       **quality,
     }
     names = {
@@ -126,12 +128,12 @@ def main(config: Config) -> Json:
       if "frechet" in key
     ]
     table += [("alarm", alarm) for alarm in fit.alarms]
-    pictures = [
-      ("Generated images", "samples/last.png"),
-      ("Learning curves", "learning_curves.png"),
-      ("Confusion matrix on the test set", "confusion.png"),
-    ]
-    return run_dir.finish(run, result, table=table, pictures=pictures)
+    pictures = [("Generated images", "samples/last.png")]
+    sections = page.of_classifier(run.path, found, dataset.class_names, images.x_lab, images.y_lab)
+    sections.append(
+      page.Section("Learning curves", pictures=[page.Picture(run.path / "learning_curves.png")])
+    )
+    return run_dir.finish(run, result, table=table, pictures=pictures, sections=sections)
 
 
 def make_recipe(config: Config, dataset: Dataset, *, num_images: int) -> recipes.Recipe:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFla
 Config = TypeVar("Config")
 
 # These say where a run finds and puts things, not what it computes.
-_NOT_RECIPE = {"data_dir", "manual_dir", "workdir", "resume", "overwrite", "tensorboard"}
+NOT_RECIPE = {"data_dir", "manual_dir", "workdir", "resume", "overwrite", "tensorboard"}
 
 
 def check(config: Any) -> None:
@@ -214,7 +215,23 @@ def flags_of(config: Any) -> Json:
 
 def flags_of_recipe(config: Any) -> Json:
   """Flags that say what a run computes; without those that say where it finds and puts things."""
-  return {name: value for name, value in flags_of(config).items() if name not in _NOT_RECIPE}
+  return {name: value for name, value in flags_of(config).items() if name not in NOT_RECIPE}
+
+
+def command(program: str, config: Any) -> str:
+  """The command that repeats a run elsewhere: `program` and the flags that are not at their defaults.
+
+  Without those of the directory: the command neither resumes nor replaces the run.
+  """
+  defaults, words = flags_of(type(config)()), []
+  for name, value in flags_of(config).items():
+    if value == defaults[name] or name in ("workdir", "resume", "overwrite"):
+      continue
+    if isinstance(value, bool):
+      words.append(flag(name) if value else flag(f"no_{name}"))
+    else:
+      words += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
+  return shlex.join([*shlex.split(program), *words])
 
 
 def with_flags(config: Config, **changes: Any) -> Config:

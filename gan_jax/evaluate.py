@@ -6,17 +6,17 @@ is random after training are here too, see `sample`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from gan_jax import metrics, objectives, probe, steps
+from gan_jax import losses, metrics, objectives, probe, steps
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
-from gan_jax.types import TrainState
+from gan_jax.types import Json, TrainState
 
 
 def with_test_set(dataset: Dataset) -> Dataset:
@@ -25,6 +25,17 @@ def with_test_set(dataset: Dataset) -> Dataset:
 
 
 # --- Discriminators
+
+NUM_SHOWN = 16
+"""Test images of a kind that are kept to be looked at."""
+
+
+class Shown(NamedTuple):
+  """A few test images, to be looked at."""
+
+  indices: Int[np.ndarray, "m"]
+  """Their positions in the test set."""
+  x: UInt8[np.ndarray, "m h w c"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,17 @@ class Evaluation:
   logits: Float[np.ndarray, "n k"]
   confusion: Int[np.ndarray, "k k"] | None
   """Counts `[true class, predicted class]`."""
+  y: Int[np.ndarray, "n"]
+  """True classes."""
+  least_certain: Shown | None
+  """The images of the lowest confidence, ascending; None for a discriminator without classes."""
+  worst: Shown | None
+  """The mistakes of the highest cross-entropy, descending; None likewise."""
+
+  @property
+  def probs(self) -> Float[np.ndarray, "n k"]:
+    """Class probabilities `p(y | x, real)`."""
+    return np.asarray(losses.class_probs(jnp.asarray(self.logits)))
 
 
 Labelled = tuple[UInt8[Any, "n h w c"], Int[Any, "n"]]
@@ -89,6 +111,7 @@ def make_evaluate(
         classes = probe.fit_nearest(jnp.asarray(h), y_lab).classes(features[name])
         nearest[name] = 100 * float(np.mean(np.asarray(classes) != y))
       taught = logits.shape[-1] == dataset.num_classes
+      least_certain, worst = _to_be_shown(logits, y, test.x_test) if taught else (None, None)
       found.append(
         Evaluation(
           error=metrics.error_percent(logits, y) if taught else None,
@@ -96,11 +119,45 @@ def make_evaluate(
           nearest=nearest,
           logits=logits,
           confusion=metrics.confusion_matrix(logits, y) if taught else None,
+          y=y,
+          least_certain=least_certain,
+          worst=worst,
         )
       )
     return found
 
   return evaluate
+
+
+def _to_be_shown(logits: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[Shown, Shown]:
+  """The least certain images, and the worst mistakes."""
+  logits_, y_ = jnp.asarray(logits), jnp.asarray(y, jnp.int32)
+  least = np.argsort(np.asarray(losses.class_probs(logits_)).max(axis=-1), kind="stable")
+  worst = np.argsort(-np.asarray(losses.cross_entropy(logits_, y_)), kind="stable")
+  mistakes = worst[logits[worst].argmax(axis=-1) != y[worst]]
+  least, mistakes = least[:NUM_SHOWN], mistakes[:NUM_SHOWN]
+  return Shown(least, x[least]), Shown(mistakes, x[mistakes])
+
+
+def describe(found: Evaluation, class_names: Sequence[str]) -> Json:
+  """What `result.json` holds of a classifier on the test set beside its error.
+
+  `num_test_images`; `test_error_interval`, 95 % for this one classifier, and `balanced_test_error`, both
+  in percent; `test_recall`, percent by class, None for one without test images; `calibration_error` in
+  [0, 1]. Without test images all but the first are None.
+  """
+  y, logits = found.y, found.logits
+  names = ("test_error_interval", "balanced_test_error", "test_recall", "calibration_error")
+  if not len(y):
+    return {"num_test_images": 0, **dict.fromkeys(names)}
+  recall = metrics.recall(logits, y, len(class_names)).tolist()
+  values = (
+    metrics.binomial_interval(int((logits.argmax(axis=-1) != y).sum()), len(y)),
+    metrics.balanced_error(logits, y),
+    {name: None if np.isnan(r) else r for name, r in zip(class_names, recall, strict=True)},
+    metrics.calibration_error(found.probs, y),
+  )
+  return {"num_test_images": len(y), **dict(zip(names, values, strict=True))}
 
 
 def error_of(

@@ -1,6 +1,5 @@
-"""Output of a run: sentences, JSON, pictures, a page. Files are written whole or not at all."""
+"""Output of a run: sentences, JSON, pictures. Files are written whole or not at all."""
 
-import base64
 import io
 import json
 import os
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from rich.console import Console
 
+from gan_jax.metrics.uncertainty import Reliability
 from gan_jax.types import InputError, Json
 
 console = Console(stderr=True, highlight=False)
@@ -58,6 +58,11 @@ def read_metrics(path: Path) -> list[Json]:
 
 
 def sample_grid(path: Path, x: Float[np.ndarray, "n h w c"], columns: int = 10) -> None:
+  """Images in [0, 1] as one PNG file, see `grid_png`."""
+  write_bytes(path, grid_png(x, columns))
+
+
+def grid_png(x: Float[np.ndarray, "n h w c"], columns: int) -> bytes:
   """Images in [0, 1] as one PNG, row by row, small ones enlarged pixel by pixel."""
   from PIL import Image
 
@@ -73,7 +78,7 @@ def sample_grid(path: Path, x: Float[np.ndarray, "n h w c"], columns: int = 10) 
   picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
   buffer = io.BytesIO()
   picture.save(buffer, "png")
-  write_bytes(path, buffer.getvalue())
+  return buffer.getvalue()
 
 
 def _figure(path: Path, size: tuple[float, float], draw: Callable) -> None:
@@ -101,14 +106,12 @@ _CURVES = {
 
 
 def learning_curves(path: Path, rows: Sequence[Json]) -> None:
-  """Metrics over steps: a line a phase and metric, a panel a kind that the run has."""
+  """Metrics over steps: a line a phase and metric, a panel a kind that the run has, one below the other."""
   logged = set().union(*rows)
   curves = {title: names for title, names in _CURVES.items() if logged & set(names)}
 
   def draw(figure):
-    panels = figure.subplots(-(-len(curves) // 2), 2, squeeze=False).flat
-    for axes in panels[len(curves) :]:
-      axes.axis("off")
+    panels = figure.subplots(max(1, len(curves)), squeeze=False).flat
     for axes, (title, names) in zip(panels, curves.items(), strict=False):
       for phase in dict.fromkeys(row["phase"] for row in rows):
         for name in names:
@@ -117,23 +120,28 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
             dashes = "-" if phase == rows[0]["phase"] else "--"
             axes.plot(*zip(*points, strict=True), dashes, label=f"{name}, {phase}", linewidth=1)
       axes.set_title(title)
-      axes.set_xlabel("steps")
+      axes.spines[["top", "right"]].set_visible(False)
       if axes.lines:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=9, frameon=False)
+    panels[-1].set_xlabel("steps")
 
-  _figure(path, (10, 3.5 * max(1, -(-len(curves) // 2))), draw)
+  _figure(path, (4.8, 2.6 * max(1, len(curves))), draw)
 
 
 def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:
-  """Confusion matrix; the diagonal is left blank so that the mistakes show."""
+  """Confusion matrix; the diagonal is left blank so that the mistakes show. Numbers up to 20 classes."""
+  many = len(counts) > 10
+  names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
 
   def draw(figure):
     axes = figure.subplots()
     mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
     picture = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
-    ticks = range(len(class_names))
-    axes.set_xticks(ticks, class_names, rotation=45)
-    axes.set_yticks(ticks, class_names)
+    ticks = range(len(names))
+    turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
+    axes.set_xticks(ticks, names, parse_math=False, **turned)
+    axes.tick_params(labelsize=10 if many else 12)
+    axes.set_yticks(ticks, names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(counts) <= 20:
@@ -142,9 +150,35 @@ def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[
         for j in ticks:
           if counts[i, j]:
             colour = "0.4" if i == j else "white" if cells[i, j] < 0.18 else "black"
-            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color=colour)
+            axes.text(
+              j, i, str(counts[i, j]), ha="center", va="center", fontsize=9 if many else 12, color=colour
+            )
 
-  _figure(path, (6, 6), draw)
+  _figure(path, (8, 8) if many else (6, 6), draw)
+
+
+def reliability_diagram(path: Path, found: Reliability) -> None:
+  """Accuracy over confidence, a bar a bin, above the number of images in each bin."""
+
+  def draw(figure):
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    edges = np.linspace(0, 1, len(found.count) + 1)
+    middles, width = (edges[1:] + edges[:-1]) / 2, 0.9 / len(found.count)
+    above.bar(middles, np.nan_to_num(found.accuracy), width, color="tab:blue", label="accuracy")
+    above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1, label="confidence = accuracy")
+    above.plot(found.confidence, found.accuracy, "o", color="black", markersize=4, label="mean confidence")
+    above.set_ylim(0, 1.02)
+    above.set_ylabel("accuracy")
+    figure.legend(fontsize=9, frameon=False, loc="outside upper center", ncols=3)
+    below.bar(middles, found.count, width, color="0.6")
+    below.set_yscale("symlog", linthresh=1)
+    below.set_ylabel("images")
+    below.set_xlabel("confidence")
+    below.set_xlim(0, 1)
+    for axes in (above, below):
+      axes.spines[["top", "right"]].set_visible(False)
+
+  _figure(path, (4.8, 4.8), draw)
 
 
 def label_curves(
@@ -194,41 +228,3 @@ def label_curves(
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
 
   _figure(path, (9, 5), draw)
-
-
-# --- The page
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ result.experiment }} on {{ result.dataset }}</title>
-<style>
- body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
- table { border-collapse: collapse; } td, th { padding: .2rem 1rem .2rem 0; text-align: left; }
- td.n { text-align: right; font-variant-numeric: tabular-nums; } img { max-width: 100%; }
- .note { background: #fff3cd; padding: .5rem 1rem; } pre { overflow-x: auto; }
-</style>
-<h1>{{ result.experiment }} on {{ result.dataset }}</h1>
-{% if result.note %}<p class="note">{{ result.note }}</p>{% endif %}
-<table>{% for row in table %}<tr>
- {%- for cell in row %}<td{% if not loop.first %} class="n"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-{% for title, data in pictures %}<h2>{{ title }}</h2>
-<img alt="{{ title }}" src="data:image/png;base64,{{ data }}">
-{% endfor %}
-<h2>Result</h2><pre>{{ json }}</pre>
-</html>
-"""
-
-
-def page(
-  path: Path, result: Json, table: Sequence[Sequence[str]], pictures: Sequence[tuple[str, Path]]
-) -> None:
-  """One HTML file with the table, the pictures inside it, and the result as JSON."""
-  import jinja2
-
-  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-  encoded = [(title, base64.b64encode(file.read_bytes()).decode()) for title, file in pictures]
-  html = environment.from_string(_PAGE).render(
-    result=result, table=table, pictures=encoded, json=json.dumps(result, indent=2)
-  )
-  write_bytes(path, html.encode())

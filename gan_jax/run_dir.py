@@ -22,7 +22,7 @@ import psutil
 from rich.table import Table
 
 import gan_jax
-from gan_jax import checkpoint, cli, recipes, report, train
+from gan_jax import checkpoint, cli, page, recipes, report, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
@@ -48,6 +48,8 @@ class Run:
   environment: Json
   """Device, versions and commit, as they were when the run began."""
   begin: float
+  command: str
+  """What repeats the run."""
 
   @property
   def metrics_path(self) -> Path:
@@ -88,9 +90,11 @@ def open_run(
   found = environment()
   seed, exclude_labelled = values.get("seed", 0), values.get("exclude_labelled", False)
   named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
+  command = cli.command(f"python -m experiments.{experiment}", config)
   labels = named | (describe_split(split, exclude_labelled) if split else {})
   described = {
     **named,
+    "command": command,
     "config": values,
     "recipes": {name: recipes.describe(recipe) for name, recipe in recipes_used.items()},
     "image_shape": list(dataset.image_shape),
@@ -112,7 +116,8 @@ def open_run(
         report.write_json(path / "labels.json", labels)
         report.write_json(path / "config.json", described)
       try:
-        yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, time.time())
+        begin = time.time()
+        yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, begin, command)
       except InputError:
         # A mistake that showed before any training: the next try shall find no run here.
         if not flags.resume and set(os.listdir(path)) <= {".lock", *FILES, "checkpoints"}:
@@ -266,6 +271,7 @@ def finish(
   *,
   table: Sequence[Sequence[str]],
   pictures: Sequence[tuple[str, str]],
+  sections: Sequence[page.Section] = (),
 ) -> Json:
   """Completes the result, writes `result.json` and `report.html`, and prints the table.
 
@@ -274,6 +280,7 @@ def finish(
     result: the experiment's own keys.
     table: rows, each a name and its values.
     pictures: title and file name, relative to the run's directory, for the page.
+    sections: what else the page shows, below the pictures.
   """
   dataset, split = run.dataset, run.split
   result = {
@@ -293,9 +300,8 @@ def finish(
   }
   result = json.loads(json.dumps(result))  # as it will be read: a tuple is a list
   report.write_json(run.path / "result.json", result)
-  report.page(
-    run.path / "report.html", result, table, [(title, run.path / name) for title, name in pictures]
-  )
+  files = [(title, run.path / name) for title, name in pictures]
+  page.write(run.path / "report.html", result, table, files, sections=sections, command=run.command)
   title = f"{run.experiment} on {dataset.name}"
   if result["num_labels"] is not None:  # else each row of the table has its own
     title += f", {result['num_labels']} labels"

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 
@@ -43,6 +44,35 @@ def test_flags_are_found_in_whatever_group_they_are():
   assert (flags["steps"], flags["network"], flags["seed"]) == (3, "mlp", 0)
   with pytest.raises(TypeError, match="no such flag: percents"):
     cli.with_flags(config, percents=(1.0,))
+
+
+@pytest.mark.parametrize(
+  ("module", "changes"),
+  [
+    (mnist_ssgan, {}),
+    (
+      mnist_ssgan,
+      {
+        "dataset": "folder:my <pictures>; rm",
+        "labels_per_class": None,
+        "exclude_labelled": True,
+        "class_balance": (0.0, 0.5),
+        "consistency": 0.0,
+        "hold_out": 5,
+        "manual_dir": "a b",
+      },
+    ),
+    (mnist_low_data, {"augments": ("none",), "percents": (5.0, 12.5)}),
+  ],
+)
+def test_a_run_is_repeated_by_its_command(module, changes):
+  """What is parsed from it is the configuration, without the folder of the first run."""
+  config = cli.with_flags(module.Config(), **changes)
+  run = cli.with_flags(config, workdir="/tmp/here", overwrite=True)
+  words = shlex.split(cli.command("python -m experiments.x", run))
+  assert words[:3] == ["python", "-m", "experiments.x"]
+  assert cli._parse(module.Config, words[3:]) == config
+  assert len(words) == 3 or changes
 
 
 def run(monkeypatch, *flags, module=mnist_ssgan) -> int:

@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +34,44 @@ def test_errors_are_those_of_the_averaged_discriminator(problem):
   assert np.trace(found.confusion) == (~wrong).sum()
   assert list(found.linear) == ["features"]
   assert found.nearest == {}
+
+
+def test_the_images_to_look_at_are_the_least_certain_and_the_worst_mistakes(problem):
+  tiny, state = problem
+  (found,) = evaluate.make_evaluate(tiny.recipe())(
+    tiny.dataset, [state], [(tiny.data.x_lab, tiny.data.y_lab)]
+  )
+  y, probs = tiny.dataset.y_test, found.probs
+  np.testing.assert_array_equal(found.y, y)
+  np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-5)
+  confidence, of_truth = probs.max(axis=1), probs[np.arange(len(y)), y]
+  wrong = probs.argmax(axis=1) != y
+  assert 0 < wrong.sum() < len(y)
+  worst = np.sort(of_truth[wrong])[: evaluate.NUM_SHOWN]
+  np.testing.assert_allclose(of_truth[found.worst.indices], worst, rtol=1e-5)
+  least = np.sort(confidence)[: evaluate.NUM_SHOWN]
+  np.testing.assert_allclose(confidence[found.least_certain.indices], least, rtol=1e-5)
+  for shown in (found.least_certain, found.worst):
+    np.testing.assert_array_equal(shown.x, tiny.dataset.x_test[shown.indices])
+
+
+def test_what_a_result_holds_of_an_evaluation():
+  """By hand, and as JSON; a class without test images has no recall."""
+  logits, y = np.log(np.array([[0.8, 0.1, 0.1]] * 4, np.float32)), np.array([0, 0, 1, 0])
+  found = evaluate.Evaluation(25.0, {}, {}, logits, None, y, None, None)
+  described = json.loads(json.dumps(evaluate.describe(found, "abc"), allow_nan=False))
+  low, high = described.pop("test_error_interval")
+  assert 0 < low < 25 < high < 100
+  assert described == {
+    "num_test_images": 4,
+    "balanced_test_error": 50.0,
+    "test_recall": {"a": 100.0, "b": 0.0, "c": None},
+    "calibration_error": pytest.approx(0.05, rel=1e-5),
+  }
+  none = dataclasses.replace(found, logits=logits[:0], y=y[:0])
+  described = evaluate.describe(none, "abc")
+  assert described.pop("num_test_images") == 0
+  assert set(described.values()) == {None}
 
 
 def test_probes_are_fitted_on_the_labelled_images_of_each_state_alone(problem):
@@ -76,6 +117,7 @@ def test_a_discriminator_without_classes_has_probes_alone(make_tiny):
   labelled = [(tiny.data.x_lab, tiny.data.y_lab)]
   (found,) = evaluate.make_evaluate(tiny.recipe())(tiny.dataset, [tiny.state()], labelled)
   assert (found.error, found.confusion) == (None, None)
+  assert (found.least_certain, found.worst) == (None, None)
   assert 0 <= found.linear["features"] <= 100
 
 

@@ -107,12 +107,17 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
   assert (result["num_labels"], result["steps"], result["interrupted"]) == (50, 2, False)
   for name in ("test_error", "supervised_test_error", "probe_test_error"):
     assert 0 <= result[name] <= 100
-  assert reads == ["digits"]  # once for the run, its control and its probe
+  low, high = result["test_error_interval"]
+  assert low < result["test_error"] < high
+  assert (len(result["test_recall"]), result["num_test_images"]) == (10, 599)
+  assert 0 <= result["calibration_error"] <= 1
+  assert reads == ["digits"]  # once for the run, its control, its probe and its page
   opened = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
   probs = gan_jax.load(tmp_path / "run").predict(opened.x_test)
   assert 100 * np.mean(probs.argmax(axis=1) != opened.y_test) == pytest.approx(result["test_error"])
   files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
-  assert {"metrics.jsonl", "samples/last.png", "learning_curves.png", "confusion.png"} <= files
+  pictures = {"samples/last.png", "learning_curves.png", "confusion.png", "reliability.png"}
+  assert {"metrics.jsonl", *pictures} <= files
   assert any(name.startswith("checkpoints/2/") for name in files)
 
 

@@ -2,11 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gan_jax import report
+from gan_jax import metrics, report
 from gan_jax.types import InputError
 
 
@@ -60,14 +61,31 @@ def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
     assert (high + 0.05) / (low + 0.05) >= 4.5, (i, j)
 
 
-def test_page_escapes_and_holds_its_pictures(tmp_path):
-  report.sample_grid(tmp_path / "grid.png", np.zeros((1, 8, 8, 3), np.float32))
-  report.confusion(tmp_path / "confusion.png", np.array([[3, 1], [0, 4]]), ("a", "b"))
+def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(tmp_path, monkeypatch):
+  figure = Figure()
+  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+  report.confusion(tmp_path / "c.png", np.eye(2, dtype=int), ("$\\nonsense$", 40 * "x"))
+  FigureCanvasAgg(figure).draw()  # a formula that cannot be read raises here
+  (axes,) = figure.axes
+  assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…"]
+
+
+def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(tmp_path, monkeypatch):
+  figure = Figure()
+  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+  probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
+  found = metrics.reliability(probs, np.array([0, 1, 0]), bins=4)
+  report.reliability_diagram(tmp_path / "r.png", found)
+  above, below = figure.axes
+  assert [bar.get_height() for bar in above.patches] == [0, 0, 1, 0.5]
+  assert [bar.get_height() for bar in below.patches] == [0, 0, 1, 2]
+
+
+def test_every_kind_of_curve_has_a_panel(tmp_path, monkeypatch):
+  figure = Figure()
+  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
   rows = [{"phase": "p", "step": t, "d/loss": 1.0 / t, "d/error": 5.0} for t in (1, 2)]
   report.learning_curves(tmp_path / "curves.png", rows)
-  result = {"experiment": "<b>", "dataset": "d", "note": ""}
-  names = ("grid", "confusion", "curves")
-  report.page(tmp_path / "p.html", result, [("error", "1 %")], [(n, tmp_path / f"{n}.png") for n in names])
-  html = (tmp_path / "p.html").read_text()
-  assert "&lt;b&gt;" in html
-  assert html.count("data:image/png;base64,") == 3
+  assert [axes.get_title() for axes in figure.axes] == ["losses of D", "error on the labelled batch, %"]
+  (line,) = figure.axes[0].lines
+  assert list(line.get_ydata()) == [1.0, 0.5]

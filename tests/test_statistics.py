@@ -41,3 +41,14 @@ def test_holm_by_hand():
   np.testing.assert_allclose(metrics.holm([0.03, 0.9, 0.01, 0.02]), [0.06, 0.9, 0.04, 0.06])
   assert metrics.holm([0.6, 0.7]) == [1.0, 1.0]
   assert metrics.holm([]) == []
+
+
+@pytest.mark.parametrize(("num_errors", "num"), [(0, 20), (1, 1), (3, 360), (73, 10_000), (20, 20)])
+def test_binomial_interval_is_scipys(num_errors, num):
+  expected = scipy.stats.binomtest(num_errors, num).proportion_ci(0.95, method="exact")
+  found = metrics.binomial_interval(num_errors, num)
+  np.testing.assert_allclose(found, [100 * expected.low, 100 * expected.high], rtol=1e-6)
+
+
+def test_no_images_say_nothing():
+  assert metrics.binomial_interval(0, 0) == (0, 100)

@@ -1,6 +1,6 @@
 """How good is a classifier, and how good is a generator."""
 
-from gan_jax.metrics.classification import confusion_matrix, error_percent, predict
+from gan_jax.metrics.classification import balanced_error, confusion_matrix, error_percent, predict, recall
 from gan_jax.metrics.feature_extractor import (
   FeatureExtractor,
   load_feature_extractor,
@@ -9,13 +9,29 @@ from gan_jax.metrics.feature_extractor import (
 )
 from gan_jax.metrics.frechet import Moments, frechet_distance, moments
 from gan_jax.metrics.generator import generator_quality, replay_quality
-from gan_jax.metrics.statistics import Difference, Summary, holm, paired, summarise
+from gan_jax.metrics.statistics import Difference, Summary, binomial_interval, holm, paired, summarise
+from gan_jax.metrics.uncertainty import (
+  Reliability,
+  RiskCoverage,
+  abstention_threshold,
+  auroc,
+  calibration_error,
+  reliability,
+  risk_coverage,
+)
 
 __all__ = [
   "Difference",
   "FeatureExtractor",
   "Moments",
+  "Reliability",
+  "RiskCoverage",
   "Summary",
+  "abstention_threshold",
+  "auroc",
+  "balanced_error",
+  "binomial_interval",
+  "calibration_error",
   "confusion_matrix",
   "error_percent",
   "frechet_distance",
@@ -26,7 +42,10 @@ __all__ = [
   "paired",
   "predict",
   "read_feature_extractor",
+  "recall",
+  "reliability",
   "replay_quality",
+  "risk_coverage",
   "summarise",
   "train_feature_extractor",
 ]

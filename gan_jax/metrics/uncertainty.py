@@ -1,0 +1,117 @@
+"""How far confidence can be relied on: calibration, abstention, own images against foreign ones."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class Reliability(NamedTuple):
+  """A reliability diagram: images in bins of equal width by their confidence, `max_k p(k | x)`."""
+
+  confidence: Float[np.ndarray, "b"]
+  """Mean confidence of each bin, in [0, 1]; nan for an empty one."""
+  accuracy: Float[np.ndarray, "b"]
+  """Share of each bin that is classified correctly, in [0, 1]; nan for an empty one."""
+  count: Int[np.ndarray, "b"]  # pyright: ignore[reportIncompatibleMethodOverride]
+  """Images in each bin."""
+
+
+def reliability(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], bins: int = 15) -> Reliability:
+  """Accuracy over confidence; bin m of M holds the confidences in ((m - 1) / M, m / M].
+
+  Args:
+    probs: class probabilities `[N, K]`.
+    y: true classes `[N]`.
+    bins: M.
+
+  References:
+    Guo et al., 2017, https://arxiv.org/abs/1706.04599, section 2.
+  """
+  confidence, correct = _confidence(probs), probs.argmax(axis=-1) == y
+  which = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence)
+  count = np.bincount(which, minlength=bins)
+  some = np.where(count, count, np.nan)
+  mean = lambda values: np.bincount(which, weights=values, minlength=bins) / some
+  return Reliability(mean(confidence), mean(correct), count)
+
+
+def calibration_error(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], bins: int = 15) -> float:
+  """Expected calibration error, `sum_m |B_m| / N |accuracy(B_m) - confidence(B_m)|`, in [0, 1].
+
+  It takes at least one image, and depends on the number of bins: compare errors of as many bins only.
+
+  References:
+    Guo et al., 2017, https://arxiv.org/abs/1706.04599, equation 3.
+  """
+  found = reliability(probs, y, bins)
+  gaps = np.abs(found.accuracy - found.confidence)
+  return float(np.nansum(found.count * gaps) / found.count.sum())
+
+
+class RiskCoverage(NamedTuple):
+  """The error among the images that a classifier does not abstain from, the most confident first."""
+
+  coverage: Float[np.ndarray, "n"]
+  """Share of the images that are kept, 1/N .. 1."""
+  risk: Float[np.ndarray, "n"]
+  """Error among them, in percent."""
+  area: float
+  """Under the curve, in percent: the mean risk over the N coverages. Lower is better."""
+
+
+def risk_coverage(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> RiskCoverage:
+  """Risk over coverage. Images of equal confidence have no order: the risk is its mean over all orders.
+
+  References:
+    Geifman & El-Yaniv, 2017, https://arxiv.org/abs/1705.08500 (the two quantities); Geifman et al., 2019,
+    https://arxiv.org/abs/1805.08206 (the area).
+  """
+  _, kept, errors = _by_threshold(probs, y)
+  kept_of = np.arange(1, len(y) + 1)
+  risk = 100 * np.interp(kept_of, np.append(0, kept), np.append(0, errors)) / kept_of
+  return RiskCoverage(kept_of / len(y), risk, float(risk.mean()))
+
+
+def abstention_threshold(
+  probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], max_error: float
+) -> tuple[float, float] | None:
+  """The smallest confidence such that those at or above it have an error of at most `max_error` percent.
+
+  It is to be found on images that are used for nothing else. It holds for these images: unlike the bound
+  of the paper it promises nothing about others.
+
+  Returns:
+    The threshold, and the share of the images that it keeps, both in [0, 1]; None where no threshold does.
+
+  References:
+    Geifman & El-Yaniv, 2017, https://arxiv.org/abs/1705.08500.
+  """
+  thresholds, kept, errors = _by_threshold(probs, y)
+  good = np.flatnonzero(100 * errors <= max_error * kept)
+  if not len(good):
+    return None
+  return float(thresholds[good[-1]]), float(kept[good[-1]] / len(y))
+
+
+def auroc(positive: Float[np.ndarray, "n"], negative: Float[np.ndarray, "m"]) -> float:
+  """Area under the ROC curve, `P(s+ > s-) + P(s+ = s-) / 2`, in [0, 1].
+
+  How well a score tells own images, where it is to be higher, from foreign ones: 0.5 where it says nothing.
+  At least one score of each kind.
+  """
+  ordered = np.sort(negative)
+  below, not_above = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
+  return float(np.mean(below + not_above) / (2 * len(ordered)))
+
+
+def _confidence(probs: np.ndarray) -> np.ndarray:
+  return np.asarray(probs, np.float64).max(axis=-1)
+
+
+def _by_threshold(probs: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Distinct confidences in descending order; how many images are at or above each, how many wrong."""
+  confidence, wrong = _confidence(probs), probs.argmax(axis=-1) != y
+  ascending, which = np.unique(confidence, return_inverse=True)
+  count, errors = np.bincount(which), np.bincount(which, weights=wrong)
+  return ascending[::-1], count[::-1].cumsum(), errors[::-1].cumsum()

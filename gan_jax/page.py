@@ -1,0 +1,390 @@
+"""A run, or several side by side, as one HTML file for people: no scripts, nothing that lies elsewhere.
+
+Whatever a caller gives is text, numbers or PNG files, never HTML: the template escapes all of it.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from gan_jax import cli, metrics, report
+from gan_jax.evaluate import Evaluation, Shown
+from gan_jax.types import InputError, Json
+
+_PER_CLASS = 10
+"""Labelled images of each class that are shown."""
+_ROWS = 20
+"""Rows of a table of classes or mistakes; a confusion matrix of more classes is shown as such a table."""
+
+_PERCENT = "\N{NO-BREAK SPACE}%"
+
+
+class Picture(NamedTuple):
+  """A PNG file, as bytes or by its path, and the words under it."""
+
+  png: bytes | Path
+  caption: str = ""
+
+
+class Section(NamedTuple):
+  """A part of the page; what is empty is left out."""
+
+  title: str
+  text: str = ""
+  header: Sequence[str] = ()
+  """Of the columns of `rows`."""
+  rows: Sequence[Sequence[str]] = ()
+  """A table."""
+  tiles: Sequence[Picture] = ()
+  """Single images, many in a row, enlarged pixel by pixel."""
+  pictures: Sequence[Picture] = ()
+  """Side by side where there is room."""
+  full_size: bool = False
+  """Whether the pictures scroll sideways on a small screen, where they would shrink."""
+  code: str = ""
+  """Text that is shown as it is typed."""
+  folded: bool = False
+  """Whether only the title shows until it is opened."""
+
+
+def write(
+  path: Path,
+  result: Json,
+  table: Sequence[Sequence[str]],
+  pictures: Sequence[tuple[str, Path]],
+  *,
+  sections: Sequence[Section] = (),
+  command: str = "",
+) -> None:
+  """The page of a run.
+
+  In order: the result in a sentence, notes and alarms, the table, the pictures, the sections, where the
+  numbers come from, and the result as JSON.
+
+  Args:
+    path: of the page.
+    result: what `result.json` holds.
+    table: rows, each a name and its values. A single test error in percent has a bar; a row named `alarm` is
+      an alarm.
+    pictures: title and PNG file, a section each.
+    sections: further ones.
+    command: that repeats the run.
+  """
+  alarms = [f"Alarm: {value}" for name, *values in table if name == "alarm" for value in values]
+  early = f"Stopped after {result.get('steps')} steps, before the run was complete."
+  notes = [result.get("note"), early if result.get("interrupted") else None, *alarms]
+  shown = [
+    *(Section(title, pictures=[Picture(file)]) for title, file in pictures),
+    *sections,
+    _provenance(result, command),
+    Section("The full result", code=json.dumps(result, indent=2), folded=True),
+  ]
+  title = f"{result['experiment']} on {result['dataset']}"
+  rows = [row for row in table if row[0] != "alarm"]
+  _render(path, title, shown, headline=_headline(result), detail=_detail(result), notes=notes, table=rows)
+
+
+def compare(path: Path, runs: Sequence[Path]) -> None:
+  """Several runs side by side on one page: numbers, flags that differ, samples, learning curves.
+
+  Args:
+    path: of the page.
+    runs: folders of complete runs; only `result.json`, `config.json` and pictures are read there.
+
+  Raises:
+    InputError: no folders, a folder without a complete run, or a page that cannot be written.
+  """
+  if not runs:
+    raise InputError("name the folder of at least one run")
+  if path.is_dir():
+    raise InputError(f"{path} is a folder: name a file for the page")
+  stored = {str(run): _read(Path(run)) for run in runs}
+  results = {name: result for name, (result, _) in stored.items()}
+  names = ("run", "experiment", "dataset", "test error", "95 % interval", "supervised control")
+  names += ("linear probe", "labels", "label split", "steps", "seconds")
+  numbers = Section(
+    "Numbers",
+    text="Errors in percent of the test images: lower is better. The interval is that of one trained"
+    " classifier: another label split or seed may change more. Seconds are those of training.",
+    header=names,
+    rows=[_compared(name, result) for name, result in results.items()],
+  )
+  flags = {name: _flags(config) for name, (_, config) in stored.items()}
+  every = list(dict.fromkeys(flag for each in flags.values() for flag in each))
+  differ = [flag for flag in every if len({repr(each.get(flag)) for each in flags.values()}) > 1]
+  sections = [numbers]
+  if differ:
+    rows = [
+      (name, *(_word(each.get(flag)) or "default" for flag in differ)) for name, each in flags.items()
+    ]
+    sections.append(Section("Flags that differ", header=("run", *map(cli.flag, differ)), rows=rows))
+  for title, file in (("Generated images", "samples/last.png"), ("Learning curves", "learning_curves.png")):
+    found = [Picture(Path(name) / file, name) for name in stored if (Path(name) / file).is_file()]
+    if found:
+      sections.append(Section(title, pictures=found))
+  for name, (result, config) in stored.items():
+    provenance = _provenance(result, config.get("command", ""))
+    sections.append(provenance._replace(title=f"Where it comes from: {name}", folded=True))
+  notes = [
+    f"{name}: {what}"
+    for name, each in results.items()
+    for what in (each.get("note"), *each.get("alarms", ()), each.get("interrupted") and "stopped early")
+    if what
+  ]
+  _render(path, f"{len(stored)} runs side by side", sections, notes=notes)
+
+
+# --- Sections of a classifier
+
+
+def of_classifier(
+  folder: Path,
+  found: Evaluation,
+  class_names: Sequence[str],
+  x_lab: UInt8[Any, "n h w c"],
+  y_lab: Int[Any, "n"],
+) -> list[Section]:
+  """The labelled images, test images to look at, reliability, and mistakes of a K-class discriminator.
+
+  Args:
+    folder: of the run, where `reliability.png` and `confusion.png` are.
+    found: its evaluation; without test images only the labelled images are shown.
+    class_names: K.
+    x_lab, y_lab: the labelled images that were used, as bytes, and their classes.
+  """
+  sections = [_labelled(class_names, np.asarray(x_lab), np.asarray(y_lab))]
+  if found.least_certain is None or found.worst is None or found.confusion is None or not len(found.y):
+    return sections
+  tiles = lambda shown: _test_images(found, shown, class_names)
+  sections.append(
+    Section(
+      "Least certain test images",
+      text="The lowest confidence, the probability of the predicted class, is first.",
+      tiles=tiles(found.least_certain),
+    )
+  )
+  if len(found.worst.indices):
+    text = "Misclassified test images; the lowest probability of the true class is first."
+    sections.append(Section("Worst mistakes", text=text, tiles=tiles(found.worst)))
+  ece = 100 * metrics.calibration_error(found.probs, found.y)
+  sections.append(
+    Section(
+      "Reliability",
+      text=f"Expected calibration error {ece:.1f} % in 15 bins: how far confidence and accuracy are apart"
+      " on average. Bars below the diagonal: the classifier is too sure of itself.",
+      pictures=[Picture(folder / "reliability.png")],
+    )
+  )
+  return [*sections, *_mistakes(folder, found.confusion, class_names)]
+
+
+def _labelled(class_names: Sequence[str], x: np.ndarray, y: np.ndarray) -> Section:
+  strips, counts = [], np.bincount(y, minlength=len(class_names))
+  for k in np.flatnonzero(counts).tolist():
+    strip = report.grid_png(x[y == k][:_PER_CLASS] / np.float32(255), columns=_PER_CLASS)
+    more = f", {_PER_CLASS} of {counts[k]}" if counts[k] > _PER_CLASS else ""
+    strips.append(Picture(strip, f"{class_names[k]}{more}"))
+  return Section("Labelled images", text=f"All {len(y):,} labels that were used.", pictures=strips)
+
+
+def _test_images(found: Evaluation, shown: Shown, class_names: Sequence[str]) -> list[Picture]:
+  probs, tiles = found.probs[shown.indices], []
+  for index, x, p, y in zip(shown.indices, shown.x, probs, found.y[shown.indices], strict=True):
+    predicted = int(p.argmax())
+    caption = f"true {class_names[y]}"
+    if predicted == y:
+      caption += f", {_percent(p[y])}\ncorrect"
+    else:
+      caption += f", {_percent(p[y])}\npredicted {class_names[predicted]}, {_percent(p[predicted])}"
+    tiles.append(Picture(report.grid_png(x[None] / np.float32(255), columns=1), f"{caption}\nno. {index}"))
+  return tiles
+
+
+def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> list[Section]:
+  """The confusion matrix, or its largest entries where there are many classes, and the recall by class."""
+  num = counts.sum(axis=1)
+  text = "Test images by true and predicted class; correct ones are on the diagonal."
+  if len(class_names) <= _ROWS:
+    picture = Picture(folder / "confusion.png")
+    confusion = Section("Confusion matrix", text=text, pictures=[picture], full_size=len(class_names) > 10)
+  else:
+    off = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    largest = [divmod(int(i), len(off)) for i in np.argsort(-off, axis=None, kind="stable")[:_ROWS]]
+    rows = [(class_names[i], class_names[j], str(off[i, j])) for i, j in largest if off[i, j]]
+    confusion = Section("Most frequent mistakes", header=("true", "predicted", "test images"), rows=rows)
+  present = np.flatnonzero(num)
+  recall = 100 * counts[present, present] / num[present]
+  lowest = np.argsort(recall, kind="stable")[:_ROWS]
+  rows = []
+  for i in lowest:
+    k = int(present[i])
+    rows.append((class_names[k], str(num[k]), f"{recall[i]:.1f} %"))
+  by_class = Section(
+    "Recall by class",
+    text="Test images of each class that are found, the lowest recall first.",
+    header=("class", "test images", "recall"),
+    rows=rows,
+  )
+  return [confusion, by_class]
+
+
+# --- Words
+
+
+def _headline(result: Json) -> str:
+  """The result against its control, in a sentence."""
+  error, control = result.get("test_error"), result.get("supervised_test_error")
+  probe, labels = result.get("probe_test_error"), result.get("num_labels")
+  if error is None:
+    return "" if probe is None else f"{probe:.2f}{_PERCENT} test error of a linear probe on the features."
+  text = f"{error:.2f}{_PERCENT} test error"
+  if labels is not None:
+    text += f" from {labels:,} labels and {result['num_images']:,} images"
+  return f"{text}." if control is None else f"{text}; {control:.2f}{_PERCENT} for the supervised control."
+
+
+def _detail(result: Json) -> str:
+  """How exact the error is."""
+  if not result.get("test_error_interval"):
+    return ""
+  low, high = result["test_error_interval"]
+  return (
+    f"On {result['num_test_images']:,} test images; 95{_PERCENT} interval of the error"
+    f" {low:.2f} to {high:.2f}{_PERCENT}, for this one classifier. Lower is better."
+  )
+
+
+def _provenance(result: Json, command: str) -> Section:
+  names = {
+    "label_split_sha256": "label split, SHA-256",
+    "split_seed": "seed of the label split",
+    "seed": "seed",
+    "steps": "steps",
+    "seconds_train": "seconds of training",
+    "seconds_total": "seconds in all",
+    "device": "device",
+    "commit": "commit",
+  }
+  rows = [(name, str(result[key])) for key, name in names.items() if result.get(key) is not None]
+  versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+  rows += [("versions", versions)] if versions else []
+  text = "The command that repeats the run:" if command else ""
+  return Section("Where it comes from", text=text, rows=rows, code=command)
+
+
+def _compared(name: str, result: Json) -> Sequence[str]:
+  errors = ("test_error", "supervised_test_error", "probe_test_error")
+  own, control, probe = (f"{result[key]:.2f}" if result.get(key) is not None else "" for key in errors)
+  low, high = result.get("test_error_interval") or (None, None)
+  interval = "" if low is None else f"{low:.2f} to {high:.2f}"
+  split = (result.get("label_split_sha256") or "")[:8]
+  rest = (
+    _word(result.get("num_labels")),
+    split,
+    *(_word(result.get(k)) for k in ("steps", "seconds_train")),
+  )
+  return (name, result["experiment"], result["dataset"], own, interval, control, probe, *rest)
+
+
+def _flags(config: Json) -> Json:
+  return {name: value for name, value in config.get("config", {}).items() if name not in cli.NOT_RECIPE}
+
+
+def _read(run: Path) -> tuple[Json, Json]:
+  """`result.json` and `config.json` of a complete run."""
+  stored = []
+  for name in ("config.json", "result.json"):
+    try:
+      stored.append(json.loads((run / name).read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+      if stored:
+        raise InputError(
+          f"the run in {run} is not complete: it has no {name}; go on with --resume"
+        ) from error
+      raise InputError(f"{run} is not the folder of a run: it has no {name}") from error
+    except (OSError, ValueError) as error:
+      raise InputError(f"{run / name} cannot be read") from error
+  config, result = stored
+  if not all(isinstance(each, dict) for each in stored) or not {"experiment", "dataset"} <= result.keys():
+    raise InputError(f"{run / 'result.json'} is not the result of a run")
+  return result, config
+
+
+def _word(value: Any) -> str:
+  return "" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _percent(p: float) -> str:
+  """A probability; one that is not quite 0 or 1 is not shown as such."""
+  text = f"{100 * p:.0f}" if 0.01 <= p <= 0.99 else "< 1" if p < 0.5 else "> 99"
+  return f"{text}{_PERCENT}"
+
+
+# --- HTML
+
+
+def _render(
+  path: Path,
+  title: str,
+  sections: Sequence[Section],
+  *,
+  headline: str = "",
+  detail: str = "",
+  notes: Sequence[str | None] = (),
+  table: Sequence[Sequence[str]] = (),
+) -> None:
+  import jinja2
+
+  environment = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.PackageLoader("gan_jax")
+  )
+  environment.tests["numeric"] = lambda cell: re.fullmatch(r"[-+\d.,e]+( %)?", cell) is not None
+  html = environment.get_template("page.html").render(
+    title=title,
+    headline=headline,
+    detail=detail,
+    notes=[note for note in notes if note],
+    table=_with_bars(table),
+    sections=[_encoded(section) for section in sections],
+  )
+  report.write_bytes(path, html.encode())
+
+
+def _with_bars(table: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str], float | None]]:
+  """Rows with the width of their bar in percent of the widest; None for what is no test error."""
+  errors = [
+    float(values[0].removesuffix(" %"))
+    if name.startswith("test error") and re.fullmatch(r"[\d.]+ %", values[0])
+    else None
+    for name, *values in table
+  ]
+  most = max((error for error in errors if error), default=1.0)
+  return [
+    (name, values, None if error is None else 100 * error / most)
+    for (name, *values), error in zip(table, errors, strict=True)
+  ]
+
+
+def _encoded(section: Section) -> Mapping[str, Any]:
+  def encode(pictures: Sequence[Picture]) -> list[Mapping[str, str]]:
+    contents = [each.png if isinstance(each.png, bytes) else each.png.read_bytes() for each in pictures]
+    return [
+      {
+        "data": base64.b64encode(content).decode(),
+        "caption": each.caption,
+        "alt": f"{section.title}: {each.caption}" if each.caption else section.title,
+      }
+      for each, content in zip(pictures, contents, strict=True)
+    ]
+
+  return {
+    **section._asdict(),
+    "tiles": encode(section.tiles),
+    "pictures": encode(section.pictures),
+  }

@@ -1,0 +1,268 @@
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from gan_jax import evaluate, metrics, page, report
+from gan_jax.types import InputError
+
+EVIL = "<script>alert('&')</script>"
+VOID = {"meta", "link", "img"}
+
+
+class Page(HTMLParser):
+  """A page as it is read: every element is closed in its order, or this fails."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.open, self.tags, self.text, self.attributes = [], [], [], []
+    self.feed(path.read_text())
+    self.close()
+    assert self.open == []
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    self.open += [] if tag in VOID else [tag]
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open[-1:] != ["style"]:
+      self.text.append(data.strip())
+
+  def values(self, name):
+    return [value for key, value in self.attributes if key == name]
+
+
+@pytest.fixture
+def png(tmp_path):
+  report.sample_grid(tmp_path / "grid.png", np.zeros((1, 8, 8, 3), np.float32))
+  return tmp_path / "grid.png"
+
+
+def test_whatever_a_caller_gives_is_text(png, tmp_path):
+  result = {"experiment": EVIL, "dataset": EVIL, "note": EVIL, "device": EVIL, "class": EVIL}
+  section = page.Section(
+    EVIL,
+    EVIL,
+    [EVIL],
+    [[EVIL]],
+    [page.Picture(png, EVIL)],
+    [page.Picture(png.read_bytes(), EVIL)],
+    code=EVIL,
+  )
+  table = [(EVIL, EVIL), ("alarm", EVIL)]
+  page.write(tmp_path / "p.html", result, table, [(EVIL, png)], sections=[section], command=EVIL)
+  found = Page(tmp_path / "p.html")
+  assert "script" not in found.tags
+  # All of it is to be read: title and heading 4, note and alarm 2, table 2, picture 1, section 7,
+  # provenance 2, JSON 5.
+  assert sum(text.count(EVIL) for text in found.text) == 23
+  assert not [key for key, _ in found.attributes if key.startswith("on")]
+
+
+def test_nothing_lies_elsewhere(png, tmp_path):
+  page.write(tmp_path / "p.html", {"experiment": "e", "dataset": "d"}, [], [("a", png)])
+  found = Page(tmp_path / "p.html")
+  references = found.values("src") + found.values("href")
+  assert len(references) == 2  # the picture, and no icon: else a browser asks the server for one
+  assert all(value.startswith("data:") for value in references)
+  assert found.values("alt") == ["a"]
+  html = (tmp_path / "p.html").read_text()
+  assert "default-src 'none'" in html
+  assert "prefers-color-scheme: dark" in html
+  assert "url(" not in html
+  assert "@import" not in html
+
+
+def test_the_page_begins_with_the_result_and_ends_with_all_of_it(png, tmp_path):
+  result = {
+    "experiment": "e",
+    "dataset": "d",
+    "num_labels": 50,
+    "num_images": 1437,
+    "steps": 7,
+    "seed": 3,
+    "test_error": 1.234,
+    "supervised_test_error": 8.0,
+    "probe_test_error": 2.0,
+    "test_error_interval": [0.5, 3.3],
+    "num_test_images": 360,
+    "interrupted": True,
+    "versions": {"jax": "1.2"},
+  }
+  table = [
+    ("test error, own", "1.00 %"),
+    ("alarm", "collapse"),
+    ("test error, other", "4.00 %"),
+    ("agreement", "99 %"),
+  ]
+  sections = [page.Section("Extra", "words")]
+  page.write(tmp_path / "p.html", result, table, [("Samples", png)], sections=sections, command="python x")
+  found = Page(tmp_path / "p.html")
+  text = " ".join(" ".join(found.text).split())
+  expected = (
+    "1.23 % test error from 50 labels and 1,437 images; 8.00 % for the supervised control.",
+    "On 360 test images; 95 % interval of the error 0.50 to 3.30 %",
+    "Stopped after 7 steps",
+    "Alarm: collapse",
+    "test error, own",
+    "Samples",
+    "Extra",
+    "Where it comes from",
+    "python x",
+    "jax 1.2",
+    "The full result",
+    '"num_labels": 50',
+  )
+  positions = [text.index(words) for words in expected]
+  assert positions == sorted(positions)
+  assert text.count("collapse") == 1
+  assert found.values("style") == ["width:25.0%", "width:100.0%"]  # test errors alone have bars
+  (whole,) = [data for data in found.text if data.startswith("{")]
+  assert json.loads(whole) == result
+
+
+@pytest.mark.parametrize(
+  ("result", "words"),
+  [
+    ({"test_error": None, "probe_test_error": 12.0}, "12.00 % test error of a linear probe"),
+    ({"test_error": 2.0, "num_labels": None}, "2.00 % test error."),
+  ],
+)
+def test_a_result_without_a_control_has_its_own_sentence(result, words, tmp_path):
+  page.write(tmp_path / "p.html", {"experiment": "e", "dataset": "d", **result}, [], [])
+  assert any(
+    text.replace("\N{NO-BREAK SPACE}", " ").startswith(words) for text in Page(tmp_path / "p.html").text
+  )
+
+
+def classified(num_classes, tmp_path, num=300):
+  """Random predictions for random images, and the pictures of their run."""
+  rng = np.random.default_rng(0)
+  y = rng.integers(0, num_classes, num)
+  logits = (
+    rng.normal(size=(num, num_classes)).astype(np.float32) + 2 * np.eye(num_classes, dtype=np.float32)[y]
+  )
+  shown = evaluate.Shown(np.array([5, 7]), rng.integers(0, 255, (2, 8, 8, 1), dtype=np.uint8))
+  counts = metrics.confusion_matrix(logits, y)
+  for name in ("confusion.png", "reliability.png"):
+    report.sample_grid(tmp_path / name, np.zeros((1, 8, 8, 1), np.float32))
+  return evaluate.Evaluation(
+    0.0, {}, {}, logits, counts, y, shown, shown._replace(indices=np.array([9, 11]))
+  )
+
+
+def sections_of(found, tmp_path, num_classes):
+  names = [f"name {k}" for k in range(num_classes)]
+  y_lab = np.repeat(np.arange(num_classes), 12)
+  x_lab = np.zeros((len(y_lab), 8, 8, 1), np.uint8)
+  return {each.title: each for each in page.of_classifier(tmp_path, found, names, x_lab, y_lab)}
+
+
+def test_sections_of_a_classifier(tmp_path):
+  found = classified(3, tmp_path)
+  sections = sections_of(found, tmp_path, 3)
+  titles = ["Labelled images", "Least certain test images", "Worst mistakes", "Reliability"]
+  assert list(sections) == [*titles, "Confusion matrix", "Recall by class"]
+  strips = sections["Labelled images"].pictures
+  assert [each.caption for each in strips] == [f"name {k}, 10 of 12" for k in range(3)]
+  tile = sections["Least certain test images"].tiles[1].caption
+  p, y = found.probs[7], found.y[7]
+  assert tile.startswith(f"true name {y}, {100 * p[y]:.0f}")
+  assert tile.endswith("no. 7")
+  assert ("correct" in tile) == (p.argmax() == y)
+  rows = sections["Recall by class"].rows
+  recall = metrics.recall(found.logits, found.y, 3)
+  assert [row[2] for row in rows] == [f"{r:.1f} %" for r in sorted(recall)]
+
+
+@pytest.mark.parametrize(("num_classes", "full_size"), [(10, False), (11, True)])
+def test_the_numbers_of_a_large_confusion_matrix_do_not_shrink(num_classes, full_size, tmp_path):
+  section = sections_of(classified(num_classes, tmp_path), tmp_path, num_classes)["Confusion matrix"]
+  assert section.full_size == full_size
+  page.write(tmp_path / "p.html", {"experiment": "e", "dataset": "d"}, [], [], sections=[section])
+  assert ("pictures full-size" in Page(tmp_path / "p.html").values("class")) == full_size
+
+
+def test_many_classes_have_their_largest_mistakes_as_a_table(tmp_path):
+  found = classified(21, tmp_path)
+  sections = sections_of(found, tmp_path, 21)
+  assert "Confusion matrix" not in sections
+  mistakes = sections["Most frequent mistakes"].rows
+  off = np.where(np.eye(21, dtype=bool), 0, found.confusion)
+  assert [int(row[2]) for row in mistakes] == sorted(off.ravel().tolist(), reverse=True)[:20]
+  true, predicted = (int(name.split()[1]) for name in mistakes[0][:2])
+  assert off[true, predicted] == off.max()
+  assert len(sections["Recall by class"].rows) == 20
+
+
+def test_without_test_images_the_labelled_ones_are_shown(tmp_path):
+  found = classified(3, tmp_path, num=0)
+  assert list(sections_of(found, tmp_path, 3)) == ["Labelled images"]
+
+
+# --- Several runs
+
+
+def write_run(path, **config):
+  result = {
+    "experiment": "e",
+    "dataset": EVIL,
+    "note": "",
+    "num_labels": 50,
+    "steps": 4,
+    "seconds_train": 1.5,
+    "test_error": 1.25,
+    "supervised_test_error": None,
+    "test_error_interval": [0.5, 3.0],
+    "label_split_sha256": "0123456789",
+    "alarms": ["collapse"],
+  }
+  report.write_json(path / "result.json", result)
+  report.write_json(path / "config.json", {"config": config, "command": "python x"})
+  report.sample_grid(path / "samples" / "last.png", np.zeros((1, 8, 8, 1), np.float32))
+
+
+def test_runs_side_by_side(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write_run(tmp_path / "a", steps=4, class_balance=[1.0, 0.0], workdir="a")
+  write_run(tmp_path / "b", steps=4, class_balance=None, workdir="b")
+  page.compare(tmp_path / "deep" / "p.html", [tmp_path.relative_to(tmp_path) / name for name in "ab"])
+  found = Page(tmp_path / "deep" / "p.html")
+  assert [found.text.count(words) for words in ("1.25", "0.50 to 3.00", "50", "01234567")] == [2] * 4
+  assert "--class-balance" in found.text
+  assert {"1.0 0.0", "default"} <= set(found.text)
+  assert not {"--steps", "--workdir"} & set(found.text)
+  assert found.text.count("a: collapse") == 1
+  assert len(found.values("src")) == 2  # learning curves are not there
+  assert str(tmp_path) not in (tmp_path / "deep" / "p.html").read_text()
+  assert "script" not in found.tags
+
+
+def test_what_is_no_run_is_a_sentence(tmp_path):
+  write_run(tmp_path / "a")
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "file").write_text("")
+  out = tmp_path / "p.html"
+  for name in ("empty", "nowhere", "file"):
+    with pytest.raises(InputError, match="is not the folder of a run: it has no config"):
+      page.compare(out, [tmp_path / "a", tmp_path / name])
+  (tmp_path / "a" / "result.json").write_text("[]")
+  with pytest.raises(InputError, match="is not the result of a run"):
+    page.compare(out, [tmp_path / "a"])
+  (tmp_path / "a" / "result.json").write_text("{")
+  with pytest.raises(InputError, match="cannot be read"):
+    page.compare(out, [tmp_path / "a"])
+  (tmp_path / "a" / "result.json").unlink()
+  with pytest.raises(InputError, match=r"is not complete: it has no result\.json; go on with --resume"):
+    page.compare(out, [tmp_path / "a"])
+  with pytest.raises(InputError, match="at least one run"):
+    page.compare(out, [])
+  assert not out.exists()
+  write_run(tmp_path / "a")
+  with pytest.raises(InputError, match="name a file"):
+    page.compare(tmp_path, [tmp_path / "a"])
