@@ -4,8 +4,8 @@ All take `real_logit_fn: images [B, H, W, C] -> real logit [B]`, in which every 
 its own image alone (no batch normalisation): then the gradient of the sum over the batch holds the
 gradient of every example.
 
-Units: pixels are in [0, 1] here and in [-1, 1] in most papers, where a gradient is half as large and its square
-a quarter. A published weight gamma of R1 or R2 is `gamma / 4` here: 0.05 of R3GAN on CIFAR is 0.0125.
+Units: pixels are in [0, 1] here and in [-1, 1] in most papers, where a gradient is half as large and its
+square a quarter. A published weight gamma of R1 or R2 is `gamma / 4` here: 0.05 in R3GAN is 0.0125.
 """
 
 from collections.abc import Callable
