@@ -39,6 +39,8 @@ class DataFlags:
 
   def check(self) -> None:
     at_least_one(self, "image_size")
+    if self.fit != "crop" and self.image_size is None:
+      raise InputError(f"--fit {self.fit} needs --image-size, the side to resize to")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from gan_jax.datasets import Dataset
-from gan_jax.pictures.reader import Reader, listed, reason_of
+from gan_jax.pictures.reader import Reader, listed
 from gan_jax.types import InputError
 
 _KEYS = ("x", "y", "x_test", "y_test", "classes")
@@ -102,8 +102,9 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise InputError(f"{path} is not a file")
   try:
-    with np.load(path, allow_pickle=False) as file:
-      if not isinstance(file, np.lib.npyio.NpzFile):
+    with path.open("rb") as opened:
+      file = np.load(opened, allow_pickle=False)
+      if isinstance(file, np.ndarray):
         raise InputError(f"{path} holds one array: save x and y together with numpy.savez")
       return {key: file[key] for key in file}
   except InputError:
@@ -113,7 +114,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
       raise InputError(f"{path} holds Python objects: save numbers, and names as text arrays") from error
     raise InputError(f"{path} is not an .npz file of numpy.savez") from error
   except Exception as error:  # zip files break in many ways
-    raise InputError(f"{path} is not a whole .npz file of numpy.savez ({reason_of(error)})") from error
+    raise InputError(f"{path} is not a whole .npz file of numpy.savez ({error})") from error
 
 
 def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:

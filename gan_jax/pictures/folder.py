@@ -52,12 +52,7 @@ def load_folder(root: str | Path, *, image_size: int | None = None, fit: Fit = "
   number: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
   notes = [*found.notes, *read.notes]
   if found.skipped:
-    files = (
-      "file that is hidden or no picture is"
-      if len(found.skipped) == 1
-      else ("files that are hidden or no pictures are")
-    )
-    notes.append(f"{len(found.skipped):,} {files} skipped ({listed(found.skipped)})")
+    notes.append(f"skipped, hidden or no pictures: {len(found.skipped):,} ({listed(found.skipped)})")
   name = f"folder:{found.root.name}"
   return Dataset(
     name=name if image_size is None else f"{name}@{image_size}",
@@ -230,7 +225,7 @@ def _cache_key(found: Found, image_size: int | None, fit: Fit) -> str:
 def _from_cache(key: str, found: Found) -> _Read | None:
   path = cache_dir() / "pictures" / f"{key}.npz"
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
       x_train, x_test = file["x_train"], file["x_test"]
       about = json.loads(str(file["about"]))
     read = _Read(x_train, x_test, Reader(**about["reader"]), about["unreadable"], about["notes"])

@@ -46,7 +46,7 @@ class Found:
 
   def name(self, path: Path) -> str:
     """A path as messages give it, and the same on every system."""
-    return unicodedata.normalize("NFC", path.relative_to(self.root).as_posix())
+    return _plain(path.relative_to(self.root).as_posix())
 
   def level(self, folder: Path) -> _Level:
     """Looks into a folder, once."""
@@ -81,9 +81,14 @@ class Found:
     """All pictures in a folder and its folders."""
     real, level = os.path.realpath(folder), self.level(folder)
     if real in above:
-      self.problems.append(f"{folder} is a link to a folder that holds it: remove the link")
+      self.problems.append(f"{folder} leads back to a folder that holds it: remove the link")
       return []
     return level.pictures + [p for sub in level.folders for p in self.below(sub, (*above, real))]
+
+
+def _plain(name: str) -> str:
+  """A name that is the same on every system and can be printed."""
+  return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="replace"))
 
 
 def scan(root: Path) -> Found:
@@ -138,7 +143,7 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
     examples = []
     for sub in level.folders:
       pictures = found.below(sub)
-      label = unicodedata.normalize("NFC", sub.name)
+      label = _plain(sub.name)
       if sub.name.casefold() in _UNLABELLED:
         label = None
       elif not pictures and not labelled:
@@ -169,11 +174,15 @@ def _no_loose(found: Found, folder: Path, pictures: list[Path], train: Path) -> 
 def _check_classes(found: Found) -> None:
   if found.problems and not found.train:
     return  # there is nothing yet to speak of
-  if len(found.classes) < 2:
-    what = f"only the class {found.classes[0]}" if found.classes else "no labelled pictures"
+  if not found.classes:
     found.problems.append(
-      f"{found.root} holds {what}, and a classifier needs two classes: make a folder for each, or name the"
-      " folder that holds them"
+      f"{found.root} holds no labelled pictures: make a folder for each class, or a table labels.csv with"
+      " the columns file_name,label"
+    )
+  elif len(found.classes) == 1:
+    found.problems.append(
+      f"{found.root} holds one class, {found.classes[0]}, and a classifier needs two: make a folder for"
+      " each, or name the folder that holds them"
     )
   unknown = sorted({label for _, label in found.test if label is not None} - {*found.classes})
   if unknown:
@@ -190,9 +199,7 @@ def _by_table(found: Found, folder: Path, tables: list[Path]) -> list[_Example]:
   if len(tables) > 1:
     found.problems.append(f"{folder} holds both {tables[0].name} and {tables[1].name}: keep one of them")
   labels = _read_table(found, tables[0])
-  pictures = {
-    unicodedata.normalize("NFC", path.relative_to(folder).as_posix()): path for path in found.below(folder)
-  }
+  pictures = {_plain(path.relative_to(folder).as_posix()): path for path in found.below(folder)}
   missing = [name for name in labels if name not in pictures]
   if missing:
     found.problems.append(f"{tables[0]} lists what is no picture in {folder}: {listed(missing)}")
@@ -228,7 +235,7 @@ def _read_table(found: Found, table: Path) -> dict[str, str]:
     return {}
   labels = {}
   for number, row in lines:
-    clean = lambda column, row=row: unicodedata.normalize("NFC", (row[column] or "").strip())
+    clean = lambda column, row=row: _plain((row[column] or "").strip())
     name = clean("file_name")
     path = posixpath.normpath(name)
     wrong = None

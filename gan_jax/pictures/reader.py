@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # of EXIF; from 5 on width and height are swapped
+_PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,12 @@ class Header(NamedTuple):
   @classmethod
   def read(cls, path: Path) -> "Header":
     with Image.open(path) as file:
-      turned = file.getexif().get(_ORIENTATION, 1) >= 5
+      bits = bits_of(file)
+      # Without any at the front, Pillow decodes a whole PNG in search of EXIF data behind the pixels.
+      has_exif = file.format != "PNG" or not _PNG_EXIF.isdisjoint(file.info)
+      turned = has_exif and file.getexif().get(_ORIENTATION, 1) >= 5
       height, width = file.size if turned else file.size[::-1]
-      return cls(height, width, file.mode, bits_of(file))
+      return cls(height, width, file.mode, bits)
 
   @property
   def size(self) -> tuple[int, int]:
@@ -172,7 +176,7 @@ def for_all(work: Callable[[Any], T], items: Sequence[Any], what: str) -> list[T
       for result in pool.map(attempt, items):
         results.append(result)
         progress.advance(task)
-        if not progress.live.is_started and time.monotonic() - started > 2:
+        if console.is_terminal and not progress.live.is_started and time.monotonic() - started > 2:
           progress.start()
   finally:
     if progress.live.is_started:
