@@ -15,7 +15,7 @@ import tyro
 from rich.markup import escape
 
 from gan_jax import data, datasets
-from gan_jax.report import console, say
+from gan_jax.report import cache_dir, console, say
 from gan_jax.types import InputError, Json, LabelSplit
 
 # --- Groups of flags. Each checks itself; what an experiment does not honour it does not take.
@@ -26,17 +26,22 @@ class DataFlags:
   """The dataset."""
 
   dataset: str = "auto"
-  """auto, digits, mnist, fashion_mnist, kmnist, a prepared tfds dataset, or folder:PATH. auto is MNIST
-  where it is prepared or can be had, else the bundled digits; a dataset named outright never falls back."""
+  """auto, digits, mnist, fashion_mnist, kmnist, a prepared tfds dataset, or your own: folder:PATH or
+  arrays:FILE.npz. auto is MNIST where it is prepared or can be had, else the bundled digits; a dataset
+  named outright never falls back."""
   data_dir: str | None = None
   """Where tfds keeps its datasets (default: tfds's own choice, TFDS_DATA_DIR included)."""
   manual_dir: str | None = None
   """A folder with the dataset's original files, used in place of the network."""
   image_size: int | None = None
   """Resize all images to squares of this side."""
+  fit: Literal["crop", "pad"] = "crop"
+  """How --image-size keeps the aspect: the centred square, or the whole picture with its edges repeated."""
 
   def check(self) -> None:
     at_least_one(self, "image_size")
+    if self.fit != "crop" and self.image_size is None:
+      raise InputError(f"--fit {self.fit} needs --image-size, the side to resize to")
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,11 @@ def given(**values: Any) -> Json:
 def load(flags: DataFlags) -> datasets.Dataset:
   """The dataset of these flags, see `datasets.load`."""
   return datasets.load(
-    flags.dataset, data_dir=flags.data_dir, manual_dir=flags.manual_dir, image_size=flags.image_size
+    flags.dataset,
+    data_dir=flags.data_dir,
+    manual_dir=flags.manual_dir,
+    image_size=flags.image_size,
+    fit=flags.fit,
   )
 
 
@@ -317,11 +326,6 @@ def _quiet() -> None:
   import absl.logging
 
   absl.logging.set_verbosity("error")
-
-
-def cache_dir() -> Path:
-  """Where what can be made again is kept: `gan_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gan_jax"
 
 
 def enable_compilation_cache() -> None:

@@ -1,6 +1,7 @@
 """Datasets as uint8 arrays in host memory.
 
-`load` reads tensorflow-datasets, the digits bundled with scikit-learn, or a folder of pictures.
+`load` reads tensorflow-datasets, the digits bundled with scikit-learn, or the user's own pictures and
+arrays, see `pictures`.
 TensorFlow itself is never imported: the MNIST family is prepared here without it, and whatever else
 is prepared is read through tfds's data sources.
 """
@@ -14,12 +15,15 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from gan_jax.types import InputError
+
+if TYPE_CHECKING:
+  from gan_jax.pictures import Reader, Scaling  # which builds datasets: imported late
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
 _OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "imagenette", "oxford_flowers102")
@@ -32,11 +36,19 @@ class Dataset:
   name: str
   x_train: UInt8[np.ndarray, "n h w c"]
   y_train: Int[np.ndarray, "n"]
+  """Classes, 0 .. K-1; -1: an image without a label."""
   x_test: UInt8[np.ndarray, "m h w c"]
+  """Empty where there is no test set."""
   y_test: Int[np.ndarray, "m"]
   class_names: tuple[str, ...]
   note: str = ""
   """What the user must know about how the data was chosen; empty where there is nothing."""
+  own: bool = False
+  """The user's own data, of which all given labels are used unless a budget is named."""
+  reader: "Reader | None" = None
+  """How its pictures were read, so that new ones are read alike."""
+  scaling: "Scaling | None" = None
+  """How its vectors became bytes."""
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -59,21 +71,29 @@ def load(
   data_dir: str | None = None,
   manual_dir: str | None = None,
   image_size: int | None = None,
+  fit: Literal["crop", "pad"] = "crop",
 ) -> Dataset:
   """Loads a dataset, preparing it first where that can be done.
 
   Args:
-    name: `digits`, a dataset of tfds such as `mnist`, `folder:PATH` with `PATH/train/CLASS/*.png` and
-      `PATH/test/CLASS/*.png`, or `auto`: MNIST where it is prepared or can be had, else `digits`.
+    name: `digits`, a dataset of tfds such as `mnist`, `folder:PATH` (see `pictures.load_folder`),
+      `arrays:FILE.npz` (see `pictures.load_arrays`), or `auto`: MNIST where it is prepared or can be had,
+      else `digits`.
     data_dir: where tfds keeps its datasets; by default tfds's own choice, `TFDS_DATA_DIR` included.
     manual_dir: a folder with the original files of the dataset, in place of the network.
     image_size: resizes all images to squares of this side; the name then ends in `@` and the side.
+    fit: how the aspect is kept then: `crop` takes the centred square, `pad` the whole image, and repeats
+      its edges.
 
   Raises:
     InputError: unknown name, nothing prepared and no way to get it, corrupt files.
   """
+  if name.startswith("folder:"):
+    from gan_jax import pictures
+
+    return pictures.load_folder(name.removeprefix("folder:"), image_size=image_size, fit=fit)
   dataset = _load(name, data_dir, manual_dir)
-  return dataset if image_size is None else _resized(dataset, image_size)
+  return dataset if image_size is None else _resized(dataset, image_size, fit)
 
 
 def _load(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
@@ -81,8 +101,10 @@ def _load(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
     raise InputError(f"--manual-dir {manual_dir} is not a folder")
   if name == "digits":
     return _load_digits()
-  if name.startswith("folder:"):
-    return _load_folder(Path(name.removeprefix("folder:")))
+  if name.startswith("arrays:"):
+    from gan_jax import pictures
+
+    return pictures.load_arrays(name.removeprefix("arrays:"))
   if name != "auto":
     return _load_tfds(name, data_dir, manual_dir)
   if manual_dir or _is_prepared("mnist", data_dir):
@@ -97,10 +119,12 @@ def _load(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
 
 
 def for_tuning(dataset: Dataset, seed: int) -> Dataset:
-  """Training images in the place of the test set, which is then out of reach: a third, at most 10,000."""
-  order = np.random.default_rng(seed).permutation(len(dataset.x_train))
-  num = min(10_000, len(order) // 3)
-  kept, held_out = np.sort(order[num:]), np.sort(order[:num])
+  """Labelled training images in the place of the test set, which is then out of reach: a third of them, at
+  most 10,000."""
+  labelled = np.flatnonzero(dataset.y_train >= 0)
+  num = min(10_000, len(labelled) // 3)
+  held_out = np.sort(labelled[np.random.default_rng(seed).permutation(len(labelled))[:num]])
+  kept = np.setdiff1d(np.arange(len(dataset.x_train)), held_out)
   note = f"tuning: errors are those on {num} training images held out, not on the test set"
   return replace(
     dataset,
@@ -112,26 +136,32 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
   )
 
 
-def _resized(dataset: Dataset, side: int) -> Dataset:
-  """Bilinear, over the pixels that go into one where the image shrinks."""
+def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Dataset:
+  """Squares of this side, see `pictures.resize`."""
   from PIL import Image
 
+  from gan_jax import pictures
+
+  if dataset.scaling is not None:
+    raise InputError("--image-size is for images, and these are vectors: leave it out")
+
   def resize(x: np.ndarray) -> np.ndarray:
-    channels = [x[..., c] for c in range(x.shape[-1])]  # Pillow knows no arrays of one channel
-    pictures = [
-      [Image.fromarray(a).resize((side, side), Image.Resampling.BILINEAR) for a in c] for c in channels
-    ]
-    return np.stack([np.stack([np.asarray(p) for p in c]) for c in pictures], axis=-1)
+    found = np.empty((len(x), side, side, x.shape[-1]), np.uint8)
+    for i, image in enumerate(x):
+      for c in range(x.shape[-1]):  # Pillow knows no arrays of one channel
+        found[i, ..., c] = pictures.resize(Image.fromarray(image[..., c]), (side, side), fit)
+    return found
 
   return replace(
     dataset,
     name=f"{dataset.name}@{side}",
     x_train=resize(dataset.x_train),
     x_test=resize(dataset.x_test),
+    reader=dataset.reader and replace(dataset.reader, size=(side, side), fit=fit),
   )
 
 
-# --- Bundled digits and folders
+# --- Bundled digits
 
 
 def _load_digits(note: str = "") -> Dataset:
@@ -144,30 +174,6 @@ def _load_digits(note: str = "") -> Dataset:
   test = np.arange(len(x)) % 3 == 2
   names = tuple(str(k) for k in range(10))
   return Dataset("digits", x[~test], y[~test], x[test], y[test], names, note)
-
-
-def _load_folder(root: Path) -> Dataset:
-  """`root/{train,test}/CLASS/*`: the names of the folders in `train` are the classes."""
-  from PIL import Image, UnidentifiedImageError
-
-  if not (root / "train").is_dir() or not (root / "test").is_dir():
-    raise InputError(f"folder:{root} needs the folders {root / 'train'} and {root / 'test'}")
-  class_names = tuple(sorted(p.name for p in (root / "train").iterdir() if p.is_dir()))
-
-  def read(part: Path) -> Iterable[tuple[np.ndarray, int]]:
-    for label, class_name in enumerate(class_names):
-      for path in sorted((part / class_name).glob("*")):
-        try:
-          with Image.open(path) as picture:
-            mode = "L" if picture.mode in ("1", "L", "I", "I;16") else "RGB"
-            pixels = np.asarray(picture.convert(mode))
-        except (UnidentifiedImageError, OSError) as error:
-          raise InputError(f"{path} is not a picture that Pillow can read") from error
-        yield np.atleast_3d(pixels), label
-
-  x_train, y_train = _stack(read(root / "train"), f"folder:{root}")
-  x_test, y_test = _stack(read(root / "test"), f"folder:{root}")
-  return Dataset(f"folder:{root.name}", x_train, y_train, x_test, y_test, class_names)
 
 
 def _stack(examples: Iterable[tuple[np.ndarray, int]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -199,8 +205,8 @@ def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> Datas
     builder = tfds.builder(name, data_dir=data_dir)
   except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
     raise InputError(
-      f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH"
-      " and the image-classification datasets of tensorflow-datasets, such as cifar10"
+      f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH,"
+      " arrays:FILE.npz and the image-classification datasets of tensorflow-datasets, such as cifar10"
     ) from error
   if not builder.is_prepared():
     if name not in MNIST_FAMILY:
@@ -318,7 +324,7 @@ def _read_cached(builder: Any, name: str) -> Dataset:
       arrays: dict[str, Any] = {key: file[key] for key in file}
   except (OSError, ValueError, KeyError, zipfile.BadZipFile):
     arrays = _decode(builder, name)
-    _write_quietly(cache, arrays)
+    write_quietly(cache, arrays)
   return Dataset(name=name, class_names=tuple(builder.info.features["label"].names), **arrays)
 
 
@@ -348,7 +354,7 @@ def _examples(source: Any) -> Iterable[tuple[np.ndarray, int]]:
       yield example["image"], int(example["label"])
 
 
-def _write_quietly(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_quietly(path: Path, arrays: dict[str, np.ndarray]) -> None:
   """Writes a cache beside and renames it; a folder that cannot be written is no cache, no error."""
   beside = path.with_name(f".{path.name}.{os.getpid()}")
   try:

@@ -22,6 +22,11 @@ def say(text: str) -> None:
   console.print(text, markup=False, soft_wrap=True)
 
 
+def cache_dir() -> Path:
+  """Where what can be made again is kept: `gan_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gan_jax"
+
+
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes beside and renames: a reader never sees half a file."""
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ def _isolated(tmp_path, monkeypatch):
   """No test reads or writes the user's folders or the compilation cache, or sees a terminal."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
   monkeypatch.setattr("gan_jax.cli.enable_compilation_cache", lambda: None)
 
 

@@ -15,6 +15,7 @@ BAD = [
   ({"labels_per_class": 0}, "--labels-per-class must be at least 1, not 0"),
   ({"batch_size": -1}, "--batch-size must be at least 1"),
   ({"image_size": 0}, "--image-size must be at least 1"),
+  ({"fit": "pad"}, "--fit pad needs --image-size"),
   ({"num_images": 0}, "--num-images must be at least 1"),
   ({"hold_out": -1}, "--hold-out must not be negative"),
   ({"checkpoint_every": 0}, "--checkpoint-every must be at least 1"),

@@ -3,7 +3,6 @@ import gzip
 import hashlib
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,35 +39,24 @@ def test_tuning_never_has_the_test_set():
   assert "not on the test set" in found.note
 
 
-def write_pictures(root: Path, *, size=(9, 10), mode="L", parts=("train", "test")) -> None:
-  rng = np.random.default_rng(0)
-  for part in parts:
-    for name in ("cat", "dog"):
-      (root / part / name).mkdir(parents=True)
-      for i in range(3):
-        shape = size if mode == "L" else (*size, 3)
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / part / name / f"{i}.png")
+def test_tuning_holds_out_labelled_images_alone():
+  dataset = datasets.load("digits")
+  y = np.where(np.arange(1198) % 4, -1, dataset.y_train)
+  found = datasets.for_tuning(dataclasses.replace(dataset, y_train=y), seed=0)
+  assert len(found.x_test) == 300 // 3
+  assert (found.y_test >= 0).all()
+  assert ((found.y_train >= 0).sum(), (found.y_train < 0).sum()) == (200, 898)
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
-def test_folder(tmp_path, mode, channels):
-  write_pictures(tmp_path / "pets", mode=mode)
-  pets = datasets.load(f"folder:{tmp_path / 'pets'}")
-  assert pets.x_train.shape == (6, 9, 10, channels)
-  assert pets.y_train.tolist() == [0, 0, 0, 1, 1, 1]
-  assert pets.class_names == ("cat", "dog")
-
-
-def test_bad_folders(tmp_path):
-  with pytest.raises(InputError, match="needs the folders"):
-    datasets.load(f"folder:{tmp_path}")
-  write_pictures(tmp_path)
-  (tmp_path / "train" / "cat" / "0.png").write_bytes(b"no picture")
-  with pytest.raises(InputError, match=r"0\.png is not a picture"):
-    datasets.load(f"folder:{tmp_path}")
-  Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "train" / "cat" / "0.png")
-  with pytest.raises(InputError, match="images of one size, not 4x4x1, 9x10x1"):
-    datasets.load(f"folder:{tmp_path}")
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_resizing_keeps_the_aspect_of_any_dataset(fit):
+  x = np.zeros((2, 10, 20, 2), np.uint8)
+  x[:, 3:7, 8:12] = 200  # a square stays one
+  dataset = datasets.Dataset("wide", x, np.arange(2), x[:0], np.arange(0), ("a", "b"))
+  found = datasets._resized(dataset, 20, fit)
+  assert (found.name, found.x_test.shape) == ("wide@20", (0, 20, 20, 2))
+  rows, columns = (found.x_train[0, ..., 1] > 100).any(axis=1), (found.x_train[0, ..., 1] > 100).any(axis=0)
+  assert rows.sum() == columns.sum() == {"crop": 8, "pad": 4}[fit]
 
 
 # --- tfds

@@ -1,0 +1,12 @@
+"""A user's own data: folders of pictures, tables of labels, arrays; how they are read, and their check.
+
+Nothing is silently dropped or replaced. What is skipped, left out or clipped is counted in `Dataset.note`,
+and what cannot be trained on is an `InputError` of one sentence.
+"""
+
+from gan_jax.pictures.arrays import Scaling, load_arrays
+from gan_jax.pictures.folder import load_folder
+from gan_jax.pictures.reader import Fit, Reader, resize
+from gan_jax.pictures.survey import check, print_check
+
+__all__ = ["Fit", "Reader", "Scaling", "check", "load_arrays", "load_folder", "print_check", "resize"]

@@ -1,0 +1,254 @@
+"""Arrays of images or vectors as datasets."""
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from gan_jax.datasets import Dataset
+from gan_jax.pictures.reader import Reader, listed
+from gan_jax.types import InputError
+
+_KEYS = ("x", "y", "x_test", "y_test", "classes")
+_LARGEST = 1e30
+
+
+@dataclass(frozen=True)
+class Scaling:
+  """How vectors become bytes: each feature from its own low, which becomes 0, to its high, 255."""
+
+  low: tuple[float, ...]
+  high: tuple[float, ...]
+
+  def __post_init__(self) -> None:
+    for name in ("low", "high"):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+
+  @classmethod
+  def of(cls, x: Float[np.ndarray, "n f"]) -> "Scaling":
+    """From the 0.1 % to the 99.9 % quantile of each feature: an outlier does not squeeze the others."""
+    low, high = np.quantile(np.asarray(x, np.float64), (0.001, 0.999), axis=0)
+    return cls(tuple(low.tolist()), tuple(high.tolist()))
+
+  def apply(self, x: Float[Any, "n f"]) -> UInt8[np.ndarray, "n 1 f 1"]:
+    """Vectors `[N, F]` as images of one row, clipped; a feature whose low is its high becomes 0.
+
+    Raises:
+      InputError: another number of features, or values that are not finite.
+    """
+    x, low, high = np.asarray(x, np.float64), np.asarray(self.low), np.asarray(self.high)
+    if x.ndim != 2 or x.shape[1] != len(low):
+      raise InputError(f"vectors must be [N, {len(low)}], not {_shape(x)}")
+    if not np.isfinite(x).all():
+      raise InputError("vectors must be finite, and these hold values that are not")
+    z = (np.clip(x, low, high) - low) / np.where(high > low, high - low, 1)
+    return np.round(255 * z).astype(np.uint8)[:, None, :, None]
+
+
+def load_arrays(path: str | Path) -> Dataset:
+  """Reads an .npz file of arrays: `x`, `y`, and as they are given `x_test` and `y_test`, `classes`.
+
+  `x` are images `[N, H, W]` or `[N, H, W, C]` with C in {1, 3}, as uint8, floats in [0, 1], or uint16, of
+  which the largest value in `x` becomes 255; or vectors `[N, F]` of real numbers, see `Scaling`. `y` are
+  classes, integers from 0 and -1 for no label, or names and "" for no label. `classes` are the names.
+
+  Raises:
+    InputError: missing or unknown arrays, wrong shapes, types or ranges, classes without labels.
+  """
+  path = Path(path).expanduser()
+  arrays = open_arrays(path)
+  for problem in array_problems(arrays):
+    raise InputError(f"{path}: {problem}")
+  names = _class_names(arrays)
+  x, notes, reader, scaling, white = arrays["x"], [], None, None, 65535
+  x_test = arrays.get("x_test", x[:0])
+  if x.ndim == 2:
+    scaling = Scaling.of(x)
+    x, x_test = scaling.apply(x), scaling.apply(x_test)
+    constant = sum(low >= high for low, high in zip(scaling.low, scaling.high, strict=True))
+    if constant:
+      notes.append(
+        f"{constant:,} of {x.shape[2]:,} features are constant from their 0.1 % to their 99.9 %"
+        " quantile and become 0"
+      )
+  else:
+    if is_uint16(x):
+      white = int(x.max()) or 1
+      notes.append(
+        f"the value {white}, the largest of x, becomes 255, and larger ones of x_test are clipped"
+      )
+    x, x_test = (_as_bytes(a, white) for a in (x, x_test))
+    reader = Reader(channels=x.shape[-1], size=None, white=white)
+  y, y_test = (_class_numbers(arrays.get(key, arrays["y"][:0]), names) for key in ("y", "y_test"))
+  return Dataset(
+    name=f"arrays:{path.stem}",
+    x_train=x,
+    y_train=y,
+    x_test=x_test,
+    y_test=y_test,
+    class_names=names,
+    note="; ".join(notes),
+    own=True,
+    reader=reader,
+    scaling=scaling,
+  )
+
+
+def open_arrays(path: Path) -> dict[str, np.ndarray]:
+  if not path.is_file():
+    raise InputError(f"{path} is not a file")
+  try:
+    with path.open("rb") as opened:
+      file = np.load(opened, allow_pickle=False)
+      if isinstance(file, np.ndarray):
+        raise InputError(f"{path} holds one array: save x and y together with numpy.savez")
+      return {key: file[key] for key in file}
+  except InputError:
+    raise
+  except ValueError as error:
+    if "pickle" in str(error) and zipfile.is_zipfile(path):
+      raise InputError(f"{path} holds Python objects: save numbers, and names as text arrays") from error
+    raise InputError(f"{path} is not an .npz file of numpy.savez") from error
+  except Exception as error:  # zip files break in many ways
+    raise InputError(f"{path} is not a whole .npz file of numpy.savez ({error})") from error
+
+
+def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
+  """What is wrong, a sentence each; later ones are looked for as far as earlier ones allow."""
+  unknown = [key for key in arrays if key not in _KEYS]
+  if unknown:
+    yield f"there is no use for {listed(unknown)}: the arrays are {', '.join(_KEYS)}"
+  missing = [key for key in ("x", "y") if key not in arrays]
+  if missing:
+    yield f"{' and '.join(missing)} must be there: x are the images or vectors, y their classes"
+  if ("x_test" in arrays) != ("y_test" in arrays):
+    yield "x_test and y_test go together, and only one is there"
+  for key in ("x", "x_test"):
+    if key in arrays:
+      yield from _image_problems(key, arrays[key])
+  if "x" in arrays and "x_test" in arrays:
+    x, x_test = arrays["x"], arrays["x_test"]
+    if x.shape[1:] != x_test.shape[1:] or x.dtype.kind != x_test.dtype.kind:
+      yield (
+        f"x_test must be like x, {_shape(x)} of {x.dtype}, but for the first number, and it is"
+        f" {_shape(x_test)} of {x_test.dtype}"
+      )
+  whole = True
+  for key in ("y", "y_test"):
+    for problem in _label_problems(key, arrays):
+      whole = False
+      yield problem
+  if "classes" in arrays:
+    classes = arrays["classes"]
+    if classes.ndim != 1 or classes.dtype.kind != "U" or len({*classes.tolist(), ""}) != len(classes) + 1:
+      whole = False
+      yield "classes must be a text array of different names"
+  if whole and "y" in arrays:
+    yield from _class_problems(arrays)
+
+
+def _image_problems(key: str, x: np.ndarray) -> Iterator[str]:
+  if x.ndim not in (2, 3, 4):
+    yield f"{key} must be images [N, H, W] or [N, H, W, C] or vectors [N, F], not {_shape(x)}"
+  elif x.ndim == 4 and x.shape[-1] not in (1, 3):
+    hint = ": put the channels last" if x.shape[1] in (1, 3) else ""
+    yield f"images in {key} must have 1 or 3 channels, [N, H, W, C], and they are {_shape(x)}{hint}"
+  elif 0 in x.shape[1:] or (len(x) == 0 and key == "x"):
+    yield f"{key} is empty: it is {_shape(x)}"
+  elif x.ndim == 2 and x.dtype.kind not in "buif":
+    yield f"vectors in {key} must be real numbers, not {x.dtype}"
+  elif x.ndim > 2 and x.dtype != np.uint8 and not is_uint16(x) and x.dtype.kind != "f":
+    yield f"images in {key} must be uint8, uint16, or floats in [0, 1], not {x.dtype}"
+  elif len(x) and x.dtype.kind == "f":
+    low, high = float(x.min()), float(x.max())
+    if not np.isfinite([low, high]).all() or max(-low, high) > _LARGEST:
+      yield f"{key} holds values that are not finite, or beyond {_LARGEST:g}"
+    elif x.ndim > 2 and not 0 <= low <= high <= 1:
+      yield f"floats in {key} must be in [0, 1], and they go from {low:g} to {high:g}: scale them"
+
+
+def _label_problems(key: str, arrays: dict[str, np.ndarray]) -> Iterator[str]:
+  if key not in arrays:
+    return
+  y, x = arrays[key], arrays.get(key.replace("y", "x"))
+  if y.ndim != 1:
+    yield f"{key} must be [N], a class for each image, not {_shape(y)}"
+  elif y.dtype.kind not in "iuU":
+    yield f"{key} must be integers or names, not {y.dtype}"
+  else:
+    if x is not None and x.ndim and len(x) != len(y):
+      yield f"{key} has {len(y):,} labels for {len(x):,} images: it needs one for each"
+    if y.dtype.kind != "U" and len(y) and y.min() < -1:
+      yield f"{key} holds {y.min()}: classes count from 0, and -1 is no label"
+    elif key == "y_test" and ((y == "") if y.dtype.kind == "U" else (y == -1)).any():
+      yield "y_test must not hold images without labels"
+    if key == "y_test" and "y" in arrays and (arrays["y"].dtype.kind == "U") != (y.dtype.kind == "U"):
+      yield "y and y_test must both be integers, or both names"
+
+
+def _class_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
+  """Of labels that are fit to be looked at."""
+  y, y_test = arrays["y"], arrays.get("y_test", arrays["y"][:0])
+  text = y.dtype.kind == "U"
+  given = {*(y[y != ""] if text else y[y >= 0]).tolist()}
+  if not given:
+    yield "y holds no label at all"
+    return
+  names = arrays["classes"].tolist() if "classes" in arrays else None
+  if names is None:
+    known, num = (given, len(given)) if text else (range(max(given) + 1), max(given) + 1)
+  else:
+    known, num = {*names} if text else range(len(names)), len(names)
+  unknown = sorted(label for label in given if label not in known)
+  if unknown:
+    yield f"y holds {listed(map(str, unknown))}, for which classes, {num} names, has none"
+  if num < 2:
+    yield f"there is one class, {next(iter(known))}, and a classifier needs two"
+  empty = num - sum(label in known for label in given)
+  if empty:
+    first = next(label for label in (names if text and names else known) if label not in given)
+    name = f"{first} ({names[first]})" if isinstance(first, int) and names else first
+    yield f"{empty:,} of {num:,} classes have no label in y, such as {name}"
+  unknown = sorted(label for label in {*y_test.tolist()} if label not in known)
+  if unknown:
+    yield f"y_test holds classes that y does not: {listed(map(str, unknown))}"
+
+
+def _class_names(arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+  y = arrays["y"]
+  if "classes" in arrays:
+    return tuple(arrays["classes"].tolist())
+  if y.dtype.kind == "U":
+    return tuple(sorted({*y.tolist()} - {""}))
+  return tuple(str(k) for k in range(y.max() + 1))
+
+
+def _class_numbers(y: np.ndarray, names: tuple[str, ...]) -> Int[np.ndarray, "n"]:
+  if y.dtype.kind == "U":
+    number = {name: i for i, name in enumerate(names)} | {"": -1}
+    return np.array([number[name] for name in y.tolist()], np.int64)
+  return y.astype(np.int64)
+
+
+def _as_bytes(x: np.ndarray, white: int) -> UInt8[np.ndarray, "n h w c"]:
+  """Images as bytes, some at a time: the floats of all at once may not fit."""
+  x = x[..., None] if x.ndim == 3 else x
+  if x.dtype == np.uint8:
+    return x
+  scale, top = (255 / white, white) if x.dtype.kind == "u" else (255, 1)
+  found = np.empty(x.shape, np.uint8)
+  for i in range(0, len(x), 256):
+    found[i : i + 256] = np.round(np.minimum(x[i : i + 256], top) * np.float64(scale))
+  return found
+
+
+def is_uint16(x: np.ndarray) -> bool:
+  return x.dtype.kind == "u" and x.dtype.itemsize == 2  # of any byte order
+
+
+def _shape(x: np.ndarray) -> str:
+  return f"[{', '.join(map(str, x.shape))}]"

@@ -1,0 +1,260 @@
+"""Folders of pictures as datasets."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import psutil
+from jaxtyping import UInt8
+
+from gan_jax.datasets import Dataset, write_quietly
+from gan_jax.pictures.layout import Found, scan
+from gan_jax.pictures.reader import GREY, Fit, Header, Reader, for_all, listed, open_upright
+from gan_jax.report import cache_dir
+from gan_jax.types import InputError
+
+
+def load_folder(root: str | Path, *, image_size: int | None = None, fit: Fit = "crop") -> Dataset:
+  """Reads a folder of pictures; the decoded ones are kept in the user's cache.
+
+  The labels come from one of three layouts:
+    `train/CLASS/**`, with `train/unlabelled/**` for pictures without labels and `test/CLASS/**` for the
+      test set, both optional;
+    `CLASS/**` and `unlabelled/**` without a test set;
+    a table `labels.csv` or `metadata.csv` with the columns `file_name,label` in place of class folders, in
+      the folder itself, or in `train` and in `test`. What it does not list has no label.
+
+  Args:
+    root: the folder; hidden files and what is no picture by its suffix are skipped.
+    image_size: resizes to squares of this side; the name of the dataset then ends in `@` and the side.
+    fit: how the aspect is kept, see `Reader`.
+
+  Raises:
+    InputError: no such layout, classes without pictures, several sizes without `image_size`, an unreadable
+      test picture or more than 1 % of the training pictures, links that leave the folder.
+  """
+  found = scan(Path(root))
+  _raise_first(found.problems)
+  key = _cache_key(found, image_size, fit)
+  read = _from_cache(key, found)
+  if read is None:
+    read = _read_folder(found, image_size, fit)
+    _to_cache(key, read)
+  unreadable = {*read.unreadable}
+  train = [label for i, (_, label) in enumerate(found.train) if i not in unreadable]
+  classes = found.classes
+  number: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
+  notes = [*found.notes, *read.notes]
+  if found.skipped:
+    notes.append(f"skipped, hidden or no pictures: {len(found.skipped):,} ({listed(found.skipped)})")
+  name = f"folder:{found.root.name}"
+  return Dataset(
+    name=name if image_size is None else f"{name}@{image_size}",
+    x_train=read.x_train,
+    y_train=np.array([number[label] for label in train], np.int64),
+    x_test=read.x_test,
+    y_test=np.array([number[label] for _, label in found.test], np.int64),
+    class_names=tuple(classes),
+    note="; ".join(notes),
+    own=True,
+    reader=read.reader,
+  )
+
+
+class _Read(NamedTuple):
+  """The pictures of a folder."""
+
+  x_train: UInt8[np.ndarray, "n h w c"]
+  x_test: UInt8[np.ndarray, "m h w c"]
+  reader: Reader
+  unreadable: list[int]
+  """Positions among the training pictures that are found, which `x_train` lacks."""
+  notes: list[str]
+
+
+def _raise_first(problems: Sequence[str]) -> None:
+  if problems:
+    raise InputError(problems[0])
+
+
+def _read_folder(found: Found, image_size: int | None, fit: Fit) -> _Read:
+  paths = [path for path, _ in found.train]
+  test = [path for path, _ in found.test]
+  headers = for_all(Header.read, paths + test, "looking at the pictures")
+  reasons = {i: header for i, header in enumerate(headers) if isinstance(header, str)}
+  _raise_first(unreadable_problems(found, reasons))
+  known = {i: header for i, header in enumerate(headers) if isinstance(header, Header)}
+  if image_size is None:
+    _raise_first(size_problems(found, [header.size for header in known.values()]))
+  mine = [header for i, header in known.items() if i < len(paths)]
+  notes, white = [], 65535
+  deep = [paths[i] for i, header in known.items() if i < len(paths) and header.bits == "16"]
+  if deep:
+    largest = for_all(
+      lambda path: int(np.asarray(open_upright(path)).max()), deep, "16 bits: how bright is white?"
+    )
+    white = max([value for value in largest if isinstance(value, int)], default=65535) or 1
+    notes.append(
+      f"of 16-bit pictures the value {white}, the largest of the training set, becomes 255, and"
+      " larger ones of the test set are clipped"
+    )
+  high_bytes = sum(header.bits == "16, read as 8" for header in known.values())
+  if high_bytes:
+    notes.append(
+      f"{high_bytes:,} pictures hold 16 bits in several channels, of which the high byte is read"
+    )
+  reader = Reader(
+    channels=1 if all(header.mode in GREY for header in mine) else 3,
+    size=None if image_size is None else (image_size, image_size),
+    fit=fit,
+    white=white,
+  )
+  size = reader.size or mine[0].size
+  x_train, failed = _read_all(reader, paths, size)
+  _raise_first(unreadable_problems(found, failed))
+  if failed:
+    x_train = np.delete(x_train, [*failed], axis=0)
+  if reader.channels == 3 and _is_grey(x_train):
+    reader, x_train = replace(reader, channels=1), np.ascontiguousarray(x_train[..., :1])
+  x_test, failed_test = _read_all(reader, test, size)
+  _raise_first(unreadable_problems(found, {len(paths) + i: reason for i, reason in failed_test.items()}))
+  left = {label for i, (_, label) in enumerate(found.train) if i not in failed}
+  gone = [name for name in found.classes if name not in left]
+  if gone:
+    raise InputError(f"{found.root} holds no picture of {listed(gone)} that can be read")
+  if failed:
+    names = listed(found.name(paths[i]) for i in failed)
+    notes.append(
+      f"{len(failed):,} of {len(paths):,} training pictures cannot be read and are left out ({names})"
+    )
+  return _Read(x_train, x_test, reader, [*failed], notes)
+
+
+def _read_all(
+  reader: Reader, paths: Sequence[Path], size: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "n h w c"], dict[int, str]]:
+  """All pictures, and the reasons for those that fail, whose rows are zero."""
+  shape = (*size, reader.channels)
+  needed, available = len(paths) * int(np.prod(shape)), psutil.virtual_memory().available
+  if needed > available:
+    raise InputError(
+      f"{len(paths):,} pictures of {size[0]}x{size[1]} take {needed / 2**30:.1f} GB, and"
+      f" {available / 2**30:.1f} GB of memory are free: resize them with --image-size N"
+    )
+  x = np.zeros((len(paths), *shape), np.uint8)
+
+  def read(i: int) -> None:
+    pixels = reader._pixels(open_upright(paths[i]))
+    if pixels.shape != shape:
+      raise InputError("is not of the size that it declares")
+    x[i] = pixels
+
+  results = for_all(read, range(len(paths)), f"reading {len(paths):,} pictures")
+  return x, {i: reason for i, reason in enumerate(results) if reason is not None}
+
+
+def _is_grey(x: UInt8[np.ndarray, "n h w c"]) -> bool:
+  """Whether all three channels are the same everywhere."""
+  rows = (x[i : i + 256] for i in range(0, len(x), 256))
+  return all((a[..., :1] == a).all() for a in rows)
+
+
+def size_problems(found: Found, sizes: list[tuple[int, int]]) -> list[str]:
+  """A problem where there are several."""
+  several = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
+  if len(several) < 2:
+    return []
+  smallest, largest = (f"{height}x{width}" for height, width in (several[0], several[-1]))
+  return [
+    f"{found.root} holds pictures of {len(several):,} sizes, from {smallest} to {largest} (height x width):"
+    f" resize them with --image-size N, for instance {suggested_side(sizes)}"
+  ]
+
+
+def suggested_side(sizes: list[tuple[int, int]]) -> int:
+  """The largest side up to 64, which the networks are tested with, that enlarges few pictures."""
+  short = np.quantile([min(size) for size in sizes], 0.05)
+  return max((side for side in (16, 32, 64) if side <= short), default=16)
+
+
+def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
+  """Problems where pictures of the test set, or more than 1 % of the others, cannot be read."""
+  paths = [path for path, _ in found.train + found.test]
+  problems, num = [], len(found.train)
+  told = lambda which: "; ".join(f"{found.name(paths[i])} {reasons[i]}" for i in which[:3])
+  of_train, of_test = [i for i in reasons if i < num], [i for i in reasons if i >= num]
+  if 100 * len(of_train) > num:
+    problems.append(
+      f"{len(of_train):,} of the {num:,} training pictures of {found.root}, more than 1 %, cannot be read,"
+      f" mend or remove them: {told(of_train)}"
+    )
+  if of_test:
+    problems.append(
+      f"{len(of_test):,} of the test pictures of {found.root} cannot be read, mend or remove them:"
+      f" {told(of_test)}"
+    )
+  return problems
+
+
+# --- Decoded pictures in the user's cache
+
+_FORMAT = f"1, Pillow {PIL.__version__}"
+_CACHE_BYTES = 2 * 10**9
+
+
+def _cache_key(found: Found, image_size: int | None, fit: Fit) -> str:
+  """SHA-256 of what the decoded pictures are made from, as far as it shows without reading them."""
+  digest = hashlib.sha256(f"{_FORMAT} {found.root} {image_size} {fit} {len(found.train)}".encode())
+  for path, _ in found.train + found.test:
+    try:
+      stat = path.stat()
+      # The time of the last change tells apart what an archive unpacks with the times of its making.
+      state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    except OSError:
+      state = ()
+    digest.update(os.fsencode(f"\0{found.name(path)}\0{state}"))
+  return digest.hexdigest()
+
+
+def _from_cache(key: str, found: Found) -> _Read | None:
+  path = cache_dir() / "pictures" / f"{key}.npz"
+  try:
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+      x_train, x_test = file["x_train"], file["x_test"]
+      about = json.loads(str(file["about"]))
+    read = _Read(x_train, x_test, Reader(**about["reader"]), about["unreadable"], about["notes"])
+    whole = len(x_train) + len(read.unreadable) == len(found.train) and len(x_test) == len(found.test)
+    if not whole or x_train.ndim != 4 or x_train.shape[1:] != x_test.shape[1:]:
+      return None
+    if {x_train.dtype, x_test.dtype} != {np.dtype(np.uint8)}:
+      return None
+    os.utime(path)  # the oldest are removed first: those that were not used for longest
+    return read
+  except Exception:  # whatever is wrong with it, it is read anew
+    return None
+
+
+def _to_cache(key: str, read: _Read) -> None:
+  if read.x_train.nbytes + read.x_test.nbytes > _CACHE_BYTES:
+    return
+  folder = cache_dir() / "pictures"
+  about = {"reader": asdict(read.reader), "unreadable": read.unreadable, "notes": read.notes}
+  arrays = {"x_train": read.x_train, "x_test": read.x_test, "about": np.array(json.dumps(about))}
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_quietly(folder / f"{key}.npz", arrays)
+    files = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.iterdir()]
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+      if total <= _CACHE_BYTES:
+        break
+      path.unlink(missing_ok=True)
+      total -= size
+  except OSError:
+    pass  # a folder that cannot be written is no cache, no error

@@ -1,0 +1,254 @@
+"""Which pictures a folder holds, and of which classes; none of them is opened."""
+
+import csv
+import io
+import os
+import posixpath
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from gan_jax.pictures.reader import listed, suffixes
+
+_TRAIN, _TEST, _VALID = ("train", "training"), ("test", "testing"), ("valid", "validation", "val")
+_UNLABELLED = ("unlabelled", "unlabeled", "unsup")
+_TABLES = ("labels.csv", "metadata.csv")
+_NO_DATA = ("thumbs.db", "desktop.ini", "__macosx")
+
+_Example = tuple[Path, str | None]
+"""A picture and its class; None: without a label."""
+
+
+class _Level(NamedTuple):
+  """What lies directly in a folder, sorted by name."""
+
+  folders: list[Path]
+  pictures: list[Path]
+  tables: list[Path]
+
+
+@dataclass
+class Found:
+  """What lies in a folder, before any picture is opened. Problems are collected: `check` lists them all."""
+
+  root: Path
+  train: list[_Example] = field(default_factory=list)
+  test: list[_Example] = field(default_factory=list)
+  skipped: list[str] = field(default_factory=list)
+  notes: list[str] = field(default_factory=list)
+  problems: list[str] = field(default_factory=list)
+  levels: dict[Path, _Level] = field(default_factory=dict)
+
+  @property
+  def classes(self) -> list[str]:
+    return sorted({label for _, label in self.train if label is not None})
+
+  def name(self, path: Path) -> str:
+    """A path as messages give it, and the same on every system."""
+    return _plain(path.relative_to(self.root).as_posix())
+
+  def level(self, folder: Path) -> _Level:
+    """Looks into a folder, once."""
+    if folder in self.levels:
+      return self.levels[folder]
+    level = self.levels[folder] = _Level([], [], [])
+    real = os.path.realpath(self.root)
+    try:
+      paths = sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+      self.problems.append(f"the folder {folder} cannot be read ({error.strerror})")
+      return level
+    for path in paths:
+      suffix = path.suffix.lower()
+      if path.name.startswith(".") or path.name.lower() in _NO_DATA:
+        self.skipped.append(self.name(path))
+      elif path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real):
+        self.problems.append(
+          f"{path} is a link that leaves the folder {self.root}: put what it points to in its place"
+        )
+      elif path.is_dir():
+        level.folders.append(path)
+      elif suffix in suffixes():
+        level.pictures.append(path)
+      elif path.name.lower() in _TABLES:
+        level.tables.append(path)
+      else:
+        self.skipped.append(self.name(path))
+    return level
+
+  def below(self, folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
+    """All pictures in a folder and its folders."""
+    real, level = os.path.realpath(folder), self.level(folder)
+    if real in above:
+      self.problems.append(f"{folder} leads back to a folder that holds it: remove the link")
+      return []
+    return level.pictures + [p for sub in level.folders for p in self.below(sub, (*above, real))]
+
+
+def _plain(name: str) -> str:
+  """A name that is the same on every system and can be printed."""
+  return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="replace"))
+
+
+def scan(root: Path) -> Found:
+  """Which pictures a folder holds and of which classes; the layouts are those of `load_folder`."""
+  root = Path(os.path.abspath(root.expanduser()))
+  found = Found(root)
+  if not root.is_dir():
+    found.problems.append(f"{root} is not a folder")
+    return found
+  level = found.level(root)
+  named = lambda names: [folder for folder in level.folders if folder.name.casefold() in names]
+  train, test, valid = named(_TRAIN), named(_TEST), named(_VALID)
+  if test and valid:
+    found.notes.append(f"the test set is {test[0].name}, and {listed(p.name for p in valid)} is not read")
+  parts = train, test or valid
+  for folders in parts:
+    if len(folders) > 1:
+      both = " and ".join(folder.name for folder in folders)
+      found.problems.append(f"{root} holds both {both}: keep one of them")
+  if train:
+    if level.tables:
+      found.problems.append(
+        f"{level.tables[0]} lies beside {train[0].name}: move it into {train[0]}, or give it another name"
+      )
+    _no_loose(found, root, level.pictures, train[0])
+    found.train = _part(found, train[0])
+    found.train += [(p, None) for folder in named(_UNLABELLED) for p in found.below(folder)]
+    known = (*_TRAIN, *_TEST, *_VALID, *_UNLABELLED)
+    others = [folder.name for folder in level.folders if folder.name.casefold() not in known]
+    if others:
+      found.notes.append(f"folders beside {train[0].name} are not read: {listed(others)}")
+  elif parts[1]:
+    found.problems.append(f"{root} holds {parts[1][0].name} and no folder train with the training pictures")
+  else:
+    found.train = _part(found, root)
+  if parts[1]:
+    found.test = _part(found, parts[1][0], labelled=True)
+  _check_classes(found)
+  used = {table for path in (root, *train, *parts[1]) for table in found.level(path).tables}
+  tables = [table for level in found.levels.values() for table in level.tables if table not in used]
+  found.skipped = sorted({*found.skipped, *map(found.name, tables)})
+  found.problems = list(dict.fromkeys(found.problems))
+  return found
+
+
+def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Example]:
+  """The training or the test pictures: of class folders, or of a table; `labelled`: all need labels."""
+  level = found.level(folder)
+  if level.tables:
+    examples = _by_table(found, folder, level.tables)
+  else:
+    examples = []
+    for sub in level.folders:
+      pictures = found.below(sub)
+      label = _plain(sub.name)
+      if sub.name.casefold() in _UNLABELLED:
+        label = None
+      elif not pictures and not labelled:
+        found.problems.append(f"the class folder {sub} holds no pictures: fill or remove it")
+      examples += [(path, label) for path in pictures]
+    if level.pictures and not level.folders:
+      found.problems.append(
+        f"{folder} holds pictures and neither class folders nor a table labels.csv with the columns"
+        " file_name,label"
+      )
+    else:
+      _no_loose(found, folder, level.pictures, folder)
+  if labelled and any(label is None for _, label in examples):
+    names = listed(found.name(path) for path, label in examples if label is None)
+    found.problems.append(f"test pictures need labels, and these have none: {names}")
+    examples = [example for example in examples if example[1] is not None]
+  return examples
+
+
+def _no_loose(found: Found, folder: Path, pictures: list[Path], train: Path) -> None:
+  if pictures:
+    found.problems.append(
+      f"pictures in {folder} lie outside of the class folders ({listed(p.name for p in pictures)}):"
+      f" move them into one, or into {train / 'unlabelled'}"
+    )
+
+
+def _check_classes(found: Found) -> None:
+  if found.problems and not found.train:
+    return  # there is nothing yet to speak of
+  if not found.classes:
+    found.problems.append(
+      f"{found.root} holds no labelled pictures: make a folder for each class, or a table labels.csv with"
+      " the columns file_name,label"
+    )
+  elif len(found.classes) == 1:
+    found.problems.append(
+      f"{found.root} holds one class, {found.classes[0]}, and a classifier needs two: make a folder for"
+      " each, or name the folder that holds them"
+    )
+  unknown = sorted({label for _, label in found.test if label is not None} - {*found.classes})
+  if unknown:
+    found.problems.append(
+      f"the test set of {found.root} has classes without training pictures: {listed(unknown)}"
+    )
+  untested = [name for name in found.classes if name not in {label for _, label in found.test}]
+  if found.test and untested:
+    found.notes.append(f"the test set has no pictures of {listed(untested)}")
+
+
+def _by_table(found: Found, folder: Path, tables: list[Path]) -> list[_Example]:
+  """A table alone labels: folders are places, and may only repeat what it says."""
+  if len(tables) > 1:
+    found.problems.append(f"{folder} holds both {tables[0].name} and {tables[1].name}: keep one of them")
+  labels = _read_table(found, tables[0])
+  pictures = {_plain(path.relative_to(folder).as_posix()): path for path in found.below(folder)}
+  missing = [name for name in labels if name not in pictures]
+  if missing:
+    found.problems.append(f"{tables[0]} lists what is no picture in {folder}: {listed(missing)}")
+  classes = {label for label in labels.values() if label}
+  for name in pictures:
+    place, label = name.partition("/")[0], labels.get(name, "")
+    if "/" in name and place in classes and place != label:
+      found.problems.append(
+        f"{name} lies in a folder of class {place}, and {tables[0]} says {label or 'nothing'}: label by"
+        " folders or by the table, not by both"
+      )
+      break
+  return [(path, labels.get(name) or None) for name, path in pictures.items()]
+
+
+def _read_table(found: Found, table: Path) -> dict[str, str]:
+  """Labels by file name; an empty one is no label."""
+  try:
+    rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""))
+    columns = rows.fieldnames or []
+    if not {"file_name", "label"} <= {*columns}:
+      found.problems.append(
+        f"{table} needs the columns file_name and label, parted by commas, and its first line is"
+        f" {','.join(columns) or 'empty'}"
+      )
+      return {}
+    lines = [(rows.line_num, row) for row in rows]
+  except UnicodeDecodeError:
+    found.problems.append(f"{table} is not encoded as UTF-8: save it as such")
+    return {}
+  except (OSError, csv.Error) as error:
+    found.problems.append(f"{table} is not a table that can be read ({error})")
+    return {}
+  labels = {}
+  for number, row in lines:
+    clean = lambda column, row=row: _plain((row[column] or "").strip())
+    name = clean("file_name")
+    path = posixpath.normpath(name)
+    wrong = None
+    if None in row:
+      wrong = "has more columns than the first: quote what holds a comma"
+    elif not name:
+      wrong = "names no file"
+    elif path.startswith("/") or path.split("/")[0] == "..":
+      wrong = f"names {name}, which is not in the folder of the table"
+    elif path in labels:
+      wrong = f"lists {name} for the second time"
+    if wrong:
+      found.problems.append(f"line {number} of {table} {wrong}")
+    else:
+      labels[path] = clean("label")
+  return labels

@@ -1,0 +1,200 @@
+"""How one picture becomes an array, and many at a time."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gan_jax.report import console
+from gan_jax.types import InputError
+
+Fit = Literal["crop", "pad"]
+T = TypeVar("T")
+
+GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # of EXIF; from 5 on width and height are swapped
+_PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+
+
+@dataclass(frozen=True)
+class Reader:
+  """How pictures become arrays. `dataclasses.asdict` makes JSON of it, and `Reader(**json)` reads that."""
+
+  channels: Literal[1, 3]
+  """1: all become grey; 3: all become colour."""
+  size: tuple[int, int] | None
+  """Height and width that they are resized to; None: they stay as they are."""
+  fit: Fit = "crop"
+  """crop: the largest centred part of the wanted aspect; pad: all of it, its edge pixels repeated."""
+  white: int = 65535
+  """The value of 16-bit pictures that becomes 255; larger ones are clipped. 8 bits are not scaled."""
+
+  def __post_init__(self) -> None:
+    if isinstance(self.size, list):
+      object.__setattr__(self, "size", tuple(self.size))
+
+  def read(self, path: str | Path) -> UInt8[np.ndarray, "h w c"]:
+    """One picture, upright as its EXIF data says, transparency on white, of several frames the first.
+
+    Raises:
+      InputError: there is no such file, or nothing that Pillow decodes within its limit of pixels.
+    """
+    try:
+      with strictly():
+        return self._pixels(open_upright(path))
+    except Exception as error:  # decoders raise whatever they like on a broken file
+      raise InputError(f"{path} {reason_of(error)}") from error
+
+  def _pixels(self, picture: Image.Image) -> UInt8[np.ndarray, "h w c"]:
+    if picture.mode == "F":  # 16 bits are scaled as floats, so that resizing rounds once
+      picture = Image.fromarray(np.minimum(np.asarray(picture), self.white) * np.float32(255 / self.white))
+    else:
+      picture = picture.convert("L" if self.channels == 1 else "RGB")
+    pixels = np.asarray(picture) if self.size is None else resize(picture, self.size, self.fit)
+    if picture.mode == "F":
+      pixels = np.round(pixels).astype(np.uint8)
+    pixels = np.atleast_3d(pixels)
+    return pixels if pixels.shape[-1] == self.channels else pixels.repeat(self.channels, axis=-1)
+
+
+def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
+  """A picture as an array of this height and width, its aspect kept; see `Reader.fit`.
+
+  Bilinear, over the pixels that go into one where the picture shrinks.
+
+  Args:
+    picture: of Pillow's modes L, RGB or F.
+    size: height and width.
+    fit: crop or pad.
+  """
+  height, width = size
+  if fit == "crop":
+    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR))
+  scale = min(height / picture.height, width / picture.width)
+  w, h = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
+  pixels = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR))
+  top, left = (height - h) // 2, (width - w) // 2
+  border = [(top, height - h - top), (left, width - w - left), (0, 0)]
+  return np.pad(pixels, border[: pixels.ndim], mode="edge")
+
+
+def open_upright(path: str | Path) -> Image.Image:
+  """An upright picture of mode L, RGB, or, with the values of 16 bits, F."""
+  with Image.open(path) as file:
+    if file.mode == "F":
+      raise InputError("holds floating-point values: save it with 8 or 16 bits")
+    picture = ImageOps.exif_transpose(file)
+    if bits_of(file) == "16":
+      values = np.asarray(picture)
+      if values.min() < 0 or values.max() > 65535:
+        raise InputError("holds values of 32 bits: save it with 8 or 16 bits")
+      return Image.fromarray(values.astype(np.float32))
+    if picture.has_transparency_data:
+      picture = picture.convert("RGBA")
+      picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if file.mode in GREY else "RGB")
+
+
+def bits_of(file: Image.Image) -> str:
+  """Bits a channel. Pillow reads colour of 16 bits as 8, the high byte of each value."""
+  if file.mode.startswith("I"):
+    return "16"
+  if ";16" in str(getattr(file, "tile", "")):
+    return "16, read as 8"
+  return {"1": "1", "F": "32"}.get(file.mode, "8")
+
+
+class Header(NamedTuple):
+  """What a picture says of itself before it is decoded."""
+
+  height: int
+  width: int
+  mode: str
+  bits: str
+
+  @classmethod
+  def read(cls, path: Path) -> "Header":
+    with Image.open(path) as file:
+      bits = bits_of(file)
+      # Without any at the front, Pillow decodes a whole PNG in search of EXIF data behind the pixels.
+      has_exif = file.format != "PNG" or not _PNG_EXIF.isdisjoint(file.info)
+      turned = has_exif and file.getexif().get(_ORIENTATION, 1) >= 5
+      height, width = file.size if turned else file.size[::-1]
+      return cls(height, width, file.mode, bits)
+
+  @property
+  def size(self) -> tuple[int, int]:
+    return self.height, self.width
+
+
+@contextmanager
+def strictly() -> Iterator[None]:
+  """Pillow's limit of pixels is an error, not a warning; what else it warns of still decodes."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    yield
+
+
+def reason_of(error: Exception) -> str:
+  """Why a file cannot be read, as the end of a sentence that its name begins."""
+  if isinstance(error, InputError):
+    return str(error)
+  if isinstance(error, FileNotFoundError):
+    return "does not exist"
+  if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+    return f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit: make it smaller"
+  if isinstance(error, UnidentifiedImageError):
+    return "is not a picture that Pillow can read"
+  return f"cannot be decoded ({str(error) or type(error).__name__})"
+
+
+def for_all(work: Callable[[Any], T], items: Sequence[Any], what: str) -> list[T | str]:
+  """In threads the work of every item, in order, or why it failed; with a bar where that takes long."""
+  from rich.progress import Progress
+
+  def attempt(item: Any) -> T | str:
+    try:
+      return work(item)
+    except Exception as error:  # decoders raise whatever they like on a broken file
+      return reason_of(error)
+
+  started, results, pool = time.monotonic(), [], ThreadPoolExecutor()
+  progress = Progress(console=console, transient=True)
+  task = progress.add_task(what, total=len(items))
+  try:
+    with strictly():
+      for result in pool.map(attempt, items):
+        results.append(result)
+        progress.advance(task)
+        if console.is_terminal and not progress.live.is_started and time.monotonic() - started > 2:
+          progress.start()
+  finally:
+    if progress.live.is_started:
+      progress.stop()
+    pool.shutdown(cancel_futures=True)
+  return results
+
+
+@cache
+def suffixes() -> frozenset[str]:
+  """Suffixes of the formats that Pillow decodes by itself, without another program or library."""
+  foreign = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+  known = Image.registered_extensions().items()
+  return frozenset(suffix for suffix, name in known if name in Image.OPEN and name not in foreign)
+
+
+def listed(names: Iterable[str], num: int = 3) -> str:
+  """The first names, and how many more there are."""
+  names = list(names)
+  rest = f" and {len(names) - num:,} more" if len(names) > num else ""
+  return ", ".join(names[:num]) + rest

@@ -1,0 +1,917 @@
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import unicodedata
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from gan_jax import datasets, pictures
+from gan_jax.pictures import Reader, Scaling, folder, reader
+from gan_jax.report import cache_dir, console
+from gan_jax.types import InputError
+
+SIGNS = Path(os.environ.get("GAN_JAX_SIGN_DIGITS", "nowhere"))
+
+
+def noise(seed=0, size=(9, 10), channels=1):
+  x = np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
+  return x[..., 0] if channels == 1 else x
+
+
+def save(path: Path, x=None, **kwargs) -> Path:
+  """A picture, of noise that its path decides."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  x = noise(zlib.crc32(str(path).encode())) if x is None else x
+  (x if isinstance(x, Image.Image) else Image.fromarray(x)).save(path, **kwargs)
+  return path
+
+
+def write(path: Path, content: bytes | str) -> Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return path
+
+
+@pytest.fixture
+def pets(tmp_path):
+  """Two classes of three training pictures and a test picture each."""
+  for name in ("cat", "dog"):
+    for i in range(3):
+      save(tmp_path / "pets" / "train" / name / f"{i}.png")
+    save(tmp_path / "pets" / "test" / name / "9.png")
+  return tmp_path / "pets"
+
+
+def png16(values: np.ndarray) -> bytes:
+  """A PNG with 16 bits in each of three channels, which Pillow does not write."""
+  chunk = lambda kind, data: (
+    struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+  )
+  height, width, _ = values.shape
+  header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+  signature = b"\x89PNG\r\n\x1a\n"
+  return signature + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+# --- One picture
+
+
+def test_pictures_of_every_kind_are_read_alike(tmp_path):
+  """Lossless kinds of the same picture give the same bytes, the others nearly."""
+  x = np.kron(noise(3, (3, 4), channels=3), np.ones((8, 8, 1), np.uint8))
+  colour = Image.fromarray(x)
+  read = lambda name, channels=3: Reader(channels, None).read(tmp_path / name)
+  for name in ("a.png", "a.bmp", "a.tiff", "a.tga", "a.ppm"):
+    save(tmp_path / name, colour)
+    np.testing.assert_array_equal(read(name), x)
+  save(tmp_path / "q.gif", colour.quantize(16))
+  np.testing.assert_array_equal(read("q.gif"), x)  # twelve colours, so nothing is lost
+  for name, picture in {
+    "a.webp": colour,
+    "a.jpg": colour,
+    "cmyk.jpg": colour.convert("CMYK"),
+    "cmyk.tif": colour.convert("CMYK"),
+  }.items():
+    save(tmp_path / name, picture, quality=100)
+    assert np.abs(read(name)[4::8, 4::8].astype(int) - x[4::8, 4::8]).mean() < 8, name
+  grey = np.asarray(colour.convert("L"))
+  np.testing.assert_array_equal(read("a.png", 1)[..., 0], grey)
+  save(tmp_path / "g.png", grey)
+  np.testing.assert_array_equal(read("g.png", 3), np.repeat(grey[..., None], 3, axis=-1))
+  bits = grey > 100
+  save(tmp_path / "one.png", Image.fromarray(bits))
+  np.testing.assert_array_equal(read("one.png", 1)[..., 0], 255 * bits)
+
+
+def test_transparency_lies_on_white(tmp_path):
+  clear = np.zeros((4, 6, 4), np.uint8)
+  clear[:, 3:] = [10, 20, 30, 255]
+  clear[0, 3:, 3] = 102  # 40 %
+  expected = np.full((4, 6, 3), 255, np.uint8)
+  expected[:, 3:] = [10, 20, 30]
+  expected[0, 3:] = np.round(0.4 * np.array([10, 20, 30]) + 0.6 * 255)
+  save(tmp_path / "rgba.png", clear)
+  x = Reader(3, None).read(tmp_path / "rgba.png")
+  np.testing.assert_allclose(x.astype(int), expected, atol=1)
+  grey, alpha = Image.fromarray(clear[..., 0]), Image.fromarray(clear[..., 3])
+  save(tmp_path / "la.png", Image.merge("LA", [grey, alpha]))
+  np.testing.assert_allclose(Reader(1, None).read(tmp_path / "la.png"), expected[..., :1], atol=1)
+  palette = Image.fromarray((clear[..., 3] > 0).astype(np.uint8))
+  palette.putpalette([200, 0, 0, 10, 20, 30])
+  save(tmp_path / "p.png", palette, transparency=0)
+  x = Reader(3, None).read(tmp_path / "p.png")
+  assert (x[0, 0].tolist(), x[0, 5].tolist()) == ([255, 255, 255], [10, 20, 30])
+  save(tmp_path / "p.gif", palette)
+  assert Reader(3, None).read(tmp_path / "p.gif")[0, 0].tolist() == [200, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(tmp_path, orientation):
+  x = np.zeros((16, 24), np.uint8)
+  x[:8, :8] = 255  # the upper left
+  undo = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+  }
+  stored = Image.fromarray(x)
+  if orientation in undo:
+    stored = stored.transpose(undo[orientation])
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  save(tmp_path / "a.jpg", stored, exif=exif, quality=100)
+  np.testing.assert_allclose(Reader(1, None).read(tmp_path / "a.jpg")[..., 0], x, atol=3)
+  assert reader.Header.read(tmp_path / "a.jpg").size == (16, 24)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_scaled_by_one_number_and_clipped(tmp_path, suffix):
+  values = np.array([[0, 1, 2047, 4095], [5000, 4095, 8, 16]], np.uint16)
+  path = save(tmp_path / f"a.{suffix}", values)
+  x = Reader(1, None, white=4095).read(path)
+  np.testing.assert_array_equal(x[..., 0], np.round(np.minimum(values, 4095) * (255 / 4095)))
+  np.testing.assert_array_equal(Reader(3, None, white=4095).read(path), x.repeat(3, axis=-1))
+  # Scaled before it is resized: half of 8 and 16 levels of 4095 is 0.75 of a byte, not 0.5 of 0 and 1.
+  small = Reader(1, (1, 1), white=16).read(
+    save(tmp_path / f"b.{suffix}", np.array([[1, 1], [1, 2]], np.uint16))
+  )
+  assert small.item() == round(255 / 16 * 1.25)
+
+
+def test_a_reader_is_json():
+  for made in (Reader(3, None), Reader(1, (32, 48), "pad", 4095)):
+    again = Reader(**json.loads(json.dumps(dataclasses.asdict(made))))
+    assert (again, hash(again)) == (made, hash(made))
+
+
+def test_a_picture_that_cannot_be_read(tmp_path, monkeypatch):
+  with pytest.raises(InputError, match=r"no\.png does not exist"):
+    Reader(1, None).read(tmp_path / "no.png")
+  path = save(tmp_path / "a.png")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+  with pytest.raises(InputError, match=r"a\.png has more than 60 pixels, the limit: make it smaller"):
+    Reader(1, None).read(path)
+
+
+def test_resizing_keeps_the_aspect():
+  x = np.zeros((20, 40), np.uint8)
+  x[:, 10:30] = 100
+  x[:, 30:] = 200
+  picture = Image.fromarray(x)
+  crop = pictures.resize(picture, (10, 10), "crop")
+  np.testing.assert_array_equal(crop[:, 1:-1], 100)  # the middle half; the filter looks over its edges
+  assert np.abs(crop.astype(int) - 100).max() < 20
+  pad = pictures.resize(picture, (20, 20), "pad")
+  assert pad.shape == (20, 20)
+  np.testing.assert_array_equal(pad[:5], np.tile(pad[5], (5, 1)))  # the edge rows, repeated
+  np.testing.assert_array_equal(pad[15:], np.tile(pad[14], (5, 1)))
+  assert (pad[0, 0], pad[0, 10], pad[0, 19]) == (0, 100, 200)
+  assert pictures.resize(Image.fromarray(noise(size=(1, 300))), (8, 8), "pad").shape == (8, 8)
+  assert pictures.resize(Image.fromarray(noise(size=(300, 1))), (8, 8), "crop").shape == (8, 8)
+
+
+def test_squares_are_resized_as_ever():
+  x = datasets.load("digits").x_train[:20]
+  for fit in ("crop", "pad"):
+    found = datasets.load("digits", image_size=13, fit=fit).x_train[:20]
+    for image, resized in zip(x, found, strict=True):
+      expected = Image.fromarray(image[..., 0]).resize((13, 13), Image.Resampling.BILINEAR)
+      np.testing.assert_array_equal(resized[..., 0], np.asarray(expected))
+
+
+# --- Folders
+
+
+def test_folder_with_train_and_test(pets):
+  found = datasets.load(f"folder:{pets}")
+  assert (found.name, found.class_names, found.own) == ("folder:pets", ("cat", "dog"), True)
+  assert (found.y_train.tolist(), found.y_test.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1])
+  assert (found.y_train.dtype, found.note) == (np.int64, "")
+  paths = [f"train/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
+  expected = [np.asarray(Image.open(pets / path)) for path in paths]
+  np.testing.assert_array_equal(found.x_train[..., 0], expected)
+  assert found.reader == Reader(1, None)
+  np.testing.assert_array_equal(found.reader.read(pets / "test" / "dog" / "9.png"), found.x_test[1])
+
+
+@pytest.mark.parametrize(
+  ("train", "test", "unlabelled"),
+  [("train", "test", "unlabelled"), ("Training", "valid", "unlabeled"), ("train", "val", "UNSUP")],
+)
+def test_spellings_and_unlabelled_pictures(tmp_path, train, test, unlabelled):
+  root = tmp_path / "r"
+  for path in ("a/0.png", "b/deep/er/0.PNG", "b/1.png"):
+    save(root / train / path)
+  save(root / train / unlabelled / "x" / "2.png")
+  save(root / test / "b" / "0.png")
+  found = pictures.load_folder(root)
+  assert (sorted(found.y_train.tolist()), found.y_test.tolist()) == ([-1, 0, 1, 1], [1])
+  assert found.class_names == ("a", "b")
+  assert found.note == "the test set has no pictures of a"
+
+
+def test_class_folders_alone(tmp_path):
+  for path in ("a/0.png", "b/1.png", "unlabelled/2.png", "unlabelled/3.png"):
+    save(tmp_path / "r" / path)
+  found = pictures.load_folder(tmp_path / "r")
+  assert found.y_train.tolist() == [0, 1, -1, -1]
+  assert (found.x_test.shape, found.y_test.shape) == ((0, 9, 10, 1), (0,))
+  assert len(pictures.load_folder(tmp_path / "r", image_size=16).x_test) == 0
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "metadata.csv"])
+def test_a_table_labels(tmp_path, name):
+  root, combined = tmp_path / "r", unicodedata.normalize("NFC", "ä.png")
+  for path in ("0.png", "sub/1.png", "2.png", "3.png", unicodedata.normalize("NFD", "ä.png")):
+    save(root / path)
+  rows = [
+    "\ufefflabel,file_name,x",
+    '"red, dark",0.png,1',
+    "blue,./sub/1.png,",
+    ",2.png,",
+    f"blue,{combined},7",
+  ]
+  write(root / name, "\r\n".join(rows))
+  found = pictures.load_folder(root)
+  assert found.class_names == ("blue", "red, dark")
+  names = ["0.png", "2.png", "3.png", combined, "sub/1.png"]
+  assert dict(zip(names, found.y_train.tolist(), strict=True)) == {
+    "0.png": 1, "2.png": -1, "3.png": -1, combined: 0, "sub/1.png": 0
+  }  # fmt: skip
+  assert found.note == ""
+
+
+def test_a_table_in_each_part_and_folders_that_agree_with_it(tmp_path):
+  for part in ("train", "test"):
+    save(tmp_path / "r" / part / "a" / "0.png")
+    save(tmp_path / "r" / part / "1.png")
+    write(tmp_path / "r" / part / "metadata.csv", "file_name,label\na/0.png,a\n1.png,b\n")
+  found = pictures.load_folder(tmp_path / "r")
+  assert sorted(found.y_train.tolist()) == sorted(found.y_test.tolist()) == [0, 1]
+
+
+def test_what_is_skipped_is_counted(pets):
+  for name in (".DS_Store", "train/Thumbs.db", "train/cat/desktop.ini", "train/cat/notes.txt", "README"):
+    write(pets / name, "x")
+  save(pets / "__MACOSX" / "train" / "0.png")
+  save(pets / "train" / ".hidden" / "0.png")
+  save(pets / "valid" / "cat" / "0.png")
+  save(pets / "extra" / "0.png")
+  found = pictures.load_folder(pets)
+  assert len(found.x_train) == 6
+  assert "the test set is test, and valid is not read" in found.note
+  assert "folders beside train are not read: extra" in found.note
+  assert "skipped, hidden or no pictures: 7 (.DS_Store, README, __MACOSX and 4 more)" in found.note
+
+
+def test_few_unreadable_pictures_are_left_out_and_counted(pets):
+  for i in range(100):
+    save(pets / "train" / "unlabelled" / f"{i}.png", noise(i))
+  write(pets / "train" / "cat" / "1.png", b"no picture")
+  found = pictures.load_folder(pets)
+  assert found.y_train.tolist() == [0, 0, 1, 1, 1] + 100 * [-1]
+  np.testing.assert_array_equal(found.x_train[1, ..., 0], np.asarray(Image.open(pets / "train/cat/2.png")))
+  assert "1 of 106 training pictures cannot be read and are left out (train/cat/1.png)" in found.note
+  again = pictures.load_folder(pets)
+  assert again.note == found.note
+  np.testing.assert_array_equal(again.x_train, found.x_train)
+  write(pets / "train" / "dog" / "1.png", b"no picture")
+  with pytest.raises(InputError, match="2 of the 106 training pictures"):
+    pictures.load_folder(pets)
+
+
+def test_colour_where_a_training_picture_has_any(pets):
+  assert pictures.load_folder(pets).image_shape == (9, 10, 1)
+  save(pets / "train" / "cat" / "1.png", Image.fromarray(noise(1)).convert("RGB"))
+  found = pictures.load_folder(pets)
+  assert (found.image_shape, found.reader) == ((9, 10, 1), Reader(1, None))  # its colours are all grey
+  save(pets / "test" / "cat" / "8.png", noise(1, channels=3))
+  found = pictures.load_folder(pets)
+  assert found.image_shape == (9, 10, 1)  # the test pictures are read as the training pictures are
+  np.testing.assert_array_equal(found.x_test[0], found.reader.read(pets / "test" / "cat" / "8.png"))
+  save(pets / "train" / "cat" / "2.png", noise(1, channels=3))
+  found = pictures.load_folder(pets)
+  assert (found.image_shape, found.reader.channels) == ((9, 10, 3), 3)
+  np.testing.assert_array_equal(found.x_train[0], found.x_train[0][..., :1].repeat(3, axis=-1))
+
+
+def test_with_and_without_alpha(pets):
+  save(pets / "train" / "cat" / "1.png", np.dstack([noise(1, channels=3), noise(2)]))
+  save(pets / "train" / "cat" / "2.png", noise(1, channels=3))
+  assert pictures.load_folder(pets).image_shape == (9, 10, 3)
+
+
+def test_16_bit_folders_share_one_white(pets):
+  for i, path in enumerate(sorted((pets / "train").rglob("*.png"))):
+    save(path, np.full((9, 10), 500 * i, np.uint16))  # up to 2500
+  save(pets / "test" / "cat" / "9.png", np.full((9, 10), 4000, np.uint16))
+  save(pets / "test" / "dog" / "9.png", np.full((9, 10), 1250, np.uint16))
+  found = pictures.load_folder(pets)
+  assert found.x_train[:, 0, 0, 0].tolist() == [0, 51, 102, 153, 204, 255]
+  assert found.x_test[:, 0, 0, 0].tolist() == [255, 128]
+  assert found.reader == Reader(1, None, white=2500)
+  assert "the value 2500, the largest of the training set, becomes 255" in found.note
+  write(pets / "train" / "cat" / "0.png", png16(np.full((9, 10, 3), 0x1234)))
+  found = pictures.load_folder(pets)
+  assert found.x_train[0, 0, 0].tolist() == [0x12]
+  assert "1 pictures hold 16 bits in several channels" in found.note
+
+
+def test_sizes_are_made_one(pets):
+  save(pets / "train" / "cat" / "0.png", noise(size=(40, 20)))
+  found = datasets.load(f"folder:{pets}", image_size=8, fit="pad")
+  assert (found.name, found.image_shape) == ("folder:pets@8", (8, 8, 1))
+  assert found.reader == Reader(1, (8, 8), "pad")
+  np.testing.assert_array_equal(found.reader.read(pets / "train" / "cat" / "0.png"), found.x_train[0])
+  cropped = datasets.load(f"folder:{pets}", image_size=8)
+  assert (cropped.x_train[0] != found.x_train[0]).any()
+
+
+def test_links_inside_are_followed(pets):
+  (pets / "train" / "unlabelled").symlink_to(pets / "test", target_is_directory=True)
+  assert pictures.load_folder(pets).y_train.tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+  """How many pictures were decoded."""
+  count, read = [], folder._read_folder
+
+  def counted(found, *args):
+    count.append(len(found.train))
+    return read(found, *args)
+
+  monkeypatch.setattr(folder, "_read_folder", counted)
+  return count
+
+
+def test_pictures_are_decoded_once(pets, decoded):
+  first = pictures.load_folder(pets)
+  again = pictures.load_folder(pets)
+  assert decoded == [6]
+  for name in ("x_train", "x_test", "y_train", "y_test"):
+    np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
+  assert (again.reader, again.note) == (first.reader, first.note)
+  pictures.load_folder(pets, image_size=8)
+  pictures.load_folder(pets, image_size=8, fit="pad")
+  assert len(decoded) == 3
+  changed = save(pets / "train" / "cat" / "0.png", noise(77))
+  assert np.array_equal(pictures.load_folder(pets).x_train[0, ..., 0], np.asarray(Image.open(changed)))
+  shutil.move(pets / "train" / "cat" / "0.png", pets / "train" / "dog" / "z.png")
+  assert pictures.load_folder(pets).y_train.tolist() == [0, 0, 1, 1, 1, 1]
+  assert len(decoded) == 5
+
+
+def test_same_size_and_time_and_another_content(pets, decoded):
+  """As an archive unpacks it with the times of its making."""
+  path = pets / "train" / "cat" / "0.bmp"
+  save(path, noise(1))
+  os.utime(path, (10**9, 10**9))
+  first = pictures.load_folder(pets)
+  save(path, noise(2))
+  os.utime(path, (10**9, 10**9))
+  again = pictures.load_folder(pets)
+  assert len(decoded) == 2
+  assert not np.array_equal(first.x_train[0], again.x_train[0])
+
+
+@pytest.mark.parametrize("damage", ["half", "bit", "empty", "other", "pickle", "no zip"])
+def test_a_damaged_cache_is_made_again(pets, decoded, damage):
+  first = pictures.load_folder(pets)
+  (path,) = (cache_dir() / "pictures").iterdir()
+  content = bytearray(path.read_bytes())
+  if damage == "half":
+    path.write_bytes(content[: len(content) // 2])
+  elif damage == "bit":
+    content[400] ^= 1  # in the pixels
+    path.write_bytes(content)
+  elif damage == "empty":
+    path.write_bytes(b"")
+  elif damage == "no zip":
+    path.write_bytes(b"no zip file")
+  else:
+    with np.load(path) as file:
+      arrays = dict(file)
+    if damage == "other":
+      arrays["x_train"] = arrays["x_train"][1:]
+    else:
+      arrays["about"] = np.array({"reader": None}, object)
+    np.savez(path, **arrays)
+  again = pictures.load_folder(pets)
+  assert len(decoded) == 2
+  np.testing.assert_array_equal(again.x_train, first.x_train)
+  pictures.load_folder(pets)
+  assert len(decoded) == 2  # and whole again
+
+
+def test_the_cache_is_bounded(pets, monkeypatch):
+  one = pictures.load_folder(pets)
+  (first,) = (cache_dir() / "pictures").iterdir()
+  monkeypatch.setattr(folder, "_CACHE_BYTES", 2 * first.stat().st_size + 1000)
+  os.utime(first, (10**9, 10**9))
+  pictures.load_folder(pets, image_size=9)
+  assert first.exists()
+  pictures.load_folder(pets)  # used last
+  pictures.load_folder(pets, image_size=10)
+  left = list((cache_dir() / "pictures").iterdir())
+  assert first in left
+  assert len(left) == 2
+  monkeypatch.setattr(folder, "_CACHE_BYTES", one.x_train.nbytes)
+  pictures.load_folder(pets, image_size=32)
+  assert set(left) == set((cache_dir() / "pictures").iterdir())  # larger than all that may be kept
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(pets, monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "file", "x")))
+  assert len(pictures.load_folder(pets).x_train) == 6
+
+
+def test_long_reads_have_a_bar(monkeypatch):
+  clock = iter(range(100))
+  monkeypatch.setattr(reader.time, "monotonic", lambda: next(clock))
+  terminal = Console(force_terminal=True, width=200)
+  monkeypatch.setattr(reader, "console", terminal)
+  with terminal.capture() as captured:
+    assert reader.for_all(lambda item: 1 / item, [1, 0, 2, 4, 5], "working") == [
+      1, "cannot be decoded (division by zero)", 0.5, 0.25, 0.2
+    ]  # fmt: skip
+  assert "working" in captured.get()
+
+
+def test_memory_is_looked_at_first(pets, monkeypatch):
+  monkeypatch.setattr(folder.psutil, "virtual_memory", lambda: type("", (), {"available": 100}))
+  with pytest.raises(InputError, match=r"6 pictures of 9x10 take .* GB.*--image-size N"):
+    pictures.load_folder(pets)
+
+
+# --- Malformed folders: what is done to the pets, and the sentence
+
+
+def rename(old, new):
+  return lambda root: (root / old).rename(root / new)
+
+
+def link(path, target):
+  def build(root):
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).symlink_to(target(root))
+
+  return build
+
+
+def table(text, *names, name="labels.csv"):
+  """A flat folder in place of the pets, with these pictures and a table."""
+
+  def build(root):
+    shutil.rmtree(root)
+    for picture in names or ("0.png", "1.png"):
+      save(root / picture)
+    write(root / name, text)
+
+  return build
+
+
+def empty(root):
+  shutil.rmtree(root)
+  root.mkdir()
+
+
+def flat(root):
+  empty(root)
+  save(root / "0.png")
+
+
+def wrapped(root):
+  empty(root)
+  save(root / "zip" / "cat" / "0.png")
+  save(root / "zip" / "dog" / "0.png")
+
+
+def put(path, make):
+  return lambda root: make(root / path)
+
+
+HEAD = "file_name,label\n"
+MALFORMED = {
+  "no folder": (shutil.rmtree, "pets is not a folder"),
+  "empty": (empty, "holds no labelled pictures: make a folder for each class, or a table"),
+  "flat": (flat, "neither class folders nor a table labels.csv with the columns file_name,label"),
+  "one class": (put("train/dog", shutil.rmtree), "holds one class, cat, and a classifier needs two"),
+  "one folder more": (wrapped, "holds one class, zip.*or name the folder that holds them"),
+  "test alone": (put("train", shutil.rmtree), "holds test and no folder train"),
+  "two trains": (put("training/cat/0.png", save), "holds both train and training: keep one"),
+  "two tests": (put("testing/cat/0.png", save), "holds both test and testing: keep one"),
+  "empty class": (
+    put("train/bird", Path.mkdir),
+    r"class folder .*bird holds no pictures: fill or remove it",
+  ),
+  "new class in test": (put("test/bird/0.png", save), "classes without training pictures: bird"),
+  "loose in train": (put("train/0.png", save), r"outside of the class folders \(0.png\).*unlabelled"),
+  "loose beside train": (put("0.png", save), r"outside of the class folders \(0.png\)"),
+  "unlabelled in test": (put("test/unsup/0.png", save), "test pictures need labels.*test/unsup/0.png"),
+  "all unlabelled": (
+    lambda root: (rename("train/cat", "train/unlabelled")(root), shutil.rmtree(root / "train" / "dog")),
+    "holds no labelled pictures",
+  ),
+  "two sizes": (
+    put("train/cat/0.png", lambda path: save(path, noise(size=(70, 90)))),
+    r"2 sizes, from 9x10 to 70x90 \(height x width\): resize them with --image-size N, for instance 16",
+  ),
+  "other size in test": (
+    put("test/cat/0.png", lambda path: save(path, noise(size=(7, 9)))),
+    "2 sizes, from 7x9 to 9x10",
+  ),
+  "text as png": (
+    put("train/cat/0.png", lambda path: write(path, "hello")),
+    r"1 of the 6 training pictures.*1 %.*train/cat/0.png is not a picture that Pillow can read",
+  ),
+  "empty file": (put("train/cat/0.png", lambda path: write(path, b"")), "0.png is not a picture"),
+  "truncated": (
+    put("train/cat/0.png", lambda path: write(path, path.read_bytes()[:-60])),
+    r"0.png cannot be decoded \(.*\)",
+  ),
+  "truncated jpeg": (
+    put("train/cat/0.jpg", lambda path: write(path, save(path).read_bytes()[:-200])),
+    r"0.jpg cannot be decoded \(Truncated",
+  ),
+  "broken chunk": (
+    put("train/cat/0.png", lambda path: write(path, path.read_bytes().replace(b"IDAT", b"IDAX"))),
+    "0.png is not a picture that Pillow can read",
+  ),
+  "unreadable in test": (
+    put("test/cat/9.png", lambda path: write(path, "hello")),
+    "1 of the test pictures of .* cannot be read, mend or remove them: test/cat/9.png is not a picture",
+  ),
+  "floats": (
+    put("train/cat/0.tif", lambda path: save(path, np.ones((9, 10), np.float32))),
+    "0.tif holds floating-point values: save it with 8 or 16 bits",
+  ),
+  "32 bits": (
+    put("train/cat/0.tif", lambda path: save(path, np.full((9, 10), 70000, np.int32))),
+    "0.tif holds values of 32 bits",
+  ),
+  "bomb": (
+    put("train/cat/0.png", lambda path: save(path, noise(size=(40, 30)))),
+    "0.png has more than 1,000 pixels, the limit: make it smaller",
+  ),
+  "big bomb": (
+    put("train/cat/0.png", lambda path: save(path, noise(size=(60, 60)))),
+    "0.png has more than 1,000 pixels",
+  ),
+  "link out": (
+    link("train/cat/x.png", lambda root: save(root.parent / "x.png")),
+    r"x.png is a link that leaves the folder .*pets: put what it points to in its place",
+  ),
+  "folder link out": (
+    link("train/bird", lambda root: root.parent),
+    "bird is a link that leaves the folder",
+  ),
+  "link to itself": (
+    link("train/cat/in", lambda root: root / "train"),
+    "leads back to a folder that holds it",
+  ),
+  "dead link": (link("train/cat/x.png", lambda root: root / "gone.png"), "train/cat/x.png does not exist"),
+  "table beside train": (put("labels.csv", lambda path: write(path, HEAD)), "labels.csv lies beside train"),
+  "two tables": (
+    lambda root: (table(HEAD + "0.png,a\n1.png,b\n")(root), write(root / "metadata.csv", HEAD)),
+    "holds both labels.csv and metadata.csv: keep one",
+  ),
+  "other columns": (
+    table("name;class\n0.png;a\n"),
+    "labels.csv needs the columns file_name and label, parted by commas, and its first line is name;class",
+  ),
+  "empty table": (table(""), "and its first line is empty"),
+  "table without labels": (table(HEAD + "0.png,\n"), "holds no labelled pictures"),
+  "table with latin-1": (table((HEAD + "0.png,ä\n").encode("latin-1")), "not encoded as UTF-8"),
+  "table of what is not there": (
+    table(HEAD + "0.png,a\n1.png,b\n" + "".join(f"x{i}.png,a\n" for i in range(5))),
+    "lists what is no picture in .*: x0.png, x1.png, x2.png and 2 more",
+  ),
+  "listed twice": (
+    table(HEAD + "0.png,a\n./0.png,b\n"),
+    "line 3 of .*labels.csv lists ./0.png for the second",
+  ),
+  "listed outside": (table(HEAD + "0.png,a\n../1.png,b\n"), "line 3 .* names ../1.png, which is not in"),
+  "listed from the root": (table(HEAD + "/etc/0.png,a\n"), "line 2 .* names /etc/0.png, which is not in"),
+  "comma": (table(HEAD + "0,5.png,a\n"), "line 2 .* has more columns than the first: quote"),
+  "no name": (table(HEAD + ",a\n"), "line 2 .* names no file"),
+  "table against folders": (
+    table(HEAD + "cat/0.png,dog\ndog/1.png,cat\n", "cat/0.png", "dog/1.png"),
+    "cat/0.png lies in a folder of class cat, and .* says dog: label by folders or by the table",
+  ),
+  "table for some of the folders": (
+    table(HEAD + "cat/0.png,cat\ndog/1.png,dog\n", "cat/0.png", "dog/1.png", "dog/2.png"),
+    "dog/2.png lies in a folder of class dog, and .* says nothing",
+  ),
+  "test table without labels": (
+    lambda root: (save(root / "test/0.png"), write(root / "test" / "labels.csv", HEAD + "cat/9.png,cat\n")),
+    "lies in a folder|test pictures need labels",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_folders(pets, case, monkeypatch):
+  build, sentence = MALFORMED[case]
+  build(pets)
+  if "bomb" in case:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+  with pytest.raises(InputError, match=sentence) as caught:
+    datasets.load(f"folder:{pets}")
+  assert "\n" not in str(caught.value)
+  assert not (cache_dir() / "pictures").exists()
+  found = pictures.check(pets)
+  assert str(caught.value) in found["problems"] + found["notes"]
+  with console.capture():
+    pictures.print_check(found)
+
+
+def test_a_class_that_cannot_be_read(pets):
+  for i in range(600):
+    (pets / "train" / "unsup").mkdir(exist_ok=True)
+    shutil.copy(pets / "train" / "cat" / "0.png", pets / "train" / "unsup" / f"{i}.png")
+  for path in (pets / "train" / "dog").iterdir():
+    path.write_bytes(b"")
+  with pytest.raises(InputError, match="holds no picture of dog that can be read"):
+    pictures.load_folder(pets)
+
+
+def test_a_closed_folder(pets, monkeypatch):
+  iterdir = Path.iterdir
+
+  def closed(path):
+    if path.name == "cat":
+      raise PermissionError(13, "Permission denied")
+    return iterdir(path)
+
+  monkeypatch.setattr(Path, "iterdir", closed)
+  with pytest.raises(InputError, match=r"the folder .*cat cannot be read \(Permission denied\)"):
+    pictures.load_folder(pets)
+
+
+def test_names_that_are_no_text(tmp_path):
+  root = os.fsencode(tmp_path / "r")
+  for name in (b"\xff", b"b"):
+    os.makedirs(os.path.join(root, name))
+    shutil.copy(save(tmp_path / "x.png"), os.fsdecode(os.path.join(root, name, b"\xfe.png")))
+  found = pictures.load_folder(tmp_path / "r")
+  assert found.class_names == ("b", "\ufffd")
+  with console.capture():
+    pictures.print_check(pictures.check(tmp_path / "r"))
+
+
+# --- Arrays
+
+
+def arrays(**changes):
+  rng = np.random.default_rng(0)
+  good = {"x": rng.integers(0, 256, (8, 6, 5), dtype=np.uint8), "y": np.array([0, 1, 2, -1, 0, 1, 2, -1])}
+  good |= {"x_test": good["x"][:3], "y_test": np.array([2, 1, 0])}
+  return {key: value for key, value in (good | changes).items() if value is not None}
+
+
+def load_arrays(tmp_path, **changes):
+  np.savez(tmp_path / "a.npz", **arrays(**changes))
+  return datasets.load(f"arrays:{tmp_path / 'a.npz'}")
+
+
+def test_arrays(tmp_path):
+  found = load_arrays(tmp_path)
+  assert (found.name, found.class_names, found.own) == ("arrays:a", ("0", "1", "2"), True)
+  assert (found.x_train.shape, found.x_test.shape) == ((8, 6, 5, 1), (3, 6, 5, 1))
+  assert (found.y_train.tolist(), found.y_test.tolist()) == ([0, 1, 2, -1, 0, 1, 2, -1], [2, 1, 0])
+  assert (found.y_train.dtype, found.reader, found.scaling) == (np.int64, Reader(1, None), None)
+  np.testing.assert_array_equal(found.x_train[..., 0], arrays()["x"])
+  assert load_arrays(tmp_path, classes=np.array(["a", "b", "c"])).class_names == ("a", "b", "c")
+  alone = load_arrays(tmp_path, x_test=None, y_test=None)
+  assert (alone.x_test.shape, alone.y_test.shape) == ((0, 6, 5, 1), (0,))
+  resized = datasets.load(f"arrays:{tmp_path / 'a.npz'}", image_size=12, fit="pad")
+  assert (resized.name, resized.x_train.shape, len(resized.x_test)) == ("arrays:a@12", (8, 12, 12, 1), 0)
+  assert resized.reader == Reader(1, (12, 12), "pad")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_float_images(tmp_path, dtype):
+  x = np.arange(8 * 30).reshape(8, 6, 5, 1).repeat(3, axis=-1) % 256
+  found = load_arrays(tmp_path, x=(x / 255).astype(dtype), x_test=None, y_test=None)
+  np.testing.assert_array_equal(found.x_train, x)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_16_bit_images(tmp_path, dtype):
+  x = np.arange(8 * 30).reshape(8, 6, 5).astype(dtype) * 17
+  found = load_arrays(tmp_path, x=x, x_test=(x[:3] + 4000).astype(dtype))
+  assert found.reader == Reader(1, None, white=4063)
+  np.testing.assert_array_equal(found.x_train[..., 0], np.round(x * (255 / 4063)))
+  assert found.x_test.max() == 255
+  assert "4063" in found.note
+
+
+def test_names_as_labels(tmp_path):
+  y = np.array(["dog", "cat", "", "", "dog", "cat", "dog", ""])
+  found = load_arrays(tmp_path, y=y, y_test=np.array(["dog", "cat", "cat"]))
+  assert found.class_names == ("cat", "dog")
+  assert (found.y_train.tolist(), found.y_test.tolist()) == ([1, 0, -1, -1, 1, 0, 1, -1], [1, 0, 0])
+  found = load_arrays(
+    tmp_path, y=y, y_test=np.array(["dog", "cat", "cat"]), classes=np.array(["dog", "cat"])
+  )
+  assert (found.class_names, found.y_test.tolist()) == (("dog", "cat"), [0, 1, 1])
+
+
+def test_vectors(tmp_path):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(5000, 4)) * [1, 1e6, 1, 1e-12] + [0, -1e9, 0, 5]
+  x[:, 2] = 7
+  x[0, 0] = 1e20  # an outlier
+  y = rng.integers(-1, 3, 5000)
+  found = load_arrays(tmp_path, x=x, y=y, x_test=x[:3], y_test=np.array([0, 1, 2]))
+  assert (found.x_train.shape, found.x_train.dtype) == ((5000, 1, 4, 1), np.uint8)
+  assert (found.reader, "1 of 4 features are constant" in found.note) == (None, True)
+  low, high = np.quantile(x, [0.001, 0.999], axis=0)
+  np.testing.assert_allclose(found.scaling.low, low)
+  for k in (0, 1, 3):
+    expected = 255 * np.clip((x[:, k] - low[k]) / (high[k] - low[k]), 0, 1)
+    np.testing.assert_allclose(found.x_train[:, 0, k, 0], expected, atol=0.501)
+    assert 100 < np.median(found.x_train[:, 0, k, 0]) < 155
+  assert not found.x_train[:, 0, 2].any()
+  np.testing.assert_array_equal(found.scaling.apply(x[:3]), found.x_test)
+  again = Scaling(**json.loads(json.dumps(dataclasses.asdict(found.scaling))))
+  assert (again, hash(again)) == (found.scaling, hash(found.scaling))
+  np.testing.assert_array_equal(again.apply(x.astype(np.float64)), found.x_train)
+  for bad, sentence in ((x[:, :3], r"must be \[N, 4\], not \[5000, 3\]"), (x * np.nan, "finite")):
+    with pytest.raises(InputError, match=sentence):
+      again.apply(bad)
+  with pytest.raises(InputError, match="--image-size is for images, and these are vectors"):
+    datasets.load(f"arrays:{tmp_path / 'a.npz'}", image_size=8)
+  ints = load_arrays(tmp_path, x=np.arange(80).reshape(8, 10) % 7 > 3, x_test=None, y_test=None)
+  assert set(np.unique(ints.x_train)) == {0, 255}
+
+
+F = np.full((8, 6, 5), 0.5, np.float32)
+BAD_ARRAYS = {
+  "no x": ({"x": None, "x_test": None, "y_test": None}, "x must be there: x are the images"),
+  "neither": ({"x": None, "y": None, "x_test": None, "y_test": None, "X": F}, "no use for X: the arrays"),
+  "misspelt": ({"X_test": F}, "there is no use for X_test"),
+  "x_test alone": ({"y_test": None}, "x_test and y_test go together, and only one is there"),
+  "one dimension": ({"x": np.zeros(8)}, r"x must be images \[N, H, W\] or .*, not \[8\]"),
+  "five dimensions": ({"x": np.zeros((8, 2, 2, 2, 2))}, r"not \[8, 2, 2, 2, 2\]"),
+  "no dimension": ({"x": np.array(3)}, r"x must be images .*, not \[\]"),
+  "two channels": ({"x": np.zeros((8, 6, 5, 2), np.uint8)}, "must have 1 or 3 channels"),
+  "channels first": ({"x": np.zeros((8, 3, 6, 5), np.uint8)}, r"\[8, 3, 6, 5\]: put the channels last"),
+  "no images": ({"x": np.zeros((0, 6, 5), np.uint8)}, r"x is empty: it is \[0, 6, 5\]"),
+  "no pixels": ({"x": np.zeros((8, 0, 5), np.uint8)}, r"x is empty: it is \[8, 0, 5\]"),
+  "int64 images": ({"x": np.zeros((8, 6, 5), np.int64)}, r"uint16, or floats in \[0, 1\], not int64"),
+  "0 to 255 floats": ({"x": F * 510, "x_test": F}, r"in \[0, 1\], and they go from 255 to 255: scale"),
+  "-1 to 1 floats": ({"x": F * np.array([-2, 2, 1, 1, 1, 1, 1, 1])[:, None, None]}, "they go from -1 to 1"),
+  "nan": ({"x": np.where(np.arange(5) == 1, np.nan, F)}, "x holds values that are not finite"),
+  "infinite vectors": ({"x": np.full((8, 3), np.inf)}, "x holds values that are not finite"),
+  "infinite test vectors": ({"x": F[0:8, 0, :3], "x_test": np.full((3, 3), np.inf)}, "x_test holds values"),
+  "complex vectors": ({"x": np.ones((8, 3), complex)}, "vectors in x must be real numbers, not complex128"),
+  "text as images": ({"x": np.full((8, 3), "a")}, "vectors in x must be real numbers, not <U1"),
+  "other test shape": ({"x_test": np.zeros((3, 6, 6), np.uint8)}, r"must be like x, \[8, 6, 5\] of uint8"),
+  "other test type": ({"x_test": F[:3]}, r"x_test must be like x.* \[3, 6, 5\] of float32"),
+  "short y": ({"y": np.array([0, 1, 2])}, "y has 3 labels for 8 images"),
+  "short y_test": ({"y_test": np.array([0, 1])}, "y_test has 2 labels for 3 images"),
+  "one-hot": ({"y": np.eye(8, 3)}, r"y must be \[N\], a class for each image, not \[8, 3\]"),
+  "float labels": ({"y": np.arange(8.0)}, "y must be integers or names, not float64"),
+  "below -1": ({"y": np.arange(8) - 2}, "y holds -2: classes count from 0, and -1 is no label"),
+  "no label": ({"y": np.full(8, -1)}, "y holds no label at all"),
+  "no name": ({"y": np.full(8, ""), "y_test": np.full(3, "a")}, "y holds no label at all"),
+  "one class": ({"y": np.zeros(8, int), "y_test": np.zeros(3, int)}, "there is one class, 0, and a"),
+  "a gap": ({"y": np.array([0, 1, 3, 3, 3, 0, 1, 0])}, "1 of 4 classes have no label in y, such as 2"),
+  "unsigned -1": ({"y": np.array([0, 1, 2, 2**64 - 1] * 2, np.uint64)}, "have no label in y, such as 3"),
+  "a class too many": ({"classes": np.array(["a", "b"])}, "y holds 2, for which classes, 2 names, has"),
+  "a name too many": ({"classes": np.array(["a", "b", "c", "d"])}, r"no label in y, such as 3 \(d\)"),
+  "an unknown name": (
+    {"y": np.array(["a", "b"] * 4), "y_test": np.array(["a"] * 3), "classes": np.array(["a", "c"])},
+    "y holds b, for which classes, 2 names, has none",
+  ),
+  "the same name twice": ({"classes": np.array(["a", "b", "a"])}, "a text array of different names"),
+  "numbers as names": ({"classes": np.arange(3)}, "classes must be a text array of different names"),
+  "test without labels": ({"y_test": np.array([0, -1, 1])}, "y_test must not hold images without labels"),
+  "new class in test": ({"y_test": np.array([0, 5, 1])}, "y_test holds classes that y does not: 5"),
+  "names in test": ({"y_test": np.array(["0", "1", "2"])}, "must both be integers, or both names"),
+  "objects": ({"y": np.array([0, None] * 4, object)}, "holds Python objects: save numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_malformed_arrays(tmp_path, case):
+  changes, sentence = BAD_ARRAYS[case]
+  with pytest.raises(InputError, match=sentence) as caught:
+    load_arrays(tmp_path, **changes)
+  assert "\n" not in str(caught.value)
+  assert str(caught.value) in pictures.check(tmp_path / "a.npz")["problems"]
+
+
+@pytest.mark.parametrize(
+  ("make", "sentence"),
+  [
+    (lambda path: None, "a.npz is not a file"),
+    (Path.mkdir, "a.npz is not a file"),
+    (lambda path: path.write_bytes(b""), "a.npz is not a whole .npz file"),
+    (lambda path: path.write_bytes(b"hello there"), "a.npz is not an .npz file of numpy.savez"),
+    (lambda path: np.savez(path, **arrays()) or path.write_bytes(path.read_bytes()[:-40]), "is not a"),
+    (lambda path: np.save(open(path, "wb"), np.ones(3)), "holds one array: save x and y together"),  # noqa: SIM115
+  ],
+)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_files_that_hold_no_arrays(tmp_path, make, sentence):
+  make(tmp_path / "a.npz")
+  with pytest.raises(InputError, match=sentence):
+    pictures.load_arrays(tmp_path / "a.npz")
+
+
+# --- The check
+
+
+def test_check_of_a_good_folder(pets):
+  write(pets / "README.md", "x")
+  assert pictures.check(pets) == {
+    "path": str(pets),
+    "problems": [],
+    "notes": [],
+    "labelled": 6,
+    "unlabelled": 0,
+    "test": 2,
+    "classes": {"cat": {"train": 3, "test": 1}, "dog": {"train": 3, "test": 1}},
+    "sizes": {"9x10": 8},
+    "modes": {"L": 8},
+    "bits": {"8": 8},
+    "largest_value": None,
+    "skipped": ["README.md"],
+    "unreadable": {},
+    "duplicates": [],
+    "in_train_and_test": [],
+    "image_size": None,
+  }
+
+
+def test_check_lists_all_that_is_wrong(pets):
+  save(pets / "train" / "cat" / "same.bmp", np.asarray(Image.open(pets / "train" / "cat" / "0.png")))
+  shutil.copy(pets / "train" / "cat" / "0.png", pets / "train" / "dog" / "cat.png")
+  colour = Image.open(pets / "train" / "dog" / "1.png").convert("RGB")
+  save(pets / "test" / "dog" / "leak.tif", colour)
+  save(pets / "train" / "dog" / "large.png", noise(size=(200, 100)))
+  save(pets / "train" / "dog" / "16.png", np.full((9, 10), 3000, np.uint16))
+  save(pets / "test" / "bird" / "0.png")
+  (pets / "train" / "fish").mkdir()
+  write(pets / "train" / "cat" / "broken.png", "x")
+  write(pets / "test" / "cat" / "broken.png", "x")
+  found = pictures.check(f"folder:{pets}")
+  for sentence in (
+    "fish holds no pictures",
+    "without training pictures: bird",
+    "of the 11 training",
+    "test pict",
+  ):
+    assert any(sentence in problem for problem in found["problems"]), sentence
+  assert len(found["problems"]) == 4
+  assert found["duplicates"] == [["train/cat/0.png", "train/cat/same.bmp", "train/dog/cat.png"]]
+  assert found["in_train_and_test"] == [["test/dog/leak.tif", ["train/dog/1.png"]]]
+  assert set(found["unreadable"]) == {"train/cat/broken.png", "test/cat/broken.png"}
+  assert any("several classes: train/cat/0.png = " in note for note in found["notes"])
+  assert (found["sizes"], found["image_size"]) == ({"9x10": 13, "200x100": 1}, 16)
+  assert (found["bits"], found["largest_value"]) == ({"8": 13, "16": 1}, 3000)
+  assert found["classes"]["bird"] == {"train": 0, "test": 1}
+  json.dumps(found)
+  with console.capture() as captured:
+    pictures.print_check(found)
+  text = " ".join(captured.get().split())
+  assert "1 of the 5 test images are in the training set as well, so the test error will be too low" in text
+  assert text.count("problem:") == 4
+
+
+def test_check_of_arrays(tmp_path):
+  np.savez(tmp_path / "a.npz", **arrays())
+  found = pictures.check(tmp_path / "a.npz")
+  assert (found["labelled"], found["unlabelled"], found["test"], found["problems"]) == (6, 2, 3, [])
+  assert found["in_train_and_test"] == [[f"x_test[{i}]", [f"x[{i}]"]] for i in range(3)]
+  assert (found["sizes"], found["classes"]["2"]) == ({"6x5": 11}, {"train": 2, "test": 1})
+  np.savez(tmp_path / "b.npz", **arrays(y=np.full(8, -3), x_test=F, extra=F))
+  assert len(pictures.check(f"arrays:{tmp_path / 'b.npz'}")["problems"]) == 4
+
+
+@pytest.mark.skipif(not SIGNS.is_dir(), reason="GAN_JAX_SIGN_DIGITS names no folder")
+def test_photographs():
+  """2,062 photographs in ten class folders, three of another size, with two files of text beside."""
+  with pytest.raises(
+    InputError, match=r"2 sizes, from 100x100 to 3024x3024.*--image-size N, for instance 64"
+  ):
+    pictures.load_folder(SIGNS)
+  found = pictures.load_folder(SIGNS, image_size=16)
+  assert (found.x_train.shape, found.num_classes) == ((2062, 16, 16, 3), 10)
+  assert np.bincount(found.y_train).tolist() == [205, 206, 206, 206, 207, 207, 207, 206, 208, 204]
+  assert "skipped, hidden or no pictures: 2 (LICENSE, README.md)" in found.note
