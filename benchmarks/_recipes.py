@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from gan_jax import cli, data, parallel
+from gan_jax import data, parallel
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan, ssgan
 from gan_jax.types import LabelSplit, TrainState
@@ -42,7 +42,7 @@ def make(name: str, dataset: Dataset, batch_size: int | None = None) -> Recipe:
 
 def split(recipe: Recipe, dataset: Dataset, seed: int = 0) -> LabelSplit:
   """The labels of a run: those that the experiments have by default, all for a class-conditional D."""
-  per_class = None if recipe.by_class else cli.LabelFlags().labels_per_class
+  per_class = None if recipe.by_class else 10
   return data.split_labels(dataset.y_train, per_class, seed)
 
 

@@ -32,7 +32,7 @@ class Config:
 
   data: cli.DataFlags = cli.DataFlags()
   images: cli.ImageFlags = cli.ImageFlags(hold_out=None)
-  labels: cli.LabelFlags = cli.LabelFlags(labels_per_class=None)
+  labels: cli.LabelFlags = cli.LabelFlags(labels_per_class="all")
   train: cli.TrainFlags = cli.TrainFlags()
   gan_flags: mnist_gan.GanFlags = mnist_gan.GanFlags()
   augment: gan.Augmentation | None = None
@@ -47,7 +47,7 @@ class Config:
 
   def hparams(self, dataset: Dataset | None = None) -> gan.Hparams:
     """What the flags make of the tuned hyper-parameters."""
-    few = self.labels.labels_per_class is not None
+    few = self.labels.labels_per_class != "all" or (dataset is not None and (dataset.y_train < 0).any())
     # Layer normalisation gives the better classifier from few labels.
     given = {"norm": "layer"} if few and self.gan_flags.network == "conv_fine" else {}
     augmentation = self.augment or ("affine" if few else "none")

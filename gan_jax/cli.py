@@ -62,16 +62,23 @@ class ImageFlags:
 class LabelFlags:
   """The labels that are used."""
 
-  labels_per_class: int | None = 10
-  """The label budget: so many labelled images of each class (None: every label)."""
+  labels_per_class: int | Literal["all"] | None = None
+  """The label budget: so many labelled images of each class, or all (default: 10; all of your own data)."""
   split_seed: int = 0
   """Which images are the labelled ones."""
   exclude_labelled: bool = False
   """Leave the labelled images out of the unlabelled ones."""
 
   def check(self) -> None:
-    at_least_one(self, "labels_per_class")
+    if self.labels_per_class != "all":
+      at_least_one(self, "labels_per_class")
     not_negative(self, "split_seed")
+
+  def per_class(self, dataset: datasets.Dataset) -> int | None:
+    """The budget for this dataset, None for every label."""
+    if self.labels_per_class is None:
+      return None if dataset.own else 10
+    return None if self.labels_per_class == "all" else self.labels_per_class
 
 
 @dataclass(frozen=True)
@@ -172,15 +179,19 @@ def given(**values: Any) -> Json:
   return {name: value for name, value in values.items() if value is not None}
 
 
-def load(flags: DataFlags) -> datasets.Dataset:
-  """The dataset of these flags, see `datasets.load`."""
-  return datasets.load(
+def load(flags: DataFlags, *, needs_test: bool = True) -> datasets.Dataset:
+  """The dataset of these flags, see `datasets.load`; `InputError` where it lacks the test images needed."""
+  say(f"reading {flags.dataset}")
+  dataset = datasets.load(
     flags.dataset,
     data_dir=flags.data_dir,
     manual_dir=flags.manual_dir,
     image_size=flags.image_size,
     fit=flags.fit,
   )
+  if needs_test and not len(dataset.x_test):
+    raise InputError(f"{dataset.name} has no test images, and this needs them: add a folder test")
+  return dataset
 
 
 def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFlags) -> LabelSplit:
@@ -188,7 +199,7 @@ def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFla
   num_train, num_held_out = len(dataset.x_train), images.hold_out
   return data.split_labels(
     dataset.y_train,
-    labels.labels_per_class,
+    labels.per_class(dataset),
     labels.split_seed,
     num_images=images.num_images,
     num_held_out=min(1000, num_train // 20) if num_held_out is None else num_held_out,
@@ -269,18 +280,33 @@ def _with_flags(config: Any, changes: Json) -> tuple[Any, Json]:
 # --- Parsing
 
 
-def run(main: Callable[[Any], Json], config_cls: type) -> None:
+def run(
+  main: Callable[[Any], Json],
+  config_cls: type,
+  *,
+  flags: Sequence[str] | None = None,
+  program: str | None = None,
+  description: str | None = None,
+) -> None:
   """Parses the flags and runs `main`; an `InputError` is one sentence and exit code 2.
 
   With --resume the stored configuration stands in for the flags that are not given, and a flag that
   contradicts it is an error.
+
+  Args:
+    main: what to run with the configuration.
+    config_cls: its class.
+    flags: default: those that the process was started with.
+    program: the name that --help shows; default: that of the process.
+    description: what --help says; default: the docstring of main's module.
   """
-  description = sys.modules[main.__module__].__doc__ or ""
+  flags = sys.argv[1:] if flags is None else flags
+  about = {"description": description or sys.modules[main.__module__].__doc__ or "", "prog": program}
   try:
-    config = _parse(config_cls, sys.argv[1:], description=description)
+    config = _parse(config_cls, flags, **about)
     if getattr(getattr(config, "run", None), "resume", False):
       config.run.check()
-      config = resumed(config_cls, Path(config.run.workdir), sys.argv[1:])
+      config = resumed(config_cls, Path(config.run.workdir), flags)
     check(config)
     _quiet()
     enable_compilation_cache()

@@ -60,6 +60,11 @@ class Dataset:
     return len(self.class_names)
 
   @property
+  def of_vectors(self) -> bool:
+    """Whether its images are vectors, `[1, F, 1]`: there is nothing to look at."""
+    return self.scaling is not None
+
+  @property
   def of_objects(self) -> bool:
     """Whether its images show things that stand upright: a mirror keeps the class, a turn shows."""
     return self.name.partition("@")[0] in _OBJECTS

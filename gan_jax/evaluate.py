@@ -34,8 +34,12 @@ class Shown(NamedTuple):
   """A few test images, to be looked at."""
 
   indices: Int[np.ndarray, "m"]
-  """Their positions in the test set."""
+  """Their positions in the test set, or in the training set where folds of it were left out."""
   x: UInt8[np.ndarray, "m h w c"]
+  y: Int[np.ndarray, "m"]
+  """True classes."""
+  probs: Float[np.ndarray, "m k"]
+  """Class probabilities."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class Evaluation:
   least_certain: Shown | None
   """The images of the lowest confidence, ascending; None for a discriminator without classes."""
   worst: Shown | None
-  """The mistakes of the highest cross-entropy, descending; None likewise."""
+  """The mistakes with the lowest probability of the true class, ascending; None likewise."""
 
   @property
   def probs(self) -> Float[np.ndarray, "n k"]:
     """Class probabilities `p(y | x, real)`."""
-    return np.asarray(losses.class_probs(jnp.asarray(self.logits)))
+    return _probs(self.logits)
 
 
 Labelled = tuple[UInt8[Any, "n h w c"], Int[Any, "n"]]
@@ -111,7 +115,7 @@ def make_evaluate(
         classes = probe.fit_nearest(jnp.asarray(h), y_lab).classes(features[name])
         nearest[name] = 100 * float(np.mean(np.asarray(classes) != y))
       taught = logits.shape[-1] == dataset.num_classes
-      least_certain, worst = _to_be_shown(logits, y, test.x_test) if taught else (None, None)
+      every = Shown(np.arange(len(y)), test.x_test, y, _probs(logits)) if taught else None
       found.append(
         Evaluation(
           error=metrics.error_percent(logits, y) if taught else None,
@@ -120,8 +124,8 @@ def make_evaluate(
           logits=logits,
           confusion=metrics.confusion_matrix(logits, y) if taught else None,
           y=y,
-          least_certain=least_certain,
-          worst=worst,
+          least_certain=every and _least_certain(every),
+          worst=every and _worst(every),
         )
       )
     return found
@@ -129,14 +133,46 @@ def make_evaluate(
   return evaluate
 
 
-def _to_be_shown(logits: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[Shown, Shown]:
-  """The least certain images, and the worst mistakes."""
-  logits_, y_ = jnp.asarray(logits), jnp.asarray(y, jnp.int32)
-  least = np.argsort(np.asarray(losses.class_probs(logits_)).max(axis=-1), kind="stable")
-  worst = np.argsort(-np.asarray(losses.cross_entropy(logits_, y_)), kind="stable")
-  mistakes = worst[logits[worst].argmax(axis=-1) != y[worst]]
-  least, mistakes = least[:NUM_SHOWN], mistakes[:NUM_SHOWN]
-  return Shown(least, x[least]), Shown(mistakes, x[mistakes])
+def pooled(found: Sequence[Evaluation], indices: Sequence[Int[np.ndarray, "n"]]) -> Evaluation:
+  """The evaluation of all images that several evaluations of one recipe have read, each image once.
+
+  Args:
+    found: evaluations of discriminators with the same classes.
+    indices: for each, what the positions of its images are to be, see `Shown`.
+  """
+  num = [len(each.y) for each in found]
+  mean = lambda errors: float(np.average(errors, weights=num))
+
+  def join(name: str) -> Shown:
+    parts = [getattr(each, name) for each in found]
+    parts = [part._replace(indices=rows[part.indices]) for part, rows in zip(parts, indices, strict=True)]
+    return Shown(*map(np.concatenate, zip(*parts, strict=True)))
+
+  return Evaluation(
+    error=mean([each.error for each in found]),
+    linear={name: mean([each.linear[name] for each in found]) for name in found[0].linear},
+    nearest={name: mean([each.nearest[name] for each in found]) for name in found[0].nearest},
+    logits=np.concatenate([each.logits for each in found]),
+    confusion=sum(each.confusion for each in found),
+    y=np.concatenate([each.y for each in found]),
+    least_certain=_least_certain(join("least_certain")),
+    worst=_worst(join("worst")),
+  )
+
+
+def _probs(logits: np.ndarray) -> np.ndarray:
+  return np.asarray(losses.class_probs(jnp.asarray(logits)))
+
+
+def _least_certain(images: Shown) -> Shown:
+  rows = np.argsort(images.probs.max(axis=-1), kind="stable")[:NUM_SHOWN]
+  return Shown(*(each[rows] for each in images))
+
+
+def _worst(images: Shown) -> Shown:
+  rows = np.argsort(images.probs[np.arange(len(images.y)), images.y], kind="stable")
+  rows = rows[images.probs[rows].argmax(axis=-1) != images.y[rows]][:NUM_SHOWN]
+  return Shown(*(each[rows] for each in images))
 
 
 def describe(found: Evaluation, class_names: Sequence[str]) -> Json:

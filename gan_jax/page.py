@@ -70,8 +70,8 @@ def write(
   Args:
     path: of the page.
     result: what `result.json` holds.
-    table: rows, each a name and its values. A single test error in percent has a bar; a row named `alarm` is
-      an alarm.
+    table: rows, each a name and its values. A test error in percent has a bar; a row named `alarm` is an
+      alarm.
     pictures: title and PNG file, a section each.
     sections: further ones.
     command: that repeats the run.
@@ -149,6 +149,8 @@ def of_classifier(
   class_names: Sequence[str],
   x_lab: UInt8[Any, "n h w c"],
   y_lab: Int[Any, "n"],
+  *,
+  measured_on: str = "test images",
 ) -> list[Section]:
   """The labelled images, test images to look at, reliability, and mistakes of a K-class discriminator.
 
@@ -157,20 +159,21 @@ def of_classifier(
     found: its evaluation; without test images only the labelled images are shown.
     class_names: K.
     x_lab, y_lab: the labelled images that were used, as bytes, and their classes.
+    measured_on: what `found` is an evaluation of.
   """
   sections = [_labelled(class_names, np.asarray(x_lab), np.asarray(y_lab))]
   if found.least_certain is None or found.worst is None or found.confusion is None or not len(found.y):
     return sections
-  tiles = lambda shown: _test_images(found, shown, class_names)
+  tiles = lambda shown: _tiles(shown, class_names)
   sections.append(
     Section(
-      "Least certain test images",
-      text="The lowest confidence, the probability of the predicted class, is first.",
+      "Least certain images",
+      text=f"Of the {measured_on}; the lowest probability of the predicted class is first.",
       tiles=tiles(found.least_certain),
     )
   )
   if len(found.worst.indices):
-    text = "Misclassified test images; the lowest probability of the true class is first."
+    text = f"Misclassified {measured_on}; the lowest probability of the true class is first."
     sections.append(Section("Worst mistakes", text=text, tiles=tiles(found.worst)))
   ece = 100 * metrics.calibration_error(found.probs, found.y)
   sections.append(
@@ -193,9 +196,9 @@ def _labelled(class_names: Sequence[str], x: np.ndarray, y: np.ndarray) -> Secti
   return Section("Labelled images", text=f"All {len(y):,} labels that were used.", pictures=strips)
 
 
-def _test_images(found: Evaluation, shown: Shown, class_names: Sequence[str]) -> list[Picture]:
-  probs, tiles = found.probs[shown.indices], []
-  for index, x, p, y in zip(shown.indices, shown.x, probs, found.y[shown.indices], strict=True):
+def _tiles(shown: Shown, class_names: Sequence[str]) -> list[Picture]:
+  tiles = []
+  for index, x, y, p in zip(*shown, strict=True):
     predicted = int(p.argmax())
     caption = f"true {class_names[y]}"
     if predicted == y:
@@ -209,7 +212,7 @@ def _test_images(found: Evaluation, shown: Shown, class_names: Sequence[str]) ->
 def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> list[Section]:
   """The confusion matrix, or its largest entries where there are many classes, and the recall by class."""
   num = counts.sum(axis=1)
-  text = "Test images by true and predicted class; correct ones are on the diagonal."
+  text = "Images by true and predicted class; correct ones are on the diagonal."
   if len(class_names) <= _ROWS:
     picture = Picture(folder / "confusion.png")
     confusion = Section("Confusion matrix", text=text, pictures=[picture], full_size=len(class_names) > 10)
@@ -217,7 +220,7 @@ def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> l
     off = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     largest = [divmod(int(i), len(off)) for i in np.argsort(-off, axis=None, kind="stable")[:_ROWS]]
     rows = [(class_names[i], class_names[j], str(off[i, j])) for i, j in largest if off[i, j]]
-    confusion = Section("Most frequent mistakes", header=("true", "predicted", "test images"), rows=rows)
+    confusion = Section("Most frequent mistakes", header=("true", "predicted", "images"), rows=rows)
   present = np.flatnonzero(num)
   recall = 100 * counts[present, present] / num[present]
   lowest = np.argsort(recall, kind="stable")[:_ROWS]
@@ -227,8 +230,8 @@ def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> l
     rows.append((class_names[k], str(num[k]), f"{recall[i]:.1f} %"))
   by_class = Section(
     "Recall by class",
-    text="Test images of each class that are found, the lowest recall first.",
-    header=("class", "test images", "recall"),
+    text="Images of each class that are found, the lowest recall first.",
+    header=("class", "images", "recall"),
     rows=rows,
   )
   return [confusion, by_class]

@@ -51,6 +51,7 @@ def fit(
   class_names: Sequence[str] = (),
   tensorboard: bool = False,
   steps_per_dispatch: int = 50,
+  verbose: bool = True,
 ) -> Fit:
   """Trains a recipe: `recipe.num_steps` steps, or fewer on Ctrl-C.
 
@@ -72,6 +73,7 @@ def fit(
     class_names: for the alarms.
     tensorboard: whether to log for TensorBoard too, under `workdir/tensorboard`.
     steps_per_dispatch: the most steps in one dispatch.
+    verbose: whether to show progress.
 
   Raises:
     InputError: a metric is not finite; nothing from then on has been saved. Or `workdir` holds checkpoints
@@ -89,6 +91,8 @@ def fit(
     elif start is not None:
       state = start(state)
     multi_step = jax.jit(recipe.make_multi_step(steps_per_dispatch), donate_argnums=0)
+    if verbose:
+      report.say(f"{phase}: compiling")
     begin = time.perf_counter()
     compiled = multi_step.lower(state, images, np.int32(0)).compile()
     seconds_compile = time.perf_counter() - begin
@@ -103,7 +107,7 @@ def fit(
     done = first = int(state.step)
     pending, first_step_at = None, None
     log = stack.enter_context(_MetricsLog(workdir, phase, first, num_steps, class_names, tensorboard))
-    show = stack.enter_context(_progress(phase, first, num_steps))
+    show = stack.enter_context(_progress(phase, first, num_steps)) if verbose else lambda row: None
     with _stop_on_interrupt() as stop:
       while done < num_steps and not stop.is_set:
         # The very first step goes alone: it tells when the run began to move.

@@ -53,6 +53,34 @@ def test_the_images_to_look_at_are_the_least_certain_and_the_worst_mistakes(prob
   np.testing.assert_allclose(confidence[found.least_certain.indices], least, rtol=1e-5)
   for shown in (found.least_certain, found.worst):
     np.testing.assert_array_equal(shown.x, tiny.dataset.x_test[shown.indices])
+    np.testing.assert_array_equal(shown.y, y[shown.indices])
+    np.testing.assert_array_equal(shown.probs, probs[shown.indices])
+
+
+def test_parts_pooled_are_the_whole(problem):
+  """The test set in three parts, out of order, against the test set."""
+  tiny, state = problem
+  read, labelled = (
+    evaluate.make_evaluate(tiny.recipe(), every_layer=True),
+    (tiny.data.x_lab, tiny.data.y_lab),
+  )
+  (whole,) = read(tiny.dataset, [state], [labelled])
+  rows = np.random.default_rng(0).permutation(len(tiny.dataset.y_test))
+  rows, parts = np.split(rows, [5, 17]), []
+  for each in rows:
+    x, y = tiny.dataset.x_test[each], tiny.dataset.y_test[each]
+    parts += read(dataclasses.replace(tiny.dataset, x_test=x, y_test=y), [state], [labelled])
+  pooled = evaluate.pooled(parts, rows)
+  assert len({each.error for each in parts}) > 1
+  for name in ("error", "linear", "nearest"):
+    assert getattr(pooled, name) == pytest.approx(getattr(whole, name))
+  np.testing.assert_array_equal(pooled.confusion, whole.confusion)
+  np.testing.assert_array_equal(pooled.y, whole.y[np.concatenate(rows)])
+  np.testing.assert_allclose(pooled.logits, whole.logits[np.concatenate(rows)], rtol=1e-5)
+  for name in ("least_certain", "worst"):
+    a, b = getattr(pooled, name), getattr(whole, name)
+    np.testing.assert_allclose(a.probs, b.probs, rtol=1e-5)
+    np.testing.assert_array_equal(tiny.dataset.x_test[a.indices], a.x)
 
 
 def test_what_a_result_holds_of_an_evaluation():

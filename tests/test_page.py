@@ -147,13 +147,14 @@ def classified(num_classes, tmp_path, num=300):
   logits = (
     rng.normal(size=(num, num_classes)).astype(np.float32) + 2 * np.eye(num_classes, dtype=np.float32)[y]
   )
-  shown = evaluate.Shown(np.array([5, 7]), rng.integers(0, 255, (2, 8, 8, 1), dtype=np.uint8))
+  rows = np.array([5, 7])[: min(num, 2)]
+  x = rng.integers(0, 255, (len(rows), 8, 8, 1), dtype=np.uint8)
+  probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  shown = evaluate.Shown(rows, x, y[rows], probs[rows])
   counts = metrics.confusion_matrix(logits, y)
   for name in ("confusion.png", "reliability.png"):
     report.sample_grid(tmp_path / name, np.zeros((1, 8, 8, 1), np.float32))
-  return evaluate.Evaluation(
-    0.0, {}, {}, logits, counts, y, shown, shown._replace(indices=np.array([9, 11]))
-  )
+  return evaluate.Evaluation(0.0, {}, {}, logits, counts, y, shown, shown._replace(indices=rows + 4))
 
 
 def sections_of(found, tmp_path, num_classes):
@@ -166,11 +167,11 @@ def sections_of(found, tmp_path, num_classes):
 def test_sections_of_a_classifier(tmp_path):
   found = classified(3, tmp_path)
   sections = sections_of(found, tmp_path, 3)
-  titles = ["Labelled images", "Least certain test images", "Worst mistakes", "Reliability"]
+  titles = ["Labelled images", "Least certain images", "Worst mistakes", "Reliability"]
   assert list(sections) == [*titles, "Confusion matrix", "Recall by class"]
   strips = sections["Labelled images"].pictures
   assert [each.caption for each in strips] == [f"name {k}, 10 of 12" for k in range(3)]
-  tile = sections["Least certain test images"].tiles[1].caption
+  tile = sections["Least certain images"].tiles[1].caption
   p, y = found.probs[7], found.y[7]
   assert tile.startswith(f"true name {y}, {100 * p[y]:.0f}")
   assert tile.endswith("no. 7")

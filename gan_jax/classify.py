@@ -1,0 +1,221 @@
+"""The main job: a classifier from few labels and many images, its controls, and how good it is.
+
+Runs as `python -m gan_jax train` on data of one's own, and as `experiments.mnist_ssgan` on benchmarks.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+
+from gan_jax import cli, data, evaluate, metrics, page, recipes, report, run_dir, train
+from gan_jax.datasets import Dataset
+from gan_jax.evaluate import Evaluation
+from gan_jax.recipes import Recipe, ssgan
+from gan_jax.report import say
+from gan_jax.types import Json, LabelSplit
+
+FILES = (*run_dir.TRAINING_FILES, "samples", "learning_curves.png", "confusion.png", "reliability.png")
+
+
+@dataclass(frozen=True)
+class Config:
+  """The flags of this job."""
+
+  data: cli.DataFlags = cli.DataFlags()
+  images: cli.ImageFlags = cli.ImageFlags()
+  labels: cli.LabelFlags = cli.LabelFlags()
+  train: cli.TrainFlags = cli.TrainFlags()
+  network: Literal["conv", "mlp"] | None = None
+  """conv: small convolutional pair with augmentation and consistency. mlp: the pair of Improved GAN.
+  (Default: conv for images, mlp for vectors.)"""
+  adversarial: float | None = None
+  """Weight of D's adversarial loss; 0 trains without a generator (default: the recipe's)."""
+  consistency: float | None = None
+  """Weight of consistency; 0, and --class-balance 0 0, give the pure GAN (default: the recipe's)."""
+  class_balance: tuple[float, float] | None = None
+  """Weight of class balance at the first and at the last step. It holds predictions to the frequencies of
+  the labels (default: the recipe's)."""
+  learning_rate: float | None = None
+  """Peak learning rate of D (default: the recipe's)."""
+  folds: int = 5
+  """Without test images: folds of the cross-validation over the labels that estimates the error, each as
+  long as the training itself; 0: no estimate."""
+  frechet: bool = False
+  """Also measure the Frechet distance of generated images to the test set."""
+  transfer: cli.TransferFlags = cli.TransferFlags()
+  loop: cli.LoopFlags = cli.LoopFlags()
+  run: cli.RunFlags = cli.RunFlags()
+
+  def check(self) -> None:
+    cli.not_negative(self, "adversarial", "consistency", "class_balance", "learning_rate", "folds")
+    run_dir.check_source(self.run, self.transfer)
+
+
+def main(config: Config, *, name: str = "train") -> Json:
+  """Trains the semi-supervised GAN and its two controls; returns what `result.json` holds."""
+  dataset = cli.load(config.data, needs_test=config.frechet)
+  split = cli.split_labels(dataset, config.labels, config.images)
+  recipe = make_recipe(config, dataset, split)
+  control = recipes.supervised_control(recipe)
+  recipe = recipes.with_frozen(recipe, config.transfer.freeze_d)
+  used = {"semi-supervised": recipe, "supervised": control}
+  with run_dir.open_run(name, config, dataset, split, recipes_used=used, files=FILES) as run:
+    folds = _folds(dataset, split, config.folds)
+    _announce(run, recipe, split, len(folds))
+    images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
+    logged = {"workdir": run.path, "tensorboard": config.loop.tensorboard}
+    fit = train.fit(
+      recipe,
+      images,
+      jax.random.key(config.train.seed),
+      phase="semi-supervised",
+      resume=config.run.resume,
+      checkpoint_every=config.loop.checkpoint_every,
+      start=run_dir.start_from(config.transfer, recipe),
+      diagnose=recipe.batch.generated > 0,
+      class_names=dataset.class_names,
+      **logged,
+    )
+    fits = [fit]
+    if not fit.interrupted:
+      key = jax.random.key(config.train.seed)
+      fits.append(train.fit(control, images, key, phase="supervised", checkpoint_every=None, **logged))
+    if len(dataset.x_test):
+      states = [fit.state, *(control.state for control in fits[1:] if not control.interrupted)]
+      labelled = [(images.x_lab, images.y_lab)] * len(states)
+      found = evaluate.make_evaluate(recipe)(dataset, states, labelled)
+    else:
+      stopped = any(each.interrupted for each in fits)
+      found = [] if stopped else cross_validate(config, dataset, (recipe, control), folds)
+    measured_on = f"labelled images, each left out once in {len(folds)} folds" if folds else "test images"
+
+    errors = {
+      "test_error": found[0].error if found else None,
+      "supervised_test_error": found[1].error if found[1:] else None,
+      "probe_test_error": found[0].linear["features"] if found else None,
+    }
+    measured = evaluate.describe(found[0], dataset.class_names) if found else {}
+    pictures, sections = [], []
+    if not dataset.of_vectors:
+      x_fake = evaluate.sample(recipe, fit.state, 100, seed=config.train.seed)
+      report.sample_grid(run.path / "samples" / "last.png", x_fake)
+      pictures.append(("Generated images", "samples/last.png"))
+    if found:
+      report.confusion(run.path / "confusion.png", found[0].confusion, dataset.class_names)
+      report.reliability_diagram(
+        run.path / "reliability.png", metrics.reliability(found[0].probs, found[0].y)
+      )
+      sections = page.of_classifier(
+        run.path, found[0], dataset.class_names, images.x_lab, images.y_lab, measured_on=measured_on
+      )
+    report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
+    curves = [page.Picture(run.path / "learning_curves.png")]
+    sections.append(page.Section("Learning curves", pictures=curves))
+    quality = {}
+    if config.frechet:
+      extractor = evaluate.load_feature_extractor(dataset, say=report.say)
+      x_fake = evaluate.sample(recipe, fit.state, 10_000, seed=config.train.seed, purpose="frechet")
+      quality = metrics.generator_quality(extractor, x_fake)
+
+    result = {
+      **run_dir.training(fit),
+      "interrupted": any(each.interrupted for each in fits),
+      "network": recipe.hparams.network,
+      "recipe": recipes.describe(recipe),
+      "supervised_seconds_train": round(fits[1].seconds_train, 1) if len(fits) > 1 else None,
+      **errors,
+      "error_from": measured_on if found else None,
+      **measured,
+      **quality,
+    }
+    names = {
+      "test_error": "semi-supervised: few labels and all images",
+      "supervised_test_error": "supervised: the same labels, no other images",
+      "probe_test_error": "linear probe on the discriminator's features",
+    }
+    table = [
+      (f"test error, {names[key]}", "not measured" if error is None else f"{error:.2f} %")
+      for key, error in errors.items()
+    ]
+    table += [
+      (f"{key}: distance to the test set", f"{value:.2f}")
+      for key, value in quality.items()
+      if "frechet" in key
+    ]
+    table += [("alarm", alarm) for alarm in fit.alarms]
+    return run_dir.finish(run, result, table=table, pictures=pictures, sections=sections)
+
+
+def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
+  """The tuned recipe for so many training images, with the flags that were given."""
+  given = cli.given(
+    num_steps=config.train.steps,
+    num_unlabelled=config.train.batch_size,
+    d_learning_rate=config.learning_rate,
+    adversarial=config.adversarial,
+    consistency=config.consistency,
+    class_balance=config.class_balance,
+    class_prior=data.class_prior(dataset.y_train[list(split.indices)], dataset.num_classes),
+  )
+  network = config.network or ("mlp" if dataset.of_vectors else "conv")
+  hparams = dataclasses.replace(ssgan.tuned(network, len(split.images)), **given)
+  return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
+
+
+def cross_validate(
+  config: Config,
+  dataset: Dataset,
+  trained: Sequence[Recipe],
+  folds: Sequence[tuple[LabelSplit, np.ndarray]],
+) -> list[Evaluation]:
+  """Each recipe trained anew for every fold and read on the labelled images that the fold leaves out.
+
+  Returns:
+    An evaluation a recipe, of all left-out images together; empty where Ctrl-C stopped it.
+  """
+  evaluate_fold, parts = evaluate.make_evaluate(trained[0]), []
+  for i, (split, out) in enumerate(folds):
+    images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
+    states = []
+    for recipe in trained:
+      fit = train.fit(
+        recipe, images, jax.random.key(config.train.seed), phase=f"fold {i + 1} of {len(folds)}"
+      )
+      if fit.interrupted:
+        return []
+      states.append(fit.state)
+    left_out = dataclasses.replace(dataset, x_test=dataset.x_train[out], y_test=dataset.y_train[out])
+    parts.append(evaluate_fold(left_out, states, [(images.x_lab, images.y_lab)] * len(states)))
+  return [evaluate.pooled(found, [out for _, out in folds]) for found in zip(*parts, strict=True)]
+
+
+def _folds(dataset: Dataset, split: LabelSplit, num: int) -> list[tuple[LabelSplit, np.ndarray]]:
+  """Those of the cross-validation; none where there are test images or a class has a single label."""
+  if len(dataset.x_test) or not num:
+    return []
+  counts = np.bincount(dataset.y_train[list(split.indices)], minlength=dataset.num_classes)
+  if counts.min() < 2:
+    rare = dataset.class_names[counts.argmin()]
+    say(f"no error is estimated: there are no test images, and class {rare} has a single label")
+    return []
+  return data.folds(dataset.y_train, split, min(num, int(counts.min())))
+
+
+def _announce(run: run_dir.Run, recipe: Recipe, split: LabelSplit, num_folds: int) -> None:
+  """What is about to happen."""
+  dataset = run.dataset
+  size = "x".join(map(str, dataset.image_shape))
+  measured = f"{len(dataset.x_test):,} test" if len(dataset.x_test) else "no test"
+  say(
+    f"{dataset.name}: {len(split.images):,} images of {size}, {len(split.indices):,} of them labelled"
+    f" ({dataset.num_classes} classes), {len(split.held_out):,} held out, {measured} images"
+  )
+  again = f", and as often again for {num_folds} folds of cross-validation" if num_folds else ""
+  say(
+    f"network {recipe.hparams.network}, {recipe.num_steps:,} steps, then {recipe.num_steps:,} of the"
+    f" supervised control{again}; writing to {run.path}"
+  )

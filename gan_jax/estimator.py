@@ -1,0 +1,186 @@
+"""The semi-supervised GAN as a classifier of scikit-learn's kind."""
+
+import dataclasses
+from numbers import Integral
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from gan_jax import cli, data, networks, recipes, train
+from gan_jax.model import Model
+from gan_jax.recipes import ssgan
+from gan_jax.types import InputError, NetState, TrainState
+
+
+class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
+  """A classifier from few labels and many images, see `recipes.ssgan`.
+
+  `X` is images, `[N, H, W]` or `[N, H, W, C]` with 1 or 3 channels, or vectors `[N, F]`, such as embeddings
+  of any pretrained model. `y` holds -1 where there is no label, as in scikit-learn's other semi-supervised
+  classifiers (strings need dtype object for that); images with a label are used without it as well.
+
+  Bytes are taken as they are. Other numbers are scaled to bytes by the training set's smallest and largest
+  value, in vectors each feature by its own; what is outside later is clipped.
+
+  Args:
+    network: `conv`, `mlp`, any other of `networks.PAIRS`, or `auto`: conv for images from 8x8 up, else mlp.
+    image_shape: height, width and maybe channels of the images that the rows of a flat `X` hold.
+    num_steps: steps of training; None: those that were tuned for so many images.
+    learning_rate: peak learning rate of D; None: the tuned one.
+    adversarial: weight of the GAN in D's loss, 0 trains without a generator; None: the tuned one.
+    consistency: weight of consistency; None: the tuned one.
+    augmentation: whether D sees shifted, turned, scaled and sheared images, where the recipe has it.
+    random_state: of the initial parameters and all else that is random.
+    verbose: whether to show the progress of training.
+
+  Attributes:
+    classes_: the K classes, `[K]`.
+    n_features_in_: numbers in an image or vector.
+    n_iter_: steps done.
+    model_: a `gan_jax.Model` of the images as bytes, `[N, H, W, C]`.
+  """
+
+  def __init__(
+    self,
+    *,
+    network: networks.Pair | Literal["auto"] = "auto",
+    image_shape: tuple[int, ...] | None = None,
+    num_steps: int | None = None,
+    learning_rate: float | None = None,
+    adversarial: float | None = None,
+    consistency: float | None = None,
+    augmentation: bool = True,
+    random_state: Any = None,
+    verbose: bool = False,
+  ):
+    self.network = network
+    self.image_shape = image_shape
+    self.num_steps = num_steps
+    self.learning_rate = learning_rate
+    self.adversarial = adversarial
+    self.consistency = consistency
+    self.augmentation = augmentation
+    self.random_state = random_state
+    self.verbose = verbose
+
+  def fit(self, X: Any, y: Any) -> "SemiSupervisedGAN":
+    """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 where there is none.
+
+    Raises:
+      ValueError: no label, images of a shape that the network does not take, or what scikit-learn refuses.
+    """
+    X, y = validate_data(self, X, y, allow_nd=True)
+    labelled = np.array([value != -1 for value in y.tolist()])
+    if not labelled.any():
+      raise ValueError("y has no label: every value is -1")
+    check_classification_targets(y[labelled].astype(str) if y.dtype == object else y[labelled])
+    self.classes_, y_lab = np.unique(y[labelled], return_inverse=True)
+    self._learn_scale(X)
+    x = self._to_images(X)
+    recipe = self._recipe(x, y_lab)
+    images = data.DeviceData.from_arrays(x[labelled], y_lab, x)
+    seed = check_random_state(self.random_state).randint(2**31)
+    fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
+    self.n_iter_ = int(fit.state.step)
+    self._described = recipes.describe(recipe)
+    self._averages = jax.tree.map(np.asarray, _averages(fit.state))
+    return self
+
+  def predict_proba(self, X: Any) -> Float[np.ndarray, "n k"]:
+    """Class probabilities in the order of `classes_`, `[N, K]`."""
+    probs = self.model_.predict(self._checked(X)).astype(np.float64)
+    return probs / probs.sum(axis=1, keepdims=True)
+
+  def predict(self, X: Any) -> np.ndarray:
+    """The most probable classes, `[N]`."""
+    probs = self.predict_proba(X)
+    return self.classes_[probs.argmax(axis=1)]
+
+  def transform(self, X: Any) -> Float[np.ndarray, "n f"]:
+    """Features of the discriminator, `[N, F]`."""
+    return self.model_.features(self._checked(X))
+
+  def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+    """Generated images or vectors, in the shape and on the scale of `X`, `[n_samples, ...]`."""
+    check_is_fitted(self)
+    seed = check_random_state(random_state).randint(2**31)
+    x = self.model_.sample(n_samples, seed=seed).reshape(n_samples, *self._row_shape)
+    return (self._low + x * (self._high - self._low)).astype(x.dtype)
+
+  @property
+  def model_(self) -> Model:
+    check_is_fitted(self)
+    return Model(recipes.rebuild(self._described), self._averages, tuple(map(str, self.classes_)))
+
+  def __sklearn_tags__(self):
+    tags = super().__sklearn_tags__()
+    tags.transformer_tags.preserves_dtype = []  # features are float32
+    return tags
+
+  def _learn_scale(self, X: np.ndarray) -> None:
+    self._row_shape = X.shape[1:]
+    if X.dtype == np.uint8:
+      self._low, self._high = np.float64(0), np.float64(255)
+    elif X.ndim == 2 and self.image_shape is None:
+      self._low, self._high = X.min(axis=0).astype(np.float64), X.max(axis=0).astype(np.float64)
+    else:
+      self._low, self._high = np.float64(X.min()), np.float64(X.max())
+
+  def _to_images(self, X: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
+    """Bytes; vectors as images of height F and width 1."""
+    if X.dtype != np.uint8:
+      wide = np.where(self._high > self._low, self._high - self._low, np.inf)
+      X = np.round(255 * np.clip((X - self._low) / wide, 0, 1)).astype(np.uint8)
+    shape = self.image_shape or (self._row_shape if X.ndim > 2 else (X.shape[1], 1))
+    if len(shape) not in (2, 3) or np.prod(shape) != np.prod(self._row_shape):
+      raise ValueError(f"X of shape {X.shape} does not hold images of shape {tuple(shape)}")
+    return X.reshape(len(X), *shape, *([1] if len(shape) == 2 else []))
+
+  def _checked(self, X: Any) -> UInt8[np.ndarray, "n h w c"]:
+    check_is_fitted(self)
+    X = validate_data(self, X, allow_nd=True, reset=False)
+    if X.shape[1:] != self._row_shape:
+      raise ValueError(f"X has rows of shape {X.shape[1:]}, and those of training had {self._row_shape}")
+    return self._to_images(X)
+
+  def _recipe(self, x: np.ndarray, y_lab: np.ndarray) -> recipes.Recipe:
+    network = self.network
+    if network == "auto":
+      network = "conv" if min(x.shape[1:3]) >= 8 else "mlp"
+    if network not in networks.PAIRS:
+      raise ValueError(f"there is no network {network}: there are auto, {', '.join(networks.PAIRS)}")
+    if self.num_steps is not None and not (isinstance(self.num_steps, Integral) and self.num_steps >= 1):
+      raise ValueError(f"num_steps must be a whole number of at least 1, not {self.num_steps}")
+    given = cli.given(
+      num_steps=self.num_steps,
+      d_learning_rate=self.learning_rate,
+      adversarial=self.adversarial,
+      consistency=self.consistency,
+    )
+    if not self.augmentation:
+      given |= {"strong": None, "weak": None}
+    tuned = ssgan.tuned("mlp" if network == "mlp" else "conv", len(x))
+    prior = data.class_prior(y_lab, len(self.classes_))
+    hparams = dataclasses.replace(tuned, network=network, class_prior=prior, **given)
+    try:
+      return ssgan.build(hparams, x.shape[1:], len(self.classes_))
+    except InputError as error:
+      raise ValueError(str(error)) from error
+
+
+def _averages(state: TrainState) -> TrainState:
+  """What a model reads of a state."""
+  empty = NetState({}, {}, {})
+  return TrainState(
+    step=state.step,
+    key={},  # pyright: ignore[reportArgumentType]
+    g=empty.replace(model_state=state.g.model_state),
+    d=empty.replace(model_state=state.d.model_state),
+    ema=state.ema,
+  )

@@ -1,0 +1,110 @@
+import pickle
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import gan_jax
+from gan_jax.estimator import SemiSupervisedGAN
+
+CANNOT_HOLD = {
+  "check_classifiers_classes": "it has -1 for a class, which is no label here as in SelfTrainingClassifier",
+}
+
+
+@parametrize_with_checks(
+  [SemiSupervisedGAN(num_steps=60, random_state=0)], expected_failed_checks=lambda _: CANNOT_HOLD
+)
+@pytest.mark.filterwarnings("ignore")  # the checks provoke warnings of scikit-learn's own
+def test_conventions_of_scikit_learn(estimator, check, small_mlp):
+  check(estimator)
+
+
+@pytest.fixture(scope="module")
+def digits():
+  """Images, their classes, and the same with two labels a class."""
+  images, y = load_digits(return_X_y=True)
+  images, y = images.reshape(-1, 8, 8)[:300], y[:300]
+  few = np.full_like(y, -1)
+  for k in range(10):
+    few[np.flatnonzero(y == k)[:2]] = k
+  return images, y, few
+
+
+def test_labels_that_are_hidden_do_not_count(digits, small_mlp):
+  """-1 is no class, and what a hidden label is changes nothing."""
+  images, _, few = digits
+  gan = SemiSupervisedGAN(network="mlp", num_steps=2, random_state=0)
+  fitted = gan.fit(images, few)
+  assert fitted.classes_.tolist() == list(range(10))
+  assert fitted.predict_proba(images).shape == (300, 10)
+  names = np.array([*"abcdefghij"], object)[few]
+  names[few == -1] = -1
+  named = clone(gan).fit(images, names)
+  assert np.array_equal(named.predict_proba(images), fitted.predict_proba(images))
+  assert named.predict(images).tolist() == ["abcdefghij"[k] for k in fitted.predict(images)]
+
+
+def test_images_flat_images_and_bytes_are_the_same_images(digits, small_mlp):
+  images, _, few = digits
+  gan = SemiSupervisedGAN(network="mlp", num_steps=2, random_state=0)
+  one = gan.fit(images, few)
+  flat = clone(gan).set_params(image_shape=(8, 8)).fit(images.reshape(300, 64), few)
+  as_bytes = np.round(images * 255 / 16).astype(np.uint8)
+  scaled = clone(gan).fit(as_bytes, few)
+  probs = one.predict_proba(images)
+  assert np.array_equal(flat.predict_proba(images.reshape(300, 64)), probs)
+  assert np.array_equal(scaled.predict_proba(as_bytes), probs)
+  assert one.sample(3, random_state=0).shape == (3, 8, 8)
+  assert flat.sample(3, random_state=0).shape == (3, 64)
+  assert 1 < one.sample(3, random_state=0).max() <= 16
+  expected = one.sample(3, random_state=0) * 255 / 16
+  np.testing.assert_allclose(scaled.sample(3, random_state=0), expected, rtol=1e-5)
+
+
+def test_it_is_pickled_with_what_it_learned(digits, small_mlp):
+  images, _, few = digits
+  fitted = SemiSupervisedGAN(network="mlp", num_steps=2, random_state=0).fit(images, few)
+  again = pickle.loads(pickle.dumps(fitted))
+  assert np.array_equal(again.predict_proba(images), fitted.predict_proba(images))
+  assert np.array_equal(again.transform(images), fitted.transform(images))
+  other = clone(fitted).set_params(random_state=1).fit(images, few)
+  assert not np.array_equal(other.predict_proba(images), fitted.predict_proba(images))
+
+
+def test_pipelines_and_cross_validation(digits, small_mlp):
+  images, y, _ = digits
+  gan = SemiSupervisedGAN(num_steps=40, random_state=0)  # vectors: the mlp
+  scores = cross_val_score(make_pipeline(StandardScaler(), gan), images.reshape(300, 64), y, cv=2)
+  assert scores.min() > 0.4  # chance is 0.1
+
+
+def test_it_learns_the_digits_from_few_labels():
+  """The pair of convolutions, on real digits: 5 labels a class and the rest without."""
+  images, y = load_digits(return_X_y=True)
+  images, train = images.reshape(-1, 8, 8), np.arange(len(y)) % 3 < 2
+  few = np.full(train.sum(), -1)
+  for k in range(10):
+    few[np.flatnonzero(y[train] == k)[:5]] = k
+  gan = gan_jax.SemiSupervisedGAN(network="article", num_steps=150, random_state=0)
+  assert gan.fit(images[train], few).score(images[~train], y[~train]) > 0.7
+
+
+BAD = [
+  ({}, np.full(6, -1), "y has no label"),
+  ({"network": "resnet"}, np.arange(6), "there is no network resnet"),
+  ({"num_steps": 0}, np.arange(6), "num_steps must be a whole number of at least 1"),
+  ({"image_shape": (3, 3)}, np.arange(6), r"does not hold images of shape \(3, 3\)"),
+  ({"network": "conv"}, np.arange(6), "too small"),
+]
+
+
+@pytest.mark.parametrize(("params", "y", "words"), BAD)
+def test_bad_input(params, y, words):
+  with pytest.raises(ValueError, match=words):
+    SemiSupervisedGAN(**params).fit(np.eye(6), y)
