@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,7 @@ class Model:
   def sample(
     self, num: int, *, seed: int = 0, classes: Sequence[str] | None = None
   ) -> Float[np.ndarray, "n h w c"]:
-    """Generated images in [0, 1].
-
-    Image i depends on the seed and i, not on how many are drawn: they are always drawn 500 at a time, so a
-    generator that takes statistics of its batch has the same batch.
+    """Generated images in [0, 1]. Image i depends on the seed and i alone.
 
     Args:
       num: how many images.
@@ -82,8 +79,12 @@ class Model:
     key, images = objectives.named_key(jax.random.key(seed), "sample"), []
     for i in range(-(-num // _SAMPLES)):
       asked = () if y is None else (jnp.asarray(y[i * _SAMPLES : (i + 1) * _SAMPLES]),)
-      images.append(np.asarray(draw(self.state, jax.random.fold_in(key, i), _SAMPLES, *asked)))
+      images.append(np.asarray(draw(self._generator, jax.random.fold_in(key, i), _SAMPLES, *asked)))
     return np.concatenate(images or [np.zeros((0, *self.recipe.image_shape), np.float32)])[:num]
+
+  @cached_property
+  def _generator(self) -> Any:
+    return steps.generator_variables(self.recipe.g, self.state)
 
   def _read(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
     return _classify(self.recipe.d)(self.state, x)
