@@ -223,12 +223,13 @@ def sample(
 ) -> Float[np.ndarray, "n h w c"]:
   """Images in [0, 1] from the averaged generator, `num` of them, of the classes `y` where it is given.
 
-  Each purpose has keys of its own: `jax.random.key(seed)` folded with the purpose, see
-  `objectives.named_key`, and with the number of the batch of 500.
+  An image depends on its own latent alone. Each purpose has keys of its own: `jax.random.key(seed)` folded
+  with the purpose, see `objectives.named_key`, and with the number of the batch of 500.
   """
   draw = jax.jit(steps.make_sampler(recipe.g), static_argnums=2)
+  variables = steps.generator_variables(recipe.g, state)
   batch, key, rows = min(num, 500), objectives.named_key(jax.random.key(seed), purpose), []
   for i in range(-(-num // batch)):
     classes = () if y is None else (jnp.resize(y[i * batch : (i + 1) * batch], (batch,)),)
-    rows.append(np.asarray(draw(state, jax.random.fold_in(key, i), batch, *classes)))
+    rows.append(np.asarray(draw(variables, jax.random.fold_in(key, i), batch, *classes)))
   return np.concatenate(rows)[:num]

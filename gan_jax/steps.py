@@ -37,6 +37,9 @@ from gan_jax.types import (
 MultiStep = Callable[[TrainState, Any, Int[Array, ""]], tuple[TrainState, dict[str, Float[Array, "m"]]]]
 """`(state, data, num) -> (state, metrics)`: `num` steps in one call, see `make_multi_step`."""
 
+NUM_STATISTICS = 1000
+"""Latents whose statistics a generator samples with."""
+
 
 @partial(jax.jit, static_argnames=("g", "d", "g_tx", "d_tx"))
 def init_state(
@@ -313,24 +316,44 @@ def make_multi_step(
   return multi_step
 
 
+@partial(jax.jit, static_argnames="g")
+def with_statistics(g: Generator, state: TrainState) -> TrainState:
+  """The state for sampling: with these statistics, an image depends on its latent alone.
+
+  Only a generator that normalises by statistics of its batch has any: those that the averaged G has for
+  1,000 latents, always the same, in the collection "statistics" of `state.g.model_state`. A state that has
+  them keeps them. Training does without: go on with the state as it was.
+  """
+  variables = {"params": state.ema["g"], **state.g.model_state}
+  latents = g.latents(objectives.named_key(jax.random.key(0), "statistics"), NUM_STATISTICS)
+  _, statistics = g.apply(variables, latents, train=False, mutable="statistics")
+  return state.replace(g=state.g.replace(model_state={**state.g.model_state, **statistics}))
+
+
+def generator_variables(g: Generator, state: TrainState) -> PyTree[Array]:
+  """The averaged G as Flax variables to sample from, see `with_statistics`."""
+  state = with_statistics(g, state)
+  return {"params": state.ema["g"], **state.g.model_state}
+
+
 def make_sampler(
   g: Generator,
 ) -> Callable[..., Float[Array, "n h w c"]]:
-  """Builds `sample(state, key, num, y=None) -> images [num, H, W, C]` in [0, 1] from the averaged G.
+  """Builds `sample(variables, key, num, y=None) -> images [num, H, W, C]` in [0, 1].
 
-  `num` is static under jit; the key is consumed. A class-conditional generator makes images of the
-  classes `y [num]` or, without, of random ones.
+  The variables are those of `generator_variables`, so each image depends on its own latent alone. `num` is
+  static under jit; the key is consumed. A class-conditional generator makes images of the classes `y [num]`
+  or, without, of random ones.
   """
 
   def sample(
-    state: TrainState, key: Key[Array, ""], num: int, y: Int[Array, "n"] | None = None
+    variables: PyTree[Array], key: Key[Array, ""], num: int, y: Int[Array, "n"] | None = None
   ) -> Float[Array, "n h w c"]:
     latents = g.latents(key, num)
     if y is not None:
       if not isinstance(latents, ClassLatents):
         raise ValueError("this generator is not class-conditional: it cannot be asked for classes")
       latents = latents._replace(y=y)
-    variables = {"params": state.ema["g"], **state.g.model_state}
     return g.apply(variables, latents, train=False)
 
   return sample

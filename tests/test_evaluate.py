@@ -156,6 +156,7 @@ def test_samples_depend_on_seed_and_purpose_and_are_as_many_as_asked_for(problem
   assert x.shape == (501, 8, 8, 1)
   assert 0 <= x.min() <= x.max() <= 1
   np.testing.assert_array_equal(draw(501), x)
+  np.testing.assert_allclose(draw(1), x[:1], atol=1e-6)  # also by a generator of `norm="shift"`, as here
   assert not np.array_equal(draw(501, seed=7), x)
   assert not np.array_equal(draw(501, purpose="frechet"), x)
   assert not np.array_equal(draw(501, purpose="frechet"), draw(501, seed=1))
@@ -170,4 +171,5 @@ def test_samples_are_of_the_classes_asked_for(make_tiny):
   tiny.g = tiny.g.clone(activation=lambda h: seen.append(h.shape) or jnp.tanh(h))
   x = evaluate.sample(tiny.recipe(), state, 600, seed=0, y=y)
   assert len(x) == 600
-  assert len(seen) == 1  # compiled once for both batches
+  # The statistics, and one program for both batches.
+  assert [shape[0] for shape in seen] == [steps.NUM_STATISTICS, 500]

@@ -77,7 +77,6 @@ def test_other_images_are_refused(x, sentence, run):
 
 
 def test_one_sample_at_a_time_is_all_at_once(run):
-  """Also with a generator that takes the statistics of its batch."""
   model = gan_jax.load(run(recipe())[0])
   x = model.sample(501)
   assert x.shape == (501, 8, 8, 1)

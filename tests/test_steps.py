@@ -167,8 +167,9 @@ def test_sampler_and_classifier_read_the_averages(tiny):
   state = tiny.state()
   other = state.replace(g=tiny.state().g.replace(params=jax.tree.map(jnp.zeros_like, state.g.params)))
   sample, key = jax.jit(steps.make_sampler(tiny.g), static_argnums=2), jax.random.key(3)
-  np.testing.assert_array_equal(sample(state, key, 5), sample(other, key, 5))
-  assert sample(state, key, 5).shape == (5, 8, 8, 1)
+  x, same = (sample(steps.generator_variables(tiny.g, each), key, 5) for each in (state, other))
+  np.testing.assert_array_equal(x, same)
+  assert x.shape == (5, 8, 8, 1)
   logits, features = jax.jit(steps.make_classifier(tiny.d))(state, tiny.batch().x_lab)
   assert (logits.shape, features.shape) == ((4, 3), (4, 8))
 
@@ -351,9 +352,36 @@ def test_a_sampler_makes_the_classes_that_it_is_asked_for(key):
   latents = tiny.g.latents(key, 3)
   variables = {"params": states[3].ema["g"], **states[3].g.model_state}
   expected = tiny.g.apply(variables, types.ClassLatents(latents.z, y), train=False)
-  np.testing.assert_allclose(sample(states[3], key, 3, y), expected, atol=1e-6)
+  np.testing.assert_allclose(sample(variables, key, 3, y), expected, atol=1e-6)
   with pytest.raises(ValueError, match="not class-conditional"):
-    steps.make_sampler(Tiny().g)(states[3], key, 3, y)
+    steps.make_sampler(Tiny().g)(variables, key, 3, y)
+
+
+@pytest.mark.parametrize("pair", ["mlp", "conv", "conv_fine", "article"])
+def test_an_image_depends_on_its_latent_alone(pair, key):
+  """Also in a generator that is trained with statistics of its batches: it samples with stored ones."""
+  g, _ = networks.make_pair(pair, (8, 8, 1), num_logits=3)
+  initial = jax.jit(lambda: g.init(key, g.latents(key, 2), train=True))()
+  assert "statistics" not in initial  # nor in what is trained and saved
+  params, state = jax.tree.map(lambda p: 1.5 * p, initial.pop("params")), types.NetState({}, initial, {})
+  state = types.TrainState(step=0, key=key, g=state, d=state, ema={"g": params})
+  variables = steps.generator_variables(g, state)
+  draw = jax.jit(lambda variables, z: g.apply(variables, z, train=False))
+  latents = g.latents(key, 20)
+  x = draw(variables, latents)
+  one_by_one = jnp.concatenate([draw(variables, latents[i : i + 1]) for i in range(20)])
+  np.testing.assert_allclose(one_by_one, x, atol=1e-6)
+  assert x.std(axis=0).max() > 1e-3  # they differ from each other
+  assert ("statistics" in variables) == (pair in ("mlp", "conv"))
+  if "statistics" in variables:
+    of_the_batch = {name: value for name, value in variables.items() if name != "statistics"}
+    large = g.latents(jax.random.key(1), 4000)
+    assert jnp.abs(draw(of_the_batch, large) - draw(variables, large)).mean() < 0.01
+    assert jnp.abs(draw(of_the_batch, latents[:1]) - x[:1]).mean() > 0.05
+    given = state.replace(g=state.g.replace(model_state={**initial, "statistics": variables["statistics"]}))
+    given = given.replace(ema={"g": jax.tree.map(lambda p: p + 1, params)})
+    kept = steps.generator_variables(g, given)
+    assert all(leaves_equal(kept["statistics"], variables["statistics"]))
 
 
 # --- What the terms are given
@@ -573,7 +601,7 @@ def test_a_ring_of_gaussians_is_covered():
   def train(key):
     state = steps.init_state(key, G(), D(), g_tx=tx, d_tx=tx, x_init=jnp.zeros((2, 1, 2, 1)))
     state, _ = steps.make_multi_step(step, sample_batch, max_steps=1500)(state, None, 1500)
-    x = steps.make_sampler(G())(state, jax.random.key(9), 1000).reshape(-1, 2)
+    x = steps.make_sampler(G())({"params": state.ema["g"]}, jax.random.key(9), 1000).reshape(-1, 2)
     distances = jnp.linalg.norm(x[:, None] - centres[None], axis=-1)
     good = distances.min(axis=-1) < 0.05  # five standard deviations
     return jnp.zeros(8).at[distances.argmin(axis=-1)].add(good)

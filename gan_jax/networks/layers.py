@@ -95,13 +95,22 @@ def _as_matrix(init: nn.initializers.Initializer) -> nn.initializers.Initializer
 
 
 class BatchNormShift(nn.Module):
-  """Batch normalisation that shifts but does not scale, by the statistics of the batch at all times."""
+  """Batch normalisation that shifts but does not scale, by the statistics of the batch.
+
+  In their place it takes those of the collection "statistics" where it is given, see
+  `steps.with_statistics`; where that is mutable, it puts those of the batch there.
+  """
 
   @nn.compact
   def __call__(self, x: Float[Array, "b *dims c"]) -> Float[Array, "b *dims c"]:
     axes = tuple(range(x.ndim - 1))
     shift = self.param("shift", nn.initializers.zeros, (x.shape[-1],))
     mean, var = x.mean(axis=axes, keepdims=True), x.var(axis=axes, keepdims=True)
+    if self.has_variable("statistics", "mean"):
+      mean, var = (self.get_variable("statistics", name) for name in ("mean", "var"))
+    elif self.is_mutable_collection("statistics") and not self.is_initializing():  # init would keep them
+      self.put_variable("statistics", "mean", mean)
+      self.put_variable("statistics", "var", var)
     return (x - mean) * jax.lax.rsqrt(var + 1e-6) + shift.reshape(*mean.shape)
 
 

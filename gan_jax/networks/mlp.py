@@ -52,8 +52,8 @@ class MLPDiscriminator(nn.Module):
 class MLPGenerator(nn.Module):
   """The generator of Improved GAN on MNIST: z ~ U(0, 1)^100, two softplus layers, sigmoid pixels.
 
-  Batch normalisation shifts without scaling and always uses the statistics of the batch, so an image
-  depends a little on the others that are drawn with it.
+  Batch normalisation shifts without scaling and in training uses the statistics of the batch; for sampling
+  see `steps.with_statistics`.
   """
 
   image_shape: tuple[int, int, int]
