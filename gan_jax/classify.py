@@ -105,6 +105,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       report.sample_grid(run.path / "samples" / "last.png", x_fake)
       pictures.append(("Generated images", "samples/last.png"))
     if found:
+      assert found[0].confusion is not None  # D has the classes
       report.confusion(run.path / "confusion.png", found[0].confusion, dataset.class_names)
       report.reliability_diagram(
         run.path / "reliability.png", metrics.reliability(found[0].probs, found[0].y)

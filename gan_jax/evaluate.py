@@ -140,6 +140,7 @@ def pooled(found: Sequence[Evaluation], indices: Sequence[Int[np.ndarray, "n"]])
     found: evaluations of discriminators with the same classes.
     indices: for each, what the positions of its images are to be, see `Shown`.
   """
+  logits, y = (np.concatenate([getattr(each, name) for each in found]) for name in ("logits", "y"))
   num = [len(each.y) for each in found]
   mean = lambda errors: float(np.average(errors, weights=num))
 
@@ -149,12 +150,12 @@ def pooled(found: Sequence[Evaluation], indices: Sequence[Int[np.ndarray, "n"]])
     return Shown(*map(np.concatenate, zip(*parts, strict=True)))
 
   return Evaluation(
-    error=mean([each.error for each in found]),
+    error=metrics.error_percent(logits, y),
     linear={name: mean([each.linear[name] for each in found]) for name in found[0].linear},
     nearest={name: mean([each.nearest[name] for each in found]) for name in found[0].nearest},
-    logits=np.concatenate([each.logits for each in found]),
-    confusion=sum(each.confusion for each in found),
-    y=np.concatenate([each.y for each in found]),
+    logits=logits,
+    confusion=metrics.confusion_matrix(logits, y),
+    y=y,
     least_certain=_least_certain(join("least_certain")),
     worst=_worst(join("worst")),
   )

@@ -1,6 +1,7 @@
 """A finished run as a model: predictions, features, novelty, samples."""
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import checkpoint, losses, objectives, probe, recipes, steps
+from gan_jax import checkpoint, data, losses, objectives, probe, recipes, steps
+from gan_jax.pictures import Reader, Scaling, below
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
 
@@ -31,6 +33,10 @@ class Model:
   state: TrainState
   classes: tuple[str, ...]
   """Names of the K classes."""
+  reader: Reader | None = None
+  """How pictures become its images; None: they are resized to them."""
+  scaling: Scaling | None = None
+  """How vectors become its images."""
 
   @property
   def num_parameters(self) -> dict[str, int]:
@@ -97,6 +103,53 @@ class Model:
   def _generator(self) -> Any:
     return steps.generator_variables(self.recipe.g, self.state)
 
+  def read(self, paths: Sequence[str | Path]) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
+    """Files as images of this model, read as those of its training were.
+
+    Args:
+      paths: pictures, folders of them, or arrays in .npy files or under `x` in .npz files: images as
+        `predict` takes them or, where the model was trained on vectors, vectors `[N, F]`.
+
+    Returns:
+      A name an image, and the images.
+
+    Raises:
+      InputError: a path that is none of these, a picture that cannot be decoded, arrays of another shape.
+    """
+    names, images = [], []
+    shape = self.recipe.image_shape
+    reader = self.reader or Reader(channels=shape[2], size=shape[:2])  # pyright: ignore[reportArgumentType]
+    for path in map(Path, paths):
+      if path.suffix in (".npy", ".npz"):
+        x = self._from_array(path)
+        names += [f"{path}[{i}]" for i in range(len(x))]
+        images.append(x)
+      elif self.scaling is not None:
+        raise InputError(f"{path} is no array: this model was trained on vectors, .npy or .npz")
+      else:
+        files = below(path) if path.is_dir() else [path]
+        names += map(str, files)
+        images += [reader.read(file)[None] for file in files]
+    if not images:
+      raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
+    wrong = next((i for i, x in enumerate(images) if x.shape[1:] != shape), None)
+    if wrong is not None:
+      wanted, found = ("x".join(map(str, each)) for each in (shape, images[wrong].shape[1:]))
+      raise InputError(f"this model takes images of {wanted}, and there is one of {found}")
+    return names, np.concatenate(images)
+
+  def _from_array(self, path: Path) -> np.ndarray:
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        x = file["x"]
+    except TypeError:  # an .npy file is one array
+      x = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      raise InputError(f"{path} holds no array x of images: save it with numpy") from error
+    if self.scaling is not None:
+      return self.scaling.apply(x)
+    return data.to_bytes(self._checked(x))
+
   def _read(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
     return _classify(self.recipe.d)(self.state, x)
 
@@ -139,6 +192,8 @@ def load(run: str | Path) -> Model:
     stored = json.loads((path / "config.json").read_text())
     described = next(iter(stored["recipes"].values()))  # the first is the one that is saved
     classes = tuple(stored["class_names"])
+    reader, scaling = stored.get("reader"), stored.get("scaling")
+    read_alike = reader and Reader(**reader), scaling and Scaling(**scaling)
   except FileNotFoundError as error:
     raise InputError(f"{path} is not the folder of a run: it has no config.json") from error
   except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -147,8 +202,8 @@ def load(run: str | Path) -> Model:
   like = recipe.abstract_state()
   if (path / checkpoint.SAFETENSORS["d"]).exists():
     like = jax.eval_shape(partial(steps.with_statistics, recipe.g), like)
-    return Model(recipe, checkpoint.read_averages(path, like), classes)
-  return Model(recipe, checkpoint.restore_averages(path, like), classes)
+    return Model(recipe, checkpoint.read_averages(path, like), classes, *read_alike)
+  return Model(recipe, checkpoint.restore_averages(path, like), classes, *read_alike)
 
 
 def _batched(read: Any, x: np.ndarray) -> Any:

@@ -90,7 +90,8 @@ def open_run(
   found = environment()
   seed, exclude_labelled = values.get("seed", 0), values.get("exclude_labelled", False)
   named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
-  command = cli.command(f"python -m experiments.{experiment}", config)
+  program = "gan_jax train" if experiment == "train" else f"experiments.{experiment}"
+  command = cli.command(f"python -m {program}", config)
   labels = named | (describe_split(split, exclude_labelled) if split else {})
   described = {
     **named,
@@ -99,6 +100,8 @@ def open_run(
     "recipes": {name: recipes.describe(recipe) for name, recipe in recipes_used.items()},
     "image_shape": list(dataset.image_shape),
     "class_names": list(dataset.class_names),
+    "reader": dataset.reader and dataclasses.asdict(dataset.reader),
+    "scaling": dataset.scaling and dataclasses.asdict(dataset.scaling),
     **found,
   }
   described = json.loads(json.dumps(described))  # as it will be read: a tuple is a list

@@ -6,7 +6,18 @@ and what cannot be trained on is an `InputError` of one sentence.
 
 from gan_jax.pictures.arrays import Scaling, load_arrays
 from gan_jax.pictures.folder import load_folder
+from gan_jax.pictures.layout import below
 from gan_jax.pictures.reader import Fit, Reader, resize
 from gan_jax.pictures.survey import check, print_check
 
-__all__ = ["Fit", "Reader", "Scaling", "check", "load_arrays", "load_folder", "print_check", "resize"]
+__all__ = [
+  "Fit",
+  "Reader",
+  "Scaling",
+  "below",
+  "check",
+  "load_arrays",
+  "load_folder",
+  "print_check",
+  "resize",
+]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gan_jax.pictures.reader import listed, suffixes
+from gan_jax.types import InputError
 
 _TRAIN, _TEST, _VALID = ("train", "training"), ("test", "testing"), ("valid", "validation", "val")
 _UNLABELLED = ("unlabelled", "unlabeled", "unsup")
@@ -84,6 +85,19 @@ class Found:
       self.problems.append(f"{folder} leads back to a folder that holds it: remove the link")
       return []
     return level.pictures + [p for sub in level.folders for p in self.below(sub, (*above, real))]
+
+
+def below(folder: Path) -> list[Path]:
+  """All pictures in a folder and its folders, in the order of their names.
+
+  Raises:
+    InputError: a link that leaves the folder.
+  """
+  found = Found(folder)
+  paths = found.below(folder)
+  if found.problems:
+    raise InputError(found.problems[0])
+  return paths
 
 
 def _plain(name: str) -> str:
