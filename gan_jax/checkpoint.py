@@ -1,4 +1,4 @@
-"""The whole TrainState on disk, through Orbax. A checkpoint is there entirely or not at all."""
+"""States on disk: all of one through Orbax, entirely or not at all, or its averages as safetensors."""
 
 import contextlib
 import re
@@ -9,7 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
 
+from gan_jax import report
 from gan_jax.types import InputError, NetState, TrainState
 
 
@@ -158,23 +161,10 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
   Raises:
     InputError: no checkpoint, a damaged one, or one of other networks.
   """
-  empty = NetState({}, {}, {})
-  wanted = TrainState(
-    step=like.step,
-    key={},  # pyright: ignore[reportArgumentType]
-    g=empty.replace(model_state=like.g.model_state),
-    d=empty.replace(model_state=like.d.model_state),
-    ema=like.ema,
-  )
+  wanted = _averages(like)
   with _newest(run_dir) as checkpoints:
     saved = checkpoints.metadata()
-    expected, found = _shapes(wanted), _shapes(saved)
-    other = sorted(path for path in expected if expected[path] != found.get(path))
-    if other:
-      raise InputError(
-        f"{checkpoints.directory} is a checkpoint of another model, or damaged: {other[0]} is"
-        f" {found.get(other[0], 'absent')} there and {expected[other[0]]} here"
-      )
+    _check_same(checkpoints.directory, wanted, _shapes(saved))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
       path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -182,6 +172,57 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
     }
     loaded = _leaves(checkpoints.load(_map(lambda path, _: abstract.get(path, ...), saved)))
   return _map(lambda path, _: loaded[path], wanted)
+
+
+def _averages(state: TrainState) -> TrainState:
+  empty = NetState({}, {}, {})
+  return TrainState(
+    step=state.step,
+    key={},  # pyright: ignore[reportArgumentType]
+    g=empty.replace(model_state=state.g.model_state),
+    d=empty.replace(model_state=state.d.model_state),
+    ema=state.ema,
+  )
+
+
+def _check_same(source: Path, wanted: TrainState, found: dict[str, tuple[int, ...]]) -> None:
+  expected = _shapes(wanted)
+  other = sorted(path for path in expected if expected[path] != found.get(path))
+  if other:
+    raise InputError(
+      f"{source} is a checkpoint of another model, or damaged: {other[0]} is"
+      f" {found.get(other[0], 'absent')} there and {expected[other[0]]} here"
+    )
+
+
+# --- Averaged networks as safetensors
+
+SAFETENSORS = {"d": "model.safetensors", "g": "generator.safetensors"}
+"""The files of the two networks. A tensor is named by its place in the network's Flax variables."""
+
+
+def save_averages(folder: Path, state: TrainState) -> None:
+  """Writes what a state's networks are read from, its averages and `model_state`, as safetensors."""
+  for name, file in SAFETENSORS.items():
+    variables = {"params": state.ema[name], **getattr(state, name).model_state}
+    arrays = {path: np.asarray(leaf) for path, leaf in _leaves(variables).items()}
+    report.write_bytes(folder / file, safetensors.numpy.save(arrays, {"step": str(int(state.step))}))
+
+
+def read_averages(folder: Path, like: TrainState) -> TrainState:
+  """What `save_averages` wrote; otherwise as `restore_averages`."""
+  wanted, loaded = _averages(like), {}
+  for name, file in SAFETENSORS.items():
+    try:
+      with safetensors.safe_open(folder / file, "np") as tensors:
+        loaded["step"] = np.int32(tensors.metadata()["step"])
+        for path in tensors.keys():  # noqa: SIM118 (it is no dict)
+          prefix = f"ema/{name}/" if path.startswith("params/") else f"{name}/model_state/"
+          loaded[prefix + path.removeprefix("params/")] = tensors.get_tensor(path)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+      raise InputError(f"{folder / file} is absent or damaged: export the run anew") from error
+  _check_same(folder, wanted, {path: array.shape for path, array in loaded.items()})
+  return _map(lambda path, _: jnp.asarray(loaded[path]), wanted)
 
 
 def _new_head(name: str, here: dict, there: dict) -> str:

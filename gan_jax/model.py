@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,27 @@ class Model:
   classes: tuple[str, ...]
   """Names of the K classes."""
 
+  @property
+  def num_parameters(self) -> dict[str, int]:
+    """Of the generator `"g"` and the discriminator `"d"`."""
+    return {name: sum(p.size for p in jax.tree.leaves(net)) for name, net in self.state.ema.items()}
+
+  @cached_property
+  def has_classifier(self) -> bool:
+    """Whether the discriminator has the K classes; that of a GAN without labels has not."""
+    x = jax.ShapeDtypeStruct((1, *self.recipe.image_shape), jnp.float32)
+    logits, _ = jax.eval_shape(_classify(self.recipe.d), self.state, x)
+    return logits.shape[-1] == len(self.classes)
+
   def predict(self, images: Images) -> Float[np.ndarray, "n k"]:
     """Class probabilities `p(y | x, real)`, in the order of `classes`.
 
     Raises:
       InputError: images of another shape or range, or a model without a classifier.
     """
-    probs = _batched(lambda x: losses.class_probs(self._read(x)[0]), self._checked(images))
-    if probs.shape[-1] != len(self.classes):
+    if not self.has_classifier:
       raise InputError("this model has no classifier: its run trained a GAN without labels")
-    return probs
+    return _batched(lambda x: losses.class_probs(self._read(x)[0]), self._checked(images))
 
   def features(self, images: Images, layer: str | None = None) -> Float[np.ndarray, "n f"]:
     """Features of the discriminator, `[N, F]`; with `layer` those of that layer, see `probe.make_layers`.
@@ -117,6 +128,9 @@ class Model:
 def load(run: str | Path) -> Model:
   """The model of a run, from its directory alone: `config.json` and the newest checkpoint.
 
+  Args:
+    run: the directory of a run, or the folder that `export.to_safetensors` made of one.
+
   Raises:
     InputError: no run, a run of another version, or one without a checkpoint.
   """
@@ -130,7 +144,11 @@ def load(run: str | Path) -> Model:
   except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
     raise InputError(f"{path} holds no model: its config.json names no recipe") from error
   recipe = recipes.rebuild(described)
-  return Model(recipe, checkpoint.restore_averages(path, recipe.abstract_state()), classes)
+  like = recipe.abstract_state()
+  if (path / checkpoint.SAFETENSORS["d"]).exists():
+    like = jax.eval_shape(partial(steps.with_statistics, recipe.g), like)
+    return Model(recipe, checkpoint.read_averages(path, like), classes)
+  return Model(recipe, checkpoint.restore_averages(path, like), classes)
 
 
 def _batched(read: Any, x: np.ndarray) -> Any:

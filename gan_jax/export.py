@@ -1,0 +1,325 @@
+"""A finished run as files for others: safetensors with a model card, ONNX, StableHLO."""
+
+import contextlib
+import json
+import logging
+import shlex
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from os import getpid
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gan_jax import checkpoint, losses, recipes, report, steps
+from gan_jax.model import Model, load
+from gan_jax.types import InputError, Json
+
+Format = Literal["safetensors", "onnx", "stablehlo"]
+
+_JAX2ONNX = "pip install 'gan-jax[export]' && pip install --no-deps jax2onnx==0.17.1"
+
+
+def export(run: str | Path, out: str | Path, formats: Sequence[Format]) -> list[Path]:
+  """Writes a run in these formats into one folder, which is there entirely or not at all.
+
+  Args:
+    run: the directory of a run, or a folder that was exported from one.
+    out: a new or empty folder: safetensors give it four files, see `to_safetensors`, the others
+      `model.onnx` and `model.stablehlo`.
+    formats: which ones.
+
+  Returns:
+    The files.
+
+  Raises:
+    InputError: an unknown format, no run, a folder that holds files, no classifier where the format is of
+      one, or a library that is not installed.
+  """
+  unknown = [each for each in formats if each not in get_args(Format)]
+  if unknown or not formats:
+    raise InputError(f"name formats of {', '.join(get_args(Format))}, not {', '.join(unknown) or 'none'}")
+  out, model = Path(out), load(run)
+  with _new_folder(out) as folder:
+    for each in formats:
+      if each == "safetensors":
+        _write_safetensors(model, folder, Path(run))
+      elif each == "onnx":
+        to_onnx(model, folder / "model.onnx")
+      else:
+        to_stablehlo(model, folder / "model.stablehlo")
+  return sorted(out.iterdir())
+
+
+def to_safetensors(model: Model, folder: str | Path, run: str | Path | None = None) -> None:
+  """Writes a folder that `gan_jax.load` opens like a run; its outputs are the same bit for bit.
+
+  `config.json` says what the model is and where it comes from, `model.safetensors` holds the averaged
+  discriminator, `generator.safetensors` the averaged generator with the statistics that it samples with,
+  and `MODEL_CARD.md` what was measured.
+
+  Args:
+    model: the model.
+    folder: a new or empty folder. It is there entirely or not at all.
+    run: what the model was loaded from; without it, the folder tells nothing of data and errors.
+
+  Raises:
+    InputError: a folder that holds files.
+  """
+  with _new_folder(Path(folder)) as beside:
+    _write_safetensors(model, beside, None if run is None else Path(run))
+
+
+def to_onnx(model: Model, path: str | Path) -> None:
+  """Writes the classifier as ONNX, in float32.
+
+  Its input `images [N, H, W, C]` is in [0, 1], with any N; its outputs are `probabilities [N, K]` and
+  `features [N, F]`. The names of the classes are JSON in its property "classes".
+
+  Raises:
+    InputError: a model without a classifier, or jax2onnx is not installed.
+  """
+  classify = _classifier(model)
+  try:
+    with _silent("jax2onnx", "onnx_ir"):  # they warn of each framework that is not installed
+      import jax2onnx  # pyright: ignore[reportMissingImports]
+      import onnx  # pyright: ignore[reportMissingImports]
+
+      with jax.disable_jit():  # it knows no jit inside of a function in JAX 0.12
+        proto: Any = jax2onnx.to_onnx(
+          classify,
+          [("N", *model.recipe.image_shape)],
+          model_name="gan_jax",
+          input_names=["images"],
+          output_names=["probabilities", "features"],
+        )
+  except ImportError as error:
+    raise InputError(f"ONNX needs jax2onnx, which is not installed: {_JAX2ONNX}") from error
+  onnx.helper.set_model_props(proto, {"classes": json.dumps(model.classes)})
+  report.write_bytes(Path(path), proto.SerializeToString())
+
+
+def to_stablehlo(model: Model, path: str | Path) -> None:
+  """Writes the classifier for `jax.export.deserialize`, inputs and outputs as in `to_onnx`.
+
+  It is for CPU, CUDA and TPU, and needs no gan_jax.
+
+  Raises:
+    InputError: a model without a classifier, or flatbuffers is not installed.
+  """
+  classify = _classifier(model)
+  x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *model.recipe.image_shape), jnp.float32)
+  exported = jax.export.export(jax.jit(classify), platforms=("cpu", "cuda", "tpu"))(x)
+  try:
+    content = exported.serialize()
+  except ImportError as error:
+    raise InputError("StableHLO needs flatbuffers: pip install 'gan-jax[export]'") from error
+  report.write_bytes(Path(path), bytes(content))
+
+
+def _classifier(model: Model) -> Callable[[Float[Array, "n h w c"]], tuple[Array, Array]]:
+  if not model.has_classifier:
+    raise InputError("this model has no classifier to export: its run trained a GAN without labels")
+  read = steps.make_classifier(model.recipe.d)
+
+  def classify(images: Float[Array, "n h w c"]) -> tuple[Array, Array]:
+    logits, features = read(model.state, images)
+    return losses.class_probs(logits), features
+
+  return classify
+
+
+@contextlib.contextmanager
+def _silent(*names: str) -> Iterator[None]:
+  loggers = [logging.getLogger(name) for name in names]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
+  try:
+    with warnings.catch_warnings(action="ignore"):
+      yield
+  finally:
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+  """A folder to write to, which becomes `path` when all is written."""
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise InputError(f"{path} is there already and not an empty folder: name a new one")
+  beside = path.absolute().with_name(f".{path.absolute().name}.{getpid()}")
+  try:
+    beside.mkdir(parents=True)
+  except OSError as error:
+    raise InputError(f"{path} cannot be made: {error.strerror}") from error
+  try:
+    yield beside
+    if path.exists():
+      path.rmdir()
+    beside.rename(path)
+  except BaseException:
+    shutil.rmtree(beside)
+    raise
+
+
+# --- What a folder of safetensors says of its model
+
+_PROVENANCE = ("experiment", "dataset", "note", "command", "device", "versions", "commit")
+_MEASURED = (
+  *("num_images", "num_labels", "label_split_sha256", "split_seed", "seed", "steps", "interrupted"),
+  *("seconds_train", "test_error", "supervised_test_error", "probe_test_error"),
+)
+
+
+def _write_safetensors(model: Model, folder: Path, run: Path | None) -> None:
+  config: Json = {
+    "recipes": {"model": recipes.describe(model.recipe)},
+    "image_shape": list(model.recipe.image_shape),
+    "class_names": list(model.classes),
+    **({} if run is None else _facts(run, int(model.state.step))),
+  }
+  checkpoint.save_averages(folder, steps.with_statistics(model.recipe.g, model.state))
+  report.write_json(folder / "config.json", config)
+  report.write_bytes(folder / "MODEL_CARD.md", _card(model, config).encode())
+
+
+def _facts(run: Path, step: int) -> Json:
+  """Where a run comes from and, where that was measured at this step, what its result is; no paths."""
+  stored: Json = json.loads((run / "config.json").read_text())
+  if "config" in stored:
+    stored["command"] = _command(stored["experiment"], stored["config"], stored["dataset"])
+  with contextlib.suppress(FileNotFoundError):
+    stored["result"] = json.loads((run / "result.json").read_text())
+  facts: Json = {name: stored[name] for name in _PROVENANCE if stored.get(name)}
+  result = stored.get("result", {})
+  if result.get("steps") == step:
+    facts["result"] = {name: result[name] for name in _MEASURED if result.get(name) is not None}
+  return facts
+
+
+def _command(experiment: str, flags: Json, dataset: str) -> str:
+  """The command of a run, every flag given but those of its own folders; others by their last part."""
+  words = ["python", "-m", f"experiments.{experiment}"]
+  for name, value in flags.items():
+    flag = name.replace("_", "-")
+    if name in ("data_dir", "manual_dir", "workdir", "resume", "overwrite"):
+      continue
+    if name == "dataset" and value.startswith("folder:"):
+      value = dataset.partition("@")[0]
+    if isinstance(value, str) and Path(value).is_absolute():
+      value = Path(value).name
+    if isinstance(value, bool):
+      words.append(f"--{flag}" if value else f"--no-{flag}")
+    else:
+      words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+  return shlex.join(words)
+
+
+def _card(model: Model, config: Json) -> str:
+  from jinja2 import Environment, StrictUndefined
+
+  environment = Environment(
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+  )
+  environment.filters["cell"] = lambda value: str(value).replace("|", "/").replace("\n", " ")
+  return environment.from_string(_CARD).render(
+    model=model,
+    network=model.recipe.hparams.network,
+    shape="x".join(map(str, model.recipe.image_shape)),
+    step=int(model.state.step),
+    config=dict.fromkeys(_PROVENANCE) | config,
+    result=dict.fromkeys(_MEASURED) | config.get("result", {}),
+  )
+
+
+_CARD = """\
+# {{ config.dataset or "A model" }}, {{ network }}
+
+{{ "An image classifier" if model.has_classifier else "A discriminator without classes" }} and a generator \
+of one run of gan_jax.
+
+| | |
+|---|---|
+| images | {{ shape }} (height, width, channels), bytes or floats in [0, 1] |
+{% if model.has_classifier %}
+| classes | {{ model.classes | length }}: {{ model.classes[:20] | join(", ") | cell }}\
+{{ ", ..." if model.classes | length > 20 }} |
+{% endif %}
+| parameters | discriminator {{ "{:,}".format(model.num_parameters.d) }}, \
+generator {{ "{:,}".format(model.num_parameters.g) }} |
+| steps | {{ "{:,}".format(step) }}{{ ", then interrupted" if result.interrupted }} |
+{% if config.dataset %}
+| data | {{ config.dataset | cell }} |
+{% endif %}
+{% if config.note %}
+| note | {{ config.note | cell }} |
+{% endif %}
+{% if result.num_images %}
+| training images | {{ "{:,}".format(result.num_images) }} |
+{% endif %}
+{% if result.num_labels is not none %}
+| labelled images | {{ "{:,}".format(result.num_labels) }} |
+{% endif %}
+{% if result.label_split_sha256 %}
+| label split | seed {{ result.split_seed }}, SHA-256 {{ result.label_split_sha256 }} |
+{% endif %}
+{% if result.seed is not none %}
+| seed | {{ result.seed }} |
+{% endif %}
+{% if result.seconds_train is not none and config.device %}
+| training | {{ result.seconds_train }} s on {{ config.device | cell }} |
+{% endif %}
+{% if result.test_error is not none %}
+| test error | {{ "%.2f" | format(result.test_error) }} % |
+{% endif %}
+{% if result.supervised_test_error is not none %}
+| test error of the supervised control | {{ "%.2f" | format(result.supervised_test_error) }} % |
+{% endif %}
+{% if result.probe_test_error is not none %}
+| test error of a linear probe on the features | {{ "%.2f" | format(result.probe_test_error) }} % |
+{% endif %}
+{% if config.versions %}
+| versions | {% for name, version in config.versions.items() %}{{ name }} {{ version }}\
+{{ ", " if not loop.last }}{% endfor %} |
+{% endif %}
+{% if config.commit %}
+| commit | {{ config.commit }} |
+{% endif %}
+{% if config.command %}
+| command | `{{ config.command | cell }}` |
+{% endif %}
+
+```python
+model = gan_jax.load("this folder")
+{% if model.has_classifier %}
+probabilities = model.predict(images)
+{% endif %}
+novelty = -model.real_logit(images)
+samples = model.sample(16, seed=0)
+```
+
+## Limits
+
+- It takes images of {{ shape }} alone; others are refused, not resized.
+{% if model.has_classifier %}
+- Every image gets one of the classes, whatever it shows. `real_logit` is meant to be lower for images that
+  are unlike the training images; no threshold for it comes with the model.
+- The probabilities are a softmax, without calibration.
+{% endif %}
+{% if result.test_error is none and result.probe_test_error is none %}
+- No error is stored for these parameters.
+{% else %}
+- The errors are those of one run: one seed, one label split, test images of the same dataset. Other seeds,
+  splits and images give other errors.
+{% endif %}
+{% if model.recipe.objective.g %}
+- Generated images may repeat training images, and kinds of image may be missing among them.
+{% else %}
+- The run did not train the generator.
+{% endif %}
+"""
