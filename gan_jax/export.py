@@ -5,6 +5,7 @@ import json
 import logging
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import getpid
 from pathlib import Path
@@ -139,7 +140,8 @@ def _silent(*names: str) -> Iterator[None]:
   for logger in loggers:
     logger.setLevel(logging.CRITICAL)
   try:
-    yield
+    with warnings.catch_warnings(action="ignore"):
+      yield
   finally:
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)
@@ -167,7 +169,9 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 # --- What a folder of safetensors says of its model
 
-_PROVENANCE = ("experiment", "dataset", "note", "command", "device", "versions", "commit")
+_PROVENANCE = (
+  *("experiment", "dataset", "note", "reader", "scaling", "command", "device", "versions", "commit"),
+)
 _MEASURED = (
   *("num_images", "num_labels", "label_split_sha256", "split_seed", "seed", "steps", "interrupted"),
   *("seconds_train", "test_error", "supervised_test_error", "probe_test_error"),
@@ -189,8 +193,8 @@ def _write_safetensors(model: Model, folder: Path, run: Path | None) -> None:
 def _facts(run: Path, step: int) -> Json:
   """Where a run comes from and, where that was measured at this step, what its result is; no paths."""
   stored: Json = json.loads((run / "config.json").read_text())
-  if "config" in stored:
-    stored["command"] = _command(stored["experiment"], stored["config"], stored["dataset"])
+  if "command" in stored:
+    stored["command"] = shlex.join(map(_last_part, shlex.split(stored["command"])))
   with contextlib.suppress(FileNotFoundError):
     stored["result"] = json.loads((run / "result.json").read_text())
   facts: Json = {name: stored[name] for name in _PROVENANCE if stored.get(name)}
@@ -200,22 +204,10 @@ def _facts(run: Path, step: int) -> Json:
   return facts
 
 
-def _command(experiment: str, flags: Json, dataset: str) -> str:
-  """The command of a run, every flag given but those of its own folders; others by their last part."""
-  words = ["python", "-m", f"experiments.{experiment}"]
-  for name, value in flags.items():
-    flag = name.replace("_", "-")
-    if name in ("data_dir", "manual_dir", "workdir", "resume", "overwrite"):
-      continue
-    if name == "dataset" and value.startswith("folder:"):
-      value = dataset.partition("@")[0]
-    if isinstance(value, str) and Path(value).is_absolute():
-      value = Path(value).name
-    if isinstance(value, bool):
-      words.append(f"--{flag}" if value else f"--no-{flag}")
-    else:
-      words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-  return shlex.join(words)
+def _last_part(word: str) -> str:
+  """A word of a command; of an absolute path only its last part."""
+  kind, colon, path = word.rpartition(":")
+  return f"{kind}{colon}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 def _card(model: Model, config: Json) -> str:

@@ -196,7 +196,6 @@ def batches(shape):
   return [np.random.default_rng(n).random((n, *shape), np.float32) for n in (1, 3, 100)]
 
 
-@pytest.mark.filterwarnings("ignore")  # those of jax2onnx
 @pytest.mark.parametrize(
   ("network", "shape"), [("conv", (20, 17, 3)), ("mlp", (8, 8, 1)), ("article", (8, 8, 1))]
 )
@@ -224,7 +223,6 @@ def test_stablehlo_gives_the_same_probabilities(small_mlp, tmp_path):
     np.testing.assert_allclose(features, model.features(x), atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_the_page_says_runs(run, tiny):
   """Where the extra is not installed, its first block alone."""
   blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
