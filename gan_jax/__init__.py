@@ -3,6 +3,8 @@
 Import modules, not names: `from gan_jax import data, datasets, evaluate, recipes, train`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from gan_jax import (
   augment,
   checkpoint,
@@ -28,9 +30,13 @@ from gan_jax import (
 )
 from gan_jax.model import Model, load
 
+if TYPE_CHECKING:
+  from gan_jax.estimator import SemiSupervisedGAN
+
 __version__ = "0.1.0"
 __all__ = [
   "Model",
+  "SemiSupervisedGAN",
   "augment",
   "checkpoint",
   "data",
@@ -54,3 +60,11 @@ __all__ = [
   "train",
   "types",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  if name == "SemiSupervisedGAN":  # late: scikit-learn takes half a second
+    from gan_jax.estimator import SemiSupervisedGAN
+
+    return SemiSupervisedGAN
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,7 @@ class Predict:
   """The so many most probable classes of each image."""
   review: int | None = None
   """Write only the so many images whose label would teach most, uncertain and unlike each other, as a
-  labels.csv to fill in."""
+  labels.csv to fill in; without those that the folder's own labels.csv names with a label."""
 
   def check(self) -> None:
     cli.at_least_one(self, "top_k", "review")
@@ -71,8 +71,10 @@ def predict(config: Predict) -> Json:
   if config.review is None:
     rows = _predictions(loaded.classes, names, probs, loaded.real_logit(images), config.top_k)
   else:
-    chosen = to_review(probs, loaded.features(images), config.review)
-    rows = [("file_name", "label"), *((names[i], "") for i in chosen)]
+    labelled = _labelled(config.images)
+    rest = np.flatnonzero([name not in labelled for name in names])
+    chosen = rest[to_review(probs[rest], loaded.features(images[rest]), config.review)]
+    rows = [["file_name", "label"], *([names[i], ""] for i in chosen)]
   text = io.StringIO()
   csv.writer(text, lineterminator="\n").writerows(rows)
   _write(config.out, text.getvalue())
@@ -81,15 +83,24 @@ def predict(config: Predict) -> Json:
 
 def _predictions(
   classes: Sequence[str], names: Sequence[str], probs: np.ndarray, real_logit: np.ndarray, top_k: int
-) -> list[Sequence[str]]:
+) -> list[list[str]]:
   top_k = min(top_k, len(classes))
   head = ["file_name", "label", "probability"]
   head += [f"{column}_{k}" for k in range(2, top_k + 1) for column in ("label", "probability")]
-  rows: list[Sequence[str]] = [[*head, "real_logit"]]
+  rows: list[list[str]] = [[*head, "real_logit"]]
   for name, p, logit in zip(names, probs, real_logit, strict=True):
-    best = [(classes[k], f"{p[k]:.4f}") for k in np.argsort(-p, kind="stable")[:top_k]]
-    rows.append([name, *(cell for pair in best for cell in pair), f"{logit:.3f}"])
+    best = np.argsort(-p, kind="stable")[:top_k]
+    rows.append([name, *(cell for k in best for cell in (classes[k], f"{p[k]:.4f}")), f"{logit:.3f}"])
   return rows
+
+
+def _labelled(paths: Sequence[str]) -> set[str]:
+  """The pictures of a single folder that its labels.csv names with a label."""
+  table = Path(paths[0]) / "labels.csv"
+  if len(paths) > 1 or not table.is_file():
+    return set()
+  with open(table, newline="", encoding="utf-8-sig") as file:
+    return {row["file_name"] for row in csv.DictReader(file) if row.get("label")}
 
 
 def to_review(probs: np.ndarray, features: np.ndarray, num: int) -> list[int]:
@@ -99,6 +110,8 @@ def to_review(probs: np.ndarray, features: np.ndarray, num: int) -> list[int]:
   that are unlike each other: the least certain one, then always the one farthest in feature space from all
   that were chosen (Sener & Savarese, 2018, https://arxiv.org/abs/1708.00489, algorithm 1).
   """
+  if not len(probs):
+    return []
   best = np.sort(probs, axis=-1)[:, -2:]
   uncertain = np.argsort(best[:, -1] - best[:, 0], kind="stable")[: 10 * num]
   z = features[uncertain]
@@ -218,11 +231,14 @@ def check(config: Check) -> Json:
   python -m gan_jax check PATH
 
   Counts, sizes, bit depths, classes, unreadable files, duplicates, and images that are both in training and
-  in test.
+  in test. The exit code is 1 where something must be mended before training.
   """
   from gan_jax import pictures
 
-  pictures.print_check(pictures.check(Path(config.path)))
+  found = pictures.check(config.path)
+  pictures.print_check(found)
+  if found["problems"]:
+    sys.exit(1)
   return {}
 
 

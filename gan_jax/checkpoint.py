@@ -161,7 +161,7 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
   Raises:
     InputError: no checkpoint, a damaged one, or one of other networks.
   """
-  wanted = _averages(like)
+  wanted = averages(like)
   with _newest(run_dir) as checkpoints:
     saved = checkpoints.metadata()
     _check_same(checkpoints.directory, wanted, _shapes(saved))
@@ -174,7 +174,8 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
   return _map(lambda path, _: loaded[path], wanted)
 
 
-def _averages(state: TrainState) -> TrainState:
+def averages(state: TrainState) -> TrainState:
+  """What a state's networks are read from: averages and `model_state`; the other fields are `{}`."""
   empty = NetState({}, {}, {})
   return TrainState(
     step=state.step,
@@ -211,7 +212,7 @@ def save_averages(folder: Path, state: TrainState) -> None:
 
 def read_averages(folder: Path, like: TrainState) -> TrainState:
   """What `save_averages` wrote; otherwise as `restore_averages`."""
-  wanted, loaded = _averages(like), {}
+  wanted, loaded = averages(like), {}
   for name, file in SAFETENSORS.items():
     try:
       with safetensors.safe_open(folder / file, "np") as tensors:

@@ -87,7 +87,7 @@ def main(config: Config, *, name: str = "train") -> Json:
     if len(dataset.x_test):
       states = [fit.state, *(control.state for control in fits[1:] if not control.interrupted)]
       labelled = [(images.x_lab, images.y_lab)] * len(states)
-      found = evaluate.make_evaluate(recipe)(dataset, states, labelled)
+      found = evaluate.make_evaluate(recipe, of_input=dataset.of_vectors)(dataset, states, labelled)
     else:
       stopped = any(each.interrupted for each in fits)
       found = [] if stopped else cross_validate(config, dataset, (recipe, control), folds)
@@ -98,6 +98,8 @@ def main(config: Config, *, name: str = "train") -> Json:
       "supervised_test_error": found[1].error if found[1:] else None,
       "probe_test_error": found[0].linear["features"] if found else None,
     }
+    if found and dataset.of_vectors:
+      errors["input_probe_test_error"] = found[0].linear["input"]
     measured = evaluate.describe(found[0], dataset.class_names) if found else {}
     pictures, sections = [], []
     if not dataset.of_vectors:
@@ -137,6 +139,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       "test_error": "semi-supervised: few labels and all images",
       "supervised_test_error": "supervised: the same labels, no other images",
       "probe_test_error": "linear probe on the discriminator's features",
+      "input_probe_test_error": "linear probe on the vectors themselves",
     }
     table = [
       (f"test error, {names[key]}", "not measured" if error is None else f"{error:.2f} %")
@@ -178,14 +181,13 @@ def cross_validate(
   Returns:
     An evaluation a recipe, of all left-out images together; empty where Ctrl-C stopped it.
   """
-  evaluate_fold, parts = evaluate.make_evaluate(trained[0]), []
+  evaluate_fold, parts = evaluate.make_evaluate(trained[0], of_input=dataset.of_vectors), []
   for i, (split, out) in enumerate(folds):
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
     states = []
     for recipe in trained:
-      fit = train.fit(
-        recipe, images, jax.random.key(config.train.seed), phase=f"fold {i + 1} of {len(folds)}"
-      )
+      name, key = f"fold {i + 1} of {len(folds)}", jax.random.key(config.train.seed)
+      fit = train.fit(recipe, images, key, phase=name, verbose=recipe is trained[0])
       if fit.interrupted:
         return []
       states.append(fit.state)

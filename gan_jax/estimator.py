@@ -12,10 +12,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from gan_jax import cli, data, networks, recipes, train
+from gan_jax import checkpoint, cli, data, networks, recipes, train
 from gan_jax.model import Model
 from gan_jax.recipes import ssgan
-from gan_jax.types import InputError, NetState, TrainState
+from gan_jax.types import InputError
 
 
 class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
@@ -89,7 +89,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
     self.n_iter_ = int(fit.state.step)
     self._described = recipes.describe(recipe)
-    self._averages = jax.tree.map(np.asarray, _averages(fit.state))
+    self._averages = jax.tree.map(np.asarray, checkpoint.averages(fit.state))
     return self
 
   def predict_proba(self, X: Any) -> Float[np.ndarray, "n k"]:
@@ -172,15 +172,3 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       return ssgan.build(hparams, x.shape[1:], len(self.classes_))
     except InputError as error:
       raise ValueError(str(error)) from error
-
-
-def _averages(state: TrainState) -> TrainState:
-  """What a model reads of a state."""
-  empty = NetState({}, {}, {})
-  return TrainState(
-    step=state.step,
-    key={},  # pyright: ignore[reportArgumentType]
-    g=empty.replace(model_state=state.g.model_state),
-    d=empty.replace(model_state=state.d.model_state),
-    ema=state.ema,
-  )

@@ -73,7 +73,7 @@ Labelled = tuple[UInt8[Any, "n h w c"], Int[Any, "n"]]
 
 
 def make_evaluate(
-  recipe: Recipe, *, every_layer: bool = False, l2: float = 1.0
+  recipe: Recipe, *, every_layer: bool = False, of_input: bool = False, l2: float = 1.0
 ) -> Callable[[Dataset, Sequence[TrainState], Sequence[Labelled]], list[Evaluation]]:
   """Builds `evaluate(dataset, states, labelled)`, which reads the test set once for all states.
 
@@ -83,6 +83,7 @@ def make_evaluate(
   Args:
     recipe: what the states were trained with, up to the objective.
     every_layer: fits probes on every layer, not on the features alone.
+    of_input: fits a linear probe on the pixels too, or on the vectors that stand in for them: `input`.
     l2: of the linear probe, see `probe.fit_linear`: the number of copies of each labelled image.
   """
   classify, layers = steps.make_classifier(recipe.d), probe.make_layers(recipe.d, recipe.image_shape)
@@ -90,7 +91,8 @@ def make_evaluate(
   @jax.jit
   def read(state: TrainState, x: Float[Array, "b h w c"]) -> tuple[Array, dict[str, Array]]:
     logits, features = classify(state, x)
-    return logits, layers(state, x) if every_layer else {"features": features}
+    read = layers(state, x) if every_layer else {"features": features}
+    return logits, read | ({"input": x.reshape(x.shape[0], -1)} if of_input else {})
 
   @jax.jit
   def fit_linear(features: dict[str, Array], y: Array) -> dict[str, probe.LinearProbe]:

@@ -111,7 +111,7 @@ class Model:
         `predict` takes them or, where the model was trained on vectors, vectors `[N, F]`.
 
     Returns:
-      A name an image, and the images.
+      A name an image, for the pictures of a single folder as it is in that folder; and the images.
 
     Raises:
       InputError: a path that is none of these, a picture that cannot be decoded, arrays of another shape.
@@ -128,14 +128,15 @@ class Model:
         raise InputError(f"{path} is no array: this model was trained on vectors, .npy or .npz")
       else:
         files = below(path) if path.is_dir() else [path]
-        names += map(str, files)
+        alone = len(paths) == 1 and path.is_dir()
+        names += [file.relative_to(path).as_posix() if alone else str(file) for file in files]
         images += [reader.read(file)[None] for file in files]
     if not images:
       raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
     wrong = next((i for i, x in enumerate(images) if x.shape[1:] != shape), None)
     if wrong is not None:
       wanted, found = ("x".join(map(str, each)) for each in (shape, images[wrong].shape[1:]))
-      raise InputError(f"this model takes images of {wanted}, and there is one of {found}")
+      raise InputError(f"this model takes images of {wanted}, and there is one of {found}: resize it")
     return names, np.concatenate(images)
 
   def _from_array(self, path: Path) -> np.ndarray:

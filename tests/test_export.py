@@ -37,7 +37,7 @@ def model_of(recipe):
 def run(tmp_path, small_mlp):
   """Saves a model as a run with a result; gives its folder."""
 
-  def saved(recipe, flags=None, **result):
+  def saved(recipe, command="", **result):
     state, path = model_of(recipe).state, tmp_path / "run"
     with checkpoint.Checkpoints(path / "checkpoints") as checkpoints:
       checkpoints.save(state)
@@ -45,7 +45,8 @@ def run(tmp_path, small_mlp):
     config = {
       "recipes": {"main": recipes.describe(recipe)},
       "class_names": ["a", "b", "c"],
-      "config": {"dataset": f"folder:{tmp_path}/mine", "workdir": str(path)} | (flags or {}),
+      "config": {"dataset": f"folder:{tmp_path}/mine", "workdir": str(path)},
+      "command": command,
       "versions": {"jax": "0.9"},
       "commit": None,
     }
@@ -98,12 +99,10 @@ def test_the_tensors_are_the_variables_of_the_networks(small_mlp, tiny, tmp_path
 def test_the_card_has_what_was_measured_and_no_path(run, tmp_path):
   flags = mnist_ssgan.Config()
   flags = cli.with_flags(flags, dataset="folder:mine", init_from="other", class_balance=(1.0, 0.0), steps=7)
-  stored = cli.flags_of(flags) | {
-    "dataset": f"folder:{tmp_path}/mine",
-    "init_from": str(tmp_path / "other"),
-  }
+  elsewhere = {"dataset": f"folder:{tmp_path}/mine", "init_from": str(tmp_path / "other")}
+  command = cli.command("python -m experiments.mnist_ssgan", cli.with_flags(flags, **elsewhere))
   found = {"num_labels": 6, "num_images": 1234, "split_seed": 5, "label_split_sha256": "abc", "seed": 1}
-  path = run(recipe(), stored, test_error=12.345, supervised_test_error=None, **found)
+  path = run(recipe(), command, test_error=12.345, supervised_test_error=None, **found)
   export.export(path, tmp_path / "out", ["safetensors"])
   card, config = ((tmp_path / "out" / name).read_text() for name in ("MODEL_CARD.md", "config.json"))
   assert str(tmp_path) not in card + config

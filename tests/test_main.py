@@ -1,0 +1,133 @@
+"""The command line: each command on a run that one of them made."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import gan_jax
+from gan_jax import __main__ as commands
+
+
+def gan_jax_command(*words, monkeypatch):
+  """The exit code of `gan-jax WORDS`."""
+  monkeypatch.setattr(sys, "argv", ["gan-jax", *map(str, words)])
+  with pytest.raises(SystemExit) as done:
+    commands.main()
+  return done.value.code
+
+
+@pytest.fixture
+def command(monkeypatch):
+  return lambda *words: gan_jax_command(*words, monkeypatch=monkeypatch)
+
+
+@pytest.fixture
+def trained(small_mlp, command, tmp_path):
+  """A run of `train` on pictures: twelve digits a class, of which the first four have a label."""
+  digits = load_digits()
+  for k in range(3):
+    for i, image in enumerate(digits.images[digits.target == k][:12]):
+      folder = tmp_path / "pictures" / (f"digit {k}" if i < 4 else "unlabelled")
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{k}-{i}.png")
+  run = tmp_path / "run"
+  flags = "--network", "mlp", "--steps", 30, "--folds", 2, "--workdir", run
+  assert command("train", "--dataset", f"folder:{tmp_path / 'pictures'}", *flags) == 0
+  return run
+
+
+def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, capsys):
+  """Without test images: folds over the labels, then predict, review, sample, export, report, check."""
+  result = json.loads((trained / "result.json").read_text())
+  assert (result["num_labels"], result["num_images"], result["num_test_images"]) == (12, 36, 12)
+  assert result["error_from"] == "labelled images, each left out once in 2 folds"
+  assert 0 <= result["test_error"] <= 100
+  assert set(result["test_recall"]) == {"digit 0", "digit 1", "digit 2"}
+
+  new, out = tmp_path / "pictures" / "unlabelled", tmp_path / "predictions.csv"
+  assert command("predict", trained, new, "--top-k", 2, "--out", out) == 0
+  rows = list(csv.DictReader(out.read_text().splitlines()))
+  assert [row["file_name"] for row in rows] == sorted(path.name for path in new.iterdir())
+  model = gan_jax.load(trained)
+  names, images = model.read([new])
+  best = model.predict(images).argmax(axis=1)
+  assert [row["label"] for row in rows] == [model.classes[k] for k in best]
+  assert all(float(row["probability"]) >= float(row["probability_2"]) for row in rows)
+
+  (new / "labels.csv").write_text(f"file_name,label\n{names[0]},digit 0\n{names[1]},\n")
+  capsys.readouterr()
+  assert command("predict", trained, new, "--review", 5) == 0
+  chosen = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+  assert len({row["file_name"] for row in chosen}) == 5
+  assert {row["file_name"] for row in chosen} <= set(names[1:])
+  assert {row["label"] for row in chosen} == {""}
+
+  for name in ("a.png", "a.npy", "b.npy"):
+    assert command("sample", trained, "--num", 5, "--out", tmp_path / name) == 0
+  assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+  assert np.load(tmp_path / "a.npy").shape == (5, 8, 8, 1)
+
+  assert command("export", trained, "--out", tmp_path / "exported") == 0
+  again = gan_jax.load(tmp_path / "exported")
+  assert np.array_equal(again.predict(again.read([new])[1]), model.predict(images))
+
+  assert command("report", trained, "--out", tmp_path / "page.html") == 0
+  assert "digit 0" not in (tmp_path / "page.html").read_text()  # the page is about runs, side by side
+  assert command("check", tmp_path / "pictures" / "digit 0") == 1
+  (new / "labels.csv").unlink()
+  assert command("check", tmp_path / "pictures") == 0
+
+
+def test_vectors_train_the_mlp(small_mlp, command, tmp_path):
+  """Vectors with a label each, a class for each third; new ones go through the same scaling."""
+  rng = np.random.default_rng(0)
+  y = np.arange(60) % 3
+  x = rng.normal(size=(60, 12)) + 4 * np.eye(12)[y] * np.geomspace(1, 1e4, 12)
+  np.savez(
+    tmp_path / "vectors.npz", x=x, y=np.where(np.arange(60) < 30, y, -1), x_test=x[30:], y_test=y[30:]
+  )
+  flags = "--steps", 40, "--workdir", tmp_path / "run"
+  assert command("train", "--dataset", f"arrays:{tmp_path / 'vectors.npz'}", *flags) == 0
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert (result["network"], result["num_labels"], result["num_test_images"]) == ("mlp", 30, 30)
+  assert result["input_probe_test_error"] < 20
+  model = gan_jax.load(tmp_path / "run")
+  names, images = model.read([tmp_path / "vectors.npz"])
+  assert len(names) == 60
+  assert model.predict(images).shape == (60, 3)
+  np.save(tmp_path / "other.npy", x[:, :5])
+  with pytest.raises(gan_jax.types.InputError, match=r"vectors must be \[N, 12\]"):
+    model.read([tmp_path / "other.npy"])
+
+
+def test_what_to_review_is_uncertain_and_spread():
+  """One of each of two heaps of uncertain images, and none of the certain ones, though they lie farther."""
+  probs = np.array([[0.5, 0.5]] * 30 + [[0.99, 0.01]] * 30)
+  features = np.repeat([0.0, 1.0, 9.0], [15, 15, 30])[:, None] * np.ones((60, 3))
+  first, second = commands.to_review(probs, features, 2)
+  assert (first < 15, 15 <= second < 30) == (True, True)
+  assert sorted(commands.to_review(probs[:4], features[:4], 9)) == [0, 1, 2, 3]
+  assert commands.to_review(probs[:0], features[:0], 2) == []
+
+
+BAD = [
+  ((), 0, "usage"),
+  (("paint",), 2, "there is no command paint"),
+  (("predict", "nowhere", "x.png"), 2, "nowhere is not the folder of a run"),
+  (("sample", "nowhere", "--out", "x.gif"), 2, r"--out x.gif must end in"),
+  (("sample", "nowhere", "--num", "0"), 2, "--num must be at least 1"),
+  (("predict", "run", "x.png", "--review", "3", "--top-k", "2"), 2, "leave --top-k out"),
+  (("report", "nowhere"), 2, "nowhere is not the folder of a run"),
+  (("export", "nowhere", "--out", "x"), 2, "nowhere is not the folder of a run"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "sentence"), BAD)
+def test_one_sentence(words, code, sentence, command, capsys):
+  assert command(*words) == code
+  assert sentence in " ".join(capsys.readouterr().err.split())
