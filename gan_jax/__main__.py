@@ -4,10 +4,10 @@ import csv
 import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tyro.conf import Positional
@@ -90,7 +90,7 @@ def _predictions(
   rows: list[list[str]] = [[*head, "real_logit"]]
   for name, p, logit in zip(names, probs, real_logit, strict=True):
     best = np.argsort(-p, kind="stable")[:top_k]
-    rows.append([name, *(cell for k in best for cell in (classes[k], f"{p[k]:.4f}")), f"{logit:.3f}"])
+    rows.append([name, *(cell for k in best for cell in (classes[int(k)], f"{p[k]:.4f}")), f"{logit:.3f}"])
   return rows
 
 
@@ -254,6 +254,16 @@ def _write(path: str | None, content: str | bytes) -> None:
   say(f"written to {path}")
 
 
+CONFIGS: dict[str, tuple[Callable[[Any], Json], type]] = {
+  "predict": (predict, Predict),
+  "sample": (sample, Sample),
+  "export": (export, Export),
+  "report": (report_runs, Report),
+  "check": (check, Check),
+}
+"""The functions of the commands but for `train`, and their flags."""
+
+
 def main() -> None:
   """Runs the command that was named."""
   name, flags = (sys.argv[1] if sys.argv[1:] else ""), sys.argv[2:]
@@ -267,13 +277,7 @@ def main() -> None:
   if name == "train":
     classify = importlib.import_module("gan_jax.classify")  # late: predict need not wait for it
     cli.run(classify.main, classify.Config, flags=flags, program=program)
-  command, config_cls = {
-    "predict": (predict, Predict),
-    "sample": (sample, Sample),
-    "export": (export, Export),
-    "report": (report_runs, Report),
-    "check": (check, Check),
-  }[name]
+  command, config_cls = CONFIGS[name]
   cli.run(command, config_cls, flags=flags, program=program, description=command.__doc__)
 
 

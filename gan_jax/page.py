@@ -256,9 +256,9 @@ def _detail(result: Json) -> str:
   """How exact the error is."""
   if not result.get("test_error_interval"):
     return ""
-  low, high = result["test_error_interval"]
+  (low, high), images = result["test_error_interval"], result.get("error_from") or "test images"
   return (
-    f"On {result['num_test_images']:,} test images; 95{_PERCENT} interval of the error"
+    f"On {result['num_test_images']:,} {images}; 95{_PERCENT} interval of the error"
     f" {low:.2f} to {high:.2f}{_PERCENT}, for this one classifier. Lower is better."
   )
 

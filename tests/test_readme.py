@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from gan_jax import cli, data, networks, recipes
+from gan_jax import __main__, classify, cli, data, networks, recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,11 +16,14 @@ def python_blocks(path: Path) -> list[str]:
   return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
-def test_the_example_of_the_readme_runs_and_is_short():
-  (block,) = python_blocks(ROOT / "README.md")
-  assert len(block.strip().splitlines()) < 20
+def test_the_examples_of_the_readme_run_and_are_short():
+  estimator, functional = python_blocks(ROOT / "README.md")
+  assert max(len(block.strip().splitlines()) for block in (estimator, functional)) < 20
   namespace = {}
-  exec(block, namespace)  # it asserts its own result
+  assert "num_steps=300" in estimator
+  exec(estimator.replace("num_steps=300", "num_steps=3"), namespace)
+  assert namespace["gan"].n_iter_ == 3
+  exec(functional, namespace)  # it asserts its own result
   assert namespace["states"][0].step == 200
 
 
@@ -68,3 +71,7 @@ def test_every_command_takes_its_flags(path):
   for name, flags in commands:
     module = importlib.import_module(f"experiments.{name}")
     cli.check(cli._parse(module.Config, shlex.split(flags, comments=True)))
+  for name, flags in re.findall(r"(?:python -m gan_jax|gan-jax) (\w+) ([^`\n|]*)", text):
+    assert name in __main__.COMMANDS
+    config = classify.Config if name == "train" else __main__.CONFIGS[name][1]
+    cli.check(cli._parse(config, shlex.split(flags, comments=True)))

@@ -1,0 +1,112 @@
+"""Does the discriminator know images that it has never seen? AUROC of telling foreign images apart.
+
+python -m benchmarks.novelty --foreign folder:sign_digits mnist -- --steps 800
+
+Methods of the study on the digits, with 50 labels. A score should be higher for test images than for foreign
+ones: the real logit, `logsumexp(l)`, and the highest class probability. Foreign images are the test images of
+other datasets, grey and resized to those of the digits, and noise: each foreign pixel from another of the test
+images, so that single pixels tell nothing. One line a method and split.
+
+Everything after the bare `--` goes to the study.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from PIL import Image
+
+from benchmarks import _runs
+from experiments import label_study
+from gan_jax import cli, data, datasets, evaluate, losses, metrics, pictures, run_dir, steps, train
+
+METHODS = (
+  *("supervised_augmented", "fixmatch_ema", "adamatch", "vat", "feature_matching"),
+  *("gan_consistency", "gan_vat", "gan_undecided", "bad_generator"),
+)
+SCORES = ("real_logit", "confidence")
+
+
+def main() -> None:
+  parser = _runs.parser(__doc__, "novelty")
+  parser.add_argument("--foreign", nargs="*", default=["mnist"], help="datasets, see --dataset (mnist)")
+  parser.add_argument("--methods", nargs="+", default=list(METHODS), help="methods of the study")
+  parser.add_argument("--splits", type=int, nargs="+", default=[20, 21, 22, 23, 24], help="split seeds")
+  parser.add_argument("--data-dir", help="where tfds keeps its datasets")
+  parser.add_argument("--manual-dir", help="a folder with MNIST's original files")
+  _runs.add_run_flags(parser)
+  args = parser.parse_args()
+  config = cli._parse(label_study.Config, ["--dataset", "digits", *args.flags])
+  digits = cli.load(config.data)
+  test = evaluate.with_test_set(digits)
+  rng = np.random.default_rng(0)
+  foreign = {
+    name.rpartition(":")[2].rpartition("/")[2]: foreign_images(name, digits.image_shape, args)
+    for name in args.foreign
+  }
+  foreign["noise"] = rng.permuted(test.x_test, axis=0)
+  results = []
+  for method in args.methods:
+    recipe = label_study.make_recipe(config, digits, method)
+    classify = jax.jit(steps.make_classifier(recipe.d))
+    for seed in args.splits:
+      split = data.split_labels(digits.y_train, 5, seed)
+      images, key = data.to_device(digits, split), jax.random.fold_in(jax.random.key(0), seed)
+      state = train.fit(recipe, images, key, verbose=False).state
+      read = lambda x, state=state: metrics.predict(lambda x: classify(state, x)[0], x)
+      own = read(test.x_test)
+      rows = {name: areas(own, read(x)) for name, x in foreign.items()}
+      results.append(
+        {
+          "method": method,
+          "split_seed": seed,
+          "label_split_sha256": split.sha256,
+          "steps": recipe.num_steps,
+          "test_error": metrics.error_percent(own, test.y_test),
+          "auroc": rows,
+          **run_dir.environment(),
+        }
+      )
+      print(method, seed, results[-1]["test_error"], rows, flush=True)
+  _runs.finish(args.name, results, table)
+
+
+def areas(own: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
+  """The area under the ROC curve of each score, in [0, 1], from the logits of both kinds of images."""
+  scores = {
+    "real_logit": lambda logits: np.asarray(losses.real_logit(logits)),
+    "confidence": lambda logits: np.asarray(losses.class_probs(logits)).max(axis=-1),
+  }
+  return {name: metrics.auroc(score(own), score(foreign)) for name, score in scores.items()}
+
+
+def foreign_images(name: str, image_shape: tuple[int, int, int], args) -> np.ndarray:
+  """Test images of another dataset, or all of one without a test set: grey, of the size of our own."""
+  height, width, _ = image_shape
+  flags = cli.DataFlags(dataset=name, data_dir=args.data_dir, manual_dir=args.manual_dir)
+  if name.startswith("folder:"):
+    flags = dataclasses.replace(flags, image_size=height)
+  dataset = evaluate.with_test_set(cli.load(flags, needs_test=False))
+  x = dataset.x_test if len(dataset.x_test) else dataset.x_train
+  grey = [np.asarray(Image.fromarray(each.squeeze()).convert("L")) for each in x]
+  return np.stack([pictures.resize(Image.fromarray(each), (height, width), "crop") for each in grey])[
+    ..., None
+  ]
+
+
+def table(results: Sequence[dict]) -> str:
+  """Markdown: a row a method, the mean over splits; a pair of columns a kind of foreign images."""
+  kinds, rows = list(results[0]["auroc"]), []
+  for method in dict.fromkeys(result["method"] for result in results):
+    found = [result for result in results if result["method"] == method]
+    means = [
+      _runs.mean_std([each["auroc"][kind][score] for each in found]) for kind in kinds for score in SCORES
+    ]
+    rows.append([method, _runs.mean_std([each["test_error"] for each in found]), *means])
+  header = ["method", "test error, %", *(f"{kind}: {score}" for kind in kinds for score in SCORES)]
+  return _runs.with_environment(_runs.markdown(header, rows), results)
+
+
+if __name__ == "__main__":
+  _runs.cli(main)
