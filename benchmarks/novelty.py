@@ -2,16 +2,17 @@
 
 python -m benchmarks.novelty --foreign folder:sign_digits mnist -- --steps 800
 
-Methods of the study on the digits, with 50 labels. A score should be higher for test images than for foreign
-ones: the real logit, `logsumexp(l)`, and the highest class probability. Foreign images are the test images of
-other datasets, grey and resized to those of the digits, and noise: each foreign pixel from another of the test
-images, so that single pixels tell nothing. One line a method and split.
+Methods of the study on the digits, with 50 labels. A score should be higher for test images than for
+foreign ones: the real logit, `logsumexp(l)`, and the highest class probability. Foreign images are the test
+images of other datasets, grey and resized to those of the digits, and noise: every pixel from another test
+image, so that single pixels tell nothing. One line a method and split.
 
 Everything after the bare `--` goes to the study.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from benchmarks import _runs
 from experiments import label_study
-from gan_jax import cli, data, datasets, evaluate, losses, metrics, pictures, run_dir, steps, train
+from gan_jax import cli, data, evaluate, losses, metrics, pictures, run_dir, steps, train
 
 METHODS = (
   *("supervised_augmented", "fixmatch_ema", "adamatch", "vat", "feature_matching"),
@@ -54,9 +55,9 @@ def main() -> None:
       split = data.split_labels(digits.y_train, 5, seed)
       images, key = data.to_device(digits, split), jax.random.fold_in(jax.random.key(0), seed)
       state = train.fit(recipe, images, key, verbose=False).state
-      read = lambda x, state=state: metrics.predict(lambda x: classify(state, x)[0], x)
-      own = read(test.x_test)
-      rows = {name: areas(own, read(x)) for name, x in foreign.items()}
+      read = partial(metrics.predict, partial(classify, state))
+      own, _ = read(test.x_test)
+      rows = {name: areas(own, read(x)[0]) for name, x in foreign.items()}
       results.append(
         {
           "method": method,
