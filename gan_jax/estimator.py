@@ -73,9 +73,10 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 where there is none.
 
     Raises:
-      ValueError: no label, images of a shape that the network does not take, or what scikit-learn refuses.
+      ValueError: no label, images of a shape that the network does not take, training that broke down, or
+        what scikit-learn refuses.
     """
-    X, y = validate_data(self, X, y, allow_nd=True)
+    X, y = validate_data(self, X, y, allow_nd=True, ensure_min_samples=2)
     labelled = np.array([value != -1 for value in y.tolist()])
     if not labelled.any():
       raise ValueError("y has no label: every value is -1")
@@ -86,7 +87,10 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     recipe = self._recipe(x, y_lab)
     images = data.DeviceData.from_arrays(x[labelled], y_lab, x)
     seed = check_random_state(self.random_state).randint(2**31)
-    fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
+    try:
+      fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
+    except InputError as error:
+      raise ValueError(str(error)) from error
     self.n_iter_ = int(fit.state.step)
     self._described = recipes.describe(recipe)
     self._averages = jax.tree.map(np.asarray, checkpoint.averages(fit.state))

@@ -18,7 +18,8 @@ CANNOT_HOLD = {
 
 
 @parametrize_with_checks(
-  [SemiSupervisedGAN(num_steps=60, random_state=0)], expected_failed_checks=lambda _: CANNOT_HOLD
+  [SemiSupervisedGAN(adversarial=0.0, num_steps=60, random_state=0)],
+  expected_failed_checks=lambda _: CANNOT_HOLD,
 )
 @pytest.mark.filterwarnings("ignore")  # the checks provoke warnings of scikit-learn's own
 def test_conventions_of_scikit_learn(estimator, check, small_mlp):

@@ -19,7 +19,7 @@ from experiments import (
   mnist_ssgan,
   transfer,
 )
-from gan_jax import cli, data, evaluate, recipes, run_dir
+from gan_jax import classify, cli, data, evaluate, recipes, run_dir
 
 CONTRACT = {
   *("experiment", "dataset", "num_labels", "label_split_sha256", "split_seed", "seed", "steps"),
@@ -124,7 +124,8 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
 def test_a_small_part_of_the_images_is_small_data(reads):
   """--num-images 500 of a large set has the recipe of 500 images."""
   dataset = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
-  recipe = lambda num: mnist_ssgan.make_recipe(mnist_ssgan.Config(), dataset, num_images=num)
+  split = data.split_labels(dataset.y_train, 5, 0)
+  recipe = lambda num: classify.make_recipe(classify.Config(), dataset, split._replace(images=(0,) * num))
   assert (recipe(500).num_steps, recipe(60_000).num_steps) == (1000, 10_000)
 
 
@@ -148,12 +149,12 @@ def test_mnist_gan(run, reads, tmp_path):
   assert reads == ["digits"] * 2  # the feature extractor and the probe
 
 
-@pytest.mark.parametrize("labels_per_class", [None, 5])
+@pytest.mark.parametrize("labels_per_class", ["all", 5])
 def test_mnist_conditional(labels_per_class, run, reads, tmp_path):
   flags = {"network": "article", "labels_per_class": labels_per_class, "num_scored": 300}
   result = run(mnist_conditional, **flags)
   assert result.keys() >= {*GENERATOR, "class_agreement"}
-  assert result["num_labels"] == (1139 if labels_per_class is None else 50)
+  assert result["num_labels"] == (1139 if labels_per_class == "all" else 50)
   assert (tmp_path / "run" / "confusion.png").exists()
   assert reads == ["digits"] * 2
 
