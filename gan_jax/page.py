@@ -184,6 +184,7 @@ def of_classifier(
       pictures=[Picture(folder / "reliability.png")],
     )
   )
+  sections += _abstaining(found, measured_on)
   return [*sections, *_mistakes(folder, found.confusion, class_names)]
 
 
@@ -207,6 +208,23 @@ def _tiles(shown: Shown, class_names: Sequence[str]) -> list[Picture]:
       caption += f", {_percent(p[y])}\npredicted {class_names[predicted]}, {_percent(p[predicted])}"
     tiles.append(Picture(report.grid_png(x[None] / np.float32(255), columns=1), f"{caption}\nno. {index}"))
   return tiles
+
+
+def _abstaining(found: Evaluation, measured_on: str) -> list[Section]:
+  """What error remains where the classifier may leave images undecided; nothing where it makes none."""
+  rows, error = [], 100 * float((found.probs.argmax(axis=-1) != found.y).mean())
+  for limit in (error / 2, error / 4, 0.0) if error else ():
+    kept = metrics.abstention_threshold(found.probs, found.y, limit)
+    if kept is not None:
+      rows.append((f"{limit:.2f} %", f"{kept[0]:.4f}", f"{100 * kept[1]:.1f} %"))
+  section = Section(
+    "Leaving images undecided",
+    text=f"The error where images below a confidence are left to a person. Of these {measured_on}: other"
+    " images may have another error at the same threshold.",
+    header=("error of the rest at most", "confidence at least", "images decided"),
+    rows=rows,
+  )
+  return [section] if rows else []
 
 
 def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> list[Section]:

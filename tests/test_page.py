@@ -168,7 +168,12 @@ def test_sections_of_a_classifier(tmp_path):
   found = classified(3, tmp_path)
   sections = sections_of(found, tmp_path, 3)
   titles = ["Labelled images", "Least certain images", "Worst mistakes", "Reliability"]
-  assert list(sections) == [*titles, "Confusion matrix", "Recall by class"]
+  assert list(sections) == [*titles, "Leaving images undecided", "Confusion matrix", "Recall by class"]
+  for limit, threshold, share in sections["Leaving images undecided"].rows:
+    kept = found.probs.max(axis=1) >= float(threshold) - 5e-5
+    wrong = found.probs.argmax(axis=1) != found.y
+    assert share == f"{100 * kept.mean():.1f} %"
+    assert 100 * wrong[kept].mean() <= float(limit.removesuffix(" %")) + 5e-3
   strips = sections["Labelled images"].pictures
   assert [each.caption for each in strips] == [f"name {k}, 10 of 12" for k in range(3)]
   tile = sections["Least certain images"].tiles[1].caption
