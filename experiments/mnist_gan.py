@@ -140,6 +140,7 @@ def fit_gan(
     classify=extractor and extractor.classify,
     class_names=run.dataset.class_names,
     tensorboard=config.loop.tensorboard,
+    devices=cli.devices(config.loop.devices, recipe),
   )
 
 

@@ -63,6 +63,7 @@ def main(config: Config, *, name: str = "train") -> Json:
   control = recipes.supervised_control(recipe)
   recipe = recipes.with_frozen(recipe, config.transfer.freeze_d)
   used = {"semi-supervised": recipe, "supervised": control}
+  devices = cli.devices(config.loop.devices, recipe)
   with run_dir.open_run(name, config, dataset, split, recipes_used=used, files=FILES) as run:
     folds = _folds(dataset, split, config.folds)
     _announce(run, recipe, split, len(folds))
@@ -78,6 +79,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       start=run_dir.start_from(config.transfer, recipe),
       diagnose=recipe.batch.generated > 0,
       class_names=dataset.class_names,
+      devices=devices,
       **logged,
     )
     fits = [fit]

@@ -14,7 +14,8 @@ import jax
 import tyro
 from rich.markup import escape
 
-from gan_jax import data, datasets
+from gan_jax import data, datasets, parallel
+from gan_jax.recipes import Recipe
 from gan_jax.report import cache_dir, console, say
 from gan_jax.types import InputError, Json, LabelSplit
 
@@ -105,9 +106,11 @@ class LoopFlags:
   """Steps between checkpoints."""
   tensorboard: bool = False
   """Write the metrics for TensorBoard as well."""
+  devices: int | None = None
+  """Devices that share each step (default: as many accelerators as divide its images; 1 on CPU)."""
 
   def check(self) -> None:
-    at_least_one(self, "checkpoint_every")
+    at_least_one(self, "checkpoint_every", "devices")
 
 
 @dataclass(frozen=True)
@@ -206,12 +209,30 @@ def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFla
   )
 
 
+def devices(num: int | None, recipe: Recipe) -> list[Any]:
+  """The devices of --devices for `train.fit`: none where one does it.
+
+  Raises:
+    InputError: there are not so many, or the batch cannot be split over them.
+  """
+  there = jax.devices()
+  if num is None:
+    num = 1 if there[0].platform == "cpu" else parallel.most_devices(recipe.batch, len(there))
+  if num > len(there):
+    more = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num} makes them of one processor"
+    raise InputError(f"--devices {num}: there {'is' if len(there) == 1 else 'are'} {len(there)}{more}")
+  if num > 1:
+    parallel.over_devices(recipe, there[:num])  # so that a batch that cannot be split is told at once
+    say(f"{num} of {len(there)} devices share each step")
+  return there[:num] if num > 1 else []
+
+
 # --- Configurations: dataclasses of groups and of an experiment's own flags
 
 Config = TypeVar("Config")
 
 # These say where a run finds and puts things, not what it computes.
-NOT_RECIPE = {"data_dir", "manual_dir", "workdir", "resume", "overwrite", "tensorboard"}
+NOT_RECIPE = {"data_dir", "manual_dir", "workdir", "resume", "overwrite", "tensorboard", "devices"}
 
 
 def check(config: Any) -> None:

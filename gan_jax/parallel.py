@@ -1,13 +1,21 @@
-"""Many replicates of a training run in one compiled program, on one device or on several.
+"""More than one device: the images of a step split over them, or replicates of a run spread over them.
 
-A replicate is a run of its own: a label split and a seed. States and labelled sets carry a leading axis
-`[S]`; the unlabelled images are there once. Nothing is averaged over replicates, so spreading them over
-devices leaves each as it was. One after the other on one device, a replicate is its single run bit for
-bit; elsewhere the compiled program is another one, and they agree to rounding.
+**One run**, `over_devices`: on each device the networks see a part of each batch, and everything else is as
+on one device. The step stays one function of the whole batch, so losses that compare images of a batch, its
+statistics, and ADA's signal are those of the whole batch by construction.
+
+**Replicates**, `replicate`: a replicate is a run of its own, a label split and a seed. States and
+labelled sets carry a leading axis `[S]`; the unlabelled images are there once. Nothing is averaged over
+replicates, so spreading them over devices leaves each as it was. One after the other on one device, a
+replicate is its single run bit for bit; elsewhere the compiled program is another one, and they agree to
+rounding.
 """
 
+import dataclasses
+
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +24,68 @@ from jaxtyping import Array
 
 from gan_jax.data import DeviceData
 from gan_jax.steps import MultiStep
-from gan_jax.types import TrainState
+from gan_jax.types import BatchSizes, InputError, TrainState
+
+if TYPE_CHECKING:
+  from gan_jax.recipes import Recipe
+
+# --- One run
+
+
+@dataclass(frozen=True)
+class _Split:
+  """A network whose inputs are split over a mesh, by their first axis."""
+
+  net: Any
+  mesh: Mesh
+
+  def init(self, *args: Any, **kwargs: Any) -> Any:
+    return self.net.init(*args, **kwargs)
+
+  def latents(self, key: Any, num: int) -> Any:
+    return self.net.latents(key, num)
+
+  def layers(self, image_shape: Sequence[int]) -> tuple[str, ...]:
+    return self.net.layers(image_shape)
+
+  def apply(self, variables: Any, x: Any, **kwargs: Any) -> Any:
+    parts = NamedSharding(self.mesh, PartitionSpec("batch"))
+    x = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, parts), x)
+    return self.net.apply(variables, x, **kwargs)
+
+
+def over_devices(recipe: "Recipe", devices: Sequence[Any]) -> "Recipe":
+  """The same training with the images of each step split over these devices.
+
+  Give its steps a state and images from `replicated`. The compiler partitions the step, forward and
+  backward, and adds the communication; results are those of one device to rounding.
+
+  Raises:
+    InputError: a kind of images in the batch is not a multiple of the number of devices.
+  """
+  sizes = {name: num for name, num in recipe.batch._asdict().items() if num % len(devices)}
+  if sizes:
+    name, num = next(iter(sizes.items()))
+    raise InputError(
+      f"{num} {name} images per step cannot be split over {len(devices)} devices: take a multiple, or"
+      f" {most_devices(recipe.batch, len(devices))} of the devices"
+    )
+  mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+  return dataclasses.replace(recipe, g=_Split(recipe.g, mesh), d=_Split(recipe.d, mesh))
+
+
+def most_devices(sizes: BatchSizes, num: int) -> int:
+  """The largest number of devices, at most `num`, over which a batch of these sizes can be split."""
+  return max(n for n in range(1, num + 1) if not any(size % n for size in sizes))
+
+
+def replicated(tree: Any, devices: Sequence[Any]) -> Any:
+  """The same arrays on each of these devices."""
+  mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+# --- Replicates
 
 Strategy = Literal["sequential", "vmap"]
 

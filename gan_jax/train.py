@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gan_jax import checkpoint, data, diagnostics, report
+from gan_jax import checkpoint, data, diagnostics, parallel, report
 from gan_jax.recipes import Recipe
 from gan_jax.report import console
 from gan_jax.types import InputError, Json, TrainState
@@ -52,6 +52,7 @@ def fit(
   tensorboard: bool = False,
   steps_per_dispatch: int = 50,
   verbose: bool = True,
+  devices: Sequence[Any] = (),
 ) -> Fit:
   """Trains a recipe: `recipe.num_steps` steps, or fewer on Ctrl-C.
 
@@ -74,12 +75,16 @@ def fit(
     tensorboard: whether to log for TensorBoard too, under `workdir/tensorboard`.
     steps_per_dispatch: the most steps in one dispatch.
     verbose: whether to show progress.
+    devices: those that share each step, see `parallel.over_devices`; without any, JAX's default device.
 
   Raises:
     InputError: a metric is not finite; nothing from then on has been saved. Or `workdir` holds checkpoints
-      and is not to be resumed.
+      and is not to be resumed, or the batch cannot be split over so many devices.
   """
+  split = parallel.over_devices(recipe, devices) if devices else recipe
   state = recipe.init_state(key, images)
+  if devices:
+    state, images = parallel.replicated((state, images), devices)
   with contextlib.ExitStack() as stack:
     checkpoints = None
     if workdir is not None and checkpoint_every is not None:
@@ -90,7 +95,7 @@ def fit(
       state = checkpoints.restore(state)
     elif start is not None:
       state = start(state)
-    multi_step = jax.jit(recipe.make_multi_step(steps_per_dispatch), donate_argnums=0)
+    multi_step = jax.jit(split.make_multi_step(steps_per_dispatch), donate_argnums=0)
     if verbose:
       report.say(f"{phase}: compiling")
     begin = time.perf_counter()
