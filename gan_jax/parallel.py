@@ -12,7 +12,6 @@ rounding.
 """
 
 import dataclasses
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal

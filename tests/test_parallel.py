@@ -57,7 +57,7 @@ def test_eight_devices_compute_what_one_does(case, make_tiny):
   (flops, expected, metrics), (flops_each, found, metrics_found) = programs
   assert len(devices) == 8
   assert flops_each < flops / 4  # each device does a part
-  for before, a, b in zip(*map(jax.tree.leaves, (start, expected, found)), strict=True):
+  for _before, a, b in zip(*map(jax.tree.leaves, (start, expected, found)), strict=True):
     if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
       np.testing.assert_allclose(b, a, atol=1e-6)
   moved = [
