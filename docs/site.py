@@ -49,7 +49,8 @@ def stage() -> None:
     write(
       f"api/{room}.md", "\n\n".join([f"# {room.title()}", *map("::: gan_jax.{}".format, modules.split())])
     )
-  write("docs/digits.md", as_page((ROOT / "docs" / "digits.ipynb").read_text()))
+  page = as_page((ROOT / "docs" / "digits.ipynb").read_text())
+  write("docs/digits.md", f"{page}\n\n[The notebook](digits.ipynb)\n")
   records = sorted(path.relative_to(PAGES / RECORDS).as_posix() for path in (PAGES / RECORDS).rglob("*.*"))
   write(f"{RECORDS}/index.md", "\n".join(["# Records\n", *(f"- [{name}]({name})" for name in records)]))
 
