@@ -48,22 +48,22 @@ def make_diagnostics(
   With `r` the mean real logit of D on up to 500 training images, as many held-out ones, and as many
   generated ones as training images:
 
-    diagnostics/real_logit_train, _held_out, _fake    r, for each kind of image
-    diagnostics/real_logit_gap     r(train) - r(held out)
-    diagnostics/memorisation       r_v = (r(train) - r(held out)) / (r(train) - r(fake)). Near 0, D treats
-                                   unseen images as it treats those it learns from; near 1, as generated
-                                   ones. 0 where D does not put training images above generated ones
-    diagnostics/train_accuracy, fake_accuracy    percent that D takes for real, and for generated
-    diagnostics/variance_ratio     variance over the generated images, averaged over pixels, as a ratio to
-                                   that of the training images: 0 where all samples are the same
-    diagnostics/class_entropy      of the classes of the generated images, in nats, at most log K
-    diagnostics/share_0 .. K-1     share of each class among them
+      diagnostics/real_logit_train, _held_out, _fake    r, for each kind of image
+      diagnostics/real_logit_gap     r(train) - r(held out)
+      diagnostics/memorisation       r_v = (r(train) - r(held out)) / (r(train) - r(fake)). Near 0, D treats
+                                     unseen images as it treats those it learns from; near 1, as generated
+                                     ones. 0 where D does not put training images above generated ones
+      diagnostics/train_accuracy, fake_accuracy    percent that D takes for real, and for generated
+      diagnostics/variance_ratio     variance over the generated images, averaged over pixels, as a ratio to
+                                     that of the training images: 0 where all samples are the same
+      diagnostics/class_entropy      of the classes of the generated images, in nats, at most log K
+      diagnostics/share_0 .. K-1     share of each class among them
 
   The paper shows D augmented images alone; here none is augmented.
 
   Args:
-    g, d: networks. Images come from the averaged generator; D is the current one, because it is the one
-      that G learns from.
+    g: the generator. Images come from its averaged parameters.
+    d: the discriminator. The current one is read, because it is the one that G learns from.
     classify: names the class of generated images; by default D's own K logits. Without classes (K = 1)
       the last two kinds of metric are left out.
     by_class: whether D is asked for the class of every image, as in class-conditional training on all

@@ -210,7 +210,8 @@ def adamatch(
 
   Args:
     logits_lab: of the labelled images; none: as `consistency`.
-    logits_weak, logits_strong: of the same unlabelled images.
+    logits_weak: of the weakly augmented unlabelled images.
+    logits_strong: of the same images, strongly augmented.
     threshold: share of the confidence on labelled images, in [0, 1].
 
   References:

@@ -168,7 +168,9 @@ def conditional_gan(
   Args:
     loss: the pair.
     supervised_weight: of the cross-entropy of the labelled images.
-    consistency_weight, weak, threshold: as in `semi_supervised_gan`.
+    consistency_weight: as in `semi_supervised_gan`, and so are the next two.
+    weak: augmentation of the images that consistency takes its targets from.
+    threshold: confidence from which a pseudo-label counts.
     penalty: `penalty`, `gamma`, `penalty_every` and `rotation_weight` as in `gan`.
   """
   adversarial = gan(loss, labelled=True, **penalty)

@@ -158,7 +158,8 @@ def of_classifier(
     folder: of the run, where `reliability.png` and `confusion.png` are.
     found: its evaluation; without test images only the labelled images are shown.
     class_names: K.
-    x_lab, y_lab: the labelled images that were used, as bytes, and their classes.
+    x_lab: the labelled images that were used, as bytes.
+    y_lab: their classes.
     measured_on: what `found` is an evaluation of.
   """
   sections = [_labelled(class_names, np.asarray(x_lab), np.asarray(y_lab))]

@@ -46,7 +46,8 @@ def wgan_gp(
   Args:
     key: consumed.
     real_logit_fn: images to real logit `[B]`.
-    x_real, x_fake: images in [0, 1], as many of one kind as of the other.
+    x_real: images in [0, 1].
+    x_fake: generated images, as many.
 
   Returns:
     `[B]`. The caller averages and multiplies by lambda, 10 in the paper.

@@ -73,7 +73,8 @@ def open_run(
   Args:
     experiment: its name.
     config: its configuration, with a group `run`.
-    dataset, split: its data; None where the experiment writes splits of its own.
+    dataset: its data.
+    split: its labels; None where the experiment writes splits of its own.
     recipes_used: what it trains, by the names of the phases.
     files: what it writes beside `FILES`, files and folders.
 

@@ -56,8 +56,10 @@ def init_state(
 
   Args:
     key: consumed; the state keeps a key derived from it.
-    g, d: networks, see `gan_jax.types`.
-    g_tx, d_tx: optimizers.
+    g: the generator, see `gan_jax.types`.
+    d: the discriminator.
+    g_tx: optimizer of G.
+    d_tx: optimizer of D.
     x_init: real images in [0, 1], `[B, H, W, C]`. They give the shapes, and weight-normalised layers
       start from their statistics: a few hundred images are enough.
     aux: what else the algorithm carries: `Adaptive.init()` with adaptive augmentation.
@@ -101,8 +103,10 @@ def make_step(
   step is the supervised control. A network without terms in the objective is left as it is.
 
   Args:
-    g, d: networks, see `gan_jax.types`.
-    g_tx, d_tx: optimizers, those that the state was made with.
+    g: the generator, see `gan_jax.types`.
+    d: the discriminator.
+    g_tx: optimizer of G, the one that the state was made with.
+    d_tx: optimizer of D, likewise.
     objective: the terms of both networks.
     augment: applied to all that D sees, real and generated alike, in D's update and in G's. With
       `Adaptive` the state must have been made with `aux=augment.init()`.

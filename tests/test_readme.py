@@ -1,11 +1,14 @@
 import importlib
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import jax
 import pytest
 
+import gan_jax
 from gan_jax import __main__, classify, cli, data, networks, recipes
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +46,36 @@ def test_what_extending_builds_can_be_trained(monkeypatch):
     batch = jax.eval_shape(data.make_sample_batch(recipe.batch), jax.random.key(0), namespace["images"])
     assert metric in jax.eval_shape(recipe.make_step(), state, batch)[1]
   assert namespace["mine"].image_shape == (8, 4, 1)
+
+
+def test_the_notebook_runs_and_is_stored_without_outputs():
+  cells = json.loads((ROOT / "docs" / "digits.ipynb").read_text())["cells"]
+  code = [cell for cell in cells if cell["cell_type"] == "code"]
+  assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+  source = "\n".join("".join(cell["source"]) for cell in code)
+  assert source.count("num_steps=NUM_STEPS") == 1
+  namespace = {}
+  exec(source.replace("num_steps=NUM_STEPS", 'num_steps=3, network="article"'), namespace)
+  assert [int(fit.state.step) for fit in namespace["fits"].values()] == [3, 3]
+  assert namespace["probs"].shape == (100, 10)
+  tuned = recipes.ssgan.tuned("conv", num_images=len(namespace["dataset"].x_train))
+  assert namespace["NUM_STEPS"] == tuned.num_steps  # as the notebook says
+
+
+def test_the_citation_is_of_this_version():
+  yaml = pytest.importorskip("yaml")
+  citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+  assert citation["cff-version"] == "1.2.0"
+  assert citation["version"] == gan_jax.__version__
+  assert {"message", "title", "authors"} <= set(citation)
+
+
+def test_every_public_module_is_on_a_page_of_the_site():
+  pages = " ".join(runpy.run_path(str(ROOT / "docs" / "site.py"))["ROOMS"].values()).split()
+  assert len(pages) == len(set(pages))
+  modules = {path.stem for path in (ROOT / "gan_jax").glob("[!_]*.py")}
+  packages = {path.parent.name for path in (ROOT / "gan_jax").glob("*/__init__.py")}
+  assert modules | packages == {name for name in pages if "." not in name}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

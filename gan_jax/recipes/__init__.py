@@ -1,8 +1,8 @@
 """What is trained, as values: families of recipes, and recipes derived from recipes.
 
-  hparams = recipes.ssgan.tuned("conv", num_images=60_000)
-  recipe = recipes.ssgan.build(hparams, image_shape=(28, 28, 1), num_classes=10)
-  control = recipes.supervised_control(recipe)
+    hparams = recipes.ssgan.tuned("conv", num_images=60_000)
+    recipe = recipes.ssgan.build(hparams, image_shape=(28, 28, 1), num_classes=10)
+    control = recipes.supervised_control(recipe)
 
 A family is a frozen dataclass of hyper-parameters and a pure function
 `build(hparams, image_shape, num_classes) -> Recipe`. `describe` is what a run stores of its recipe, and
