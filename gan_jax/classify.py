@@ -4,7 +4,7 @@ Runs as `python -m gan_jax train` on data of one's own, and as `experiments.mnis
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from gan_jax.datasets import Dataset
 from gan_jax.evaluate import Evaluation
 from gan_jax.recipes import Recipe, ssgan
 from gan_jax.report import say
-from gan_jax.types import Json, LabelSplit
+from gan_jax.types import Json, LabelSplit, TrainState
 
 FILES = (*run_dir.TRAINING_FILES, "samples", "learning_curves.png", "confusion.png", "reliability.png")
 
@@ -79,6 +79,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       start=run_dir.start_from(config.transfer, recipe),
       diagnose=recipe.batch.generated > 0,
       class_names=dataset.class_names,
+      snapshot=_snapshot(run, recipe) if recipe.batch.generated and not dataset.of_vectors else None,
       devices=devices,
       **logged,
     )
@@ -117,6 +118,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       sections = page.of_classifier(
         run.path, found[0], dataset.class_names, images.x_lab, images.y_lab, measured_on=measured_on
       )
+    sections += _on_the_way(run)
     report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
     curves = [page.Picture(run.path / "learning_curves.png")]
     sections.append(page.Section("Learning curves", pictures=curves))
@@ -196,6 +198,24 @@ def cross_validate(
     left_out = dataclasses.replace(dataset, x_test=dataset.x_train[out], y_test=dataset.y_train[out])
     parts.append(evaluate_fold(left_out, states, [(images.x_lab, images.y_lab)] * len(states)))
   return [evaluate.pooled(found, [out for _, out in folds]) for found in zip(*parts, strict=True)]
+
+
+def _snapshot(run: run_dir.Run, recipe: Recipe) -> Callable[[TrainState], None]:
+  """Writes the images of ten fixed latents, as they are at this step."""
+
+  def snapshot(state: TrainState) -> None:
+    x_fake = evaluate.sample(recipe, state, 10, seed=run.seed)
+    report.sample_grid(run.path / "samples" / f"step-{int(state.step):07}.png", x_fake)
+
+  return snapshot
+
+
+def _on_the_way(run: run_dir.Run) -> list[page.Section]:
+  """What `_snapshot` wrote, in the order of the steps."""
+  paths = sorted((run.path / "samples").glob("step-*.png"))
+  pictures = [page.Picture(path, f"step {int(path.stem.removeprefix('step-')):,}") for path in paths]
+  text = "The same ten latents at ten times of the training."
+  return [page.Section("The generator on the way", text=text, pictures=pictures)] if pictures else []
 
 
 def _folds(dataset: Dataset, split: LabelSplit, num: int) -> list[tuple[LabelSplit, np.ndarray]]:

@@ -6,6 +6,7 @@ is random after training are here too, see `sample`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -209,6 +210,10 @@ def error_of(
 
 # --- Generators
 
+# Modules of Linen are values, so one compiled program serves all states of one generator.
+sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))
+"""`sampler(g)(variables, key, num, y)`, compiled, see `steps.make_sampler`."""
+
 
 def load_feature_extractor(dataset: Dataset, **kwargs: Any) -> metrics.FeatureExtractor:
   """The feature extractor for Frechet distances to this test set, see `metrics.load_feature_extractor`."""
@@ -229,7 +234,7 @@ def sample(
   An image depends on its own latent alone. Each purpose has keys of its own: `jax.random.key(seed)` folded
   with the purpose, see `objectives.named_key`, and with the number of the batch of 500.
   """
-  draw = jax.jit(steps.make_sampler(recipe.g), static_argnums=2)
+  draw = sampler(recipe.g)
   variables = steps.generator_variables(recipe.g, state)
   batch, key, rows = min(num, 500), objectives.named_key(jax.random.key(seed), purpose), []
   for i in range(-(-num // batch)):

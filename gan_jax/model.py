@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import checkpoint, data, losses, objectives, probe, recipes, steps
+from gan_jax import checkpoint, data, evaluate, losses, objectives, probe, recipes, steps
 from gan_jax.pictures import Reader, Scaling, below
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
@@ -92,7 +92,7 @@ class Model:
       InputError: an unknown class, not as many as images, or a generator that cannot be asked for classes.
     """
     y = None if classes is None else np.resize(self._numbers(classes, num), -(-num // _SAMPLES) * _SAMPLES)
-    draw = _sampler(self.recipe.g)
+    draw = evaluate.sampler(self.recipe.g)
     key, images = objectives.named_key(jax.random.key(seed), "sample"), []
     for i in range(-(-num // _SAMPLES)):
       asked = () if y is None else (jnp.asarray(y[i * _SAMPLES : (i + 1) * _SAMPLES]),)
@@ -220,4 +220,3 @@ def _batched(read: Any, x: np.ndarray) -> Any:
 # Modules of Linen are values, so one compiled program serves all models of one network.
 _classify = cache(lambda d: jax.jit(steps.make_classifier(d)))
 _layers = cache(lambda d, image_shape: jax.jit(probe.make_layers(d, image_shape)))
-_sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))

@@ -51,6 +51,7 @@ def fit(
   class_names: Sequence[str] = (),
   tensorboard: bool = False,
   steps_per_dispatch: int = 50,
+  snapshot: Callable[[TrainState], None] | None = None,
   verbose: bool = True,
   devices: Sequence[Any] = (),
 ) -> Fit:
@@ -74,6 +75,7 @@ def fit(
     class_names: for the alarms.
     tensorboard: whether to log for TensorBoard too, under `workdir/tensorboard`.
     steps_per_dispatch: the most steps in one dispatch.
+    snapshot: called with the state about ten times, for pictures on the way.
     verbose: whether to show progress.
     devices: those that share each step, see `parallel.over_devices`; without any, JAX's default device.
 
@@ -108,7 +110,7 @@ def fit(
       )
 
     num_steps, every = recipe.num_steps, checkpoint_every or recipe.num_steps
-    observe_every = max(1, num_steps // 20)
+    observe_every, snapshot_every = max(1, num_steps // 20), max(1, num_steps // 10)
     done = first = int(state.step)
     pending, first_step_at = None, None
     log = stack.enter_context(_MetricsLog(workdir, phase, first, num_steps, class_names, tensorboard))
@@ -120,8 +122,12 @@ def fit(
         num = min(num, every - done % every)
         if observe:
           num = min(num, observe_every - done % observe_every)
+        if snapshot:
+          num = min(num, snapshot_every - done % snapshot_every)
         state, metrics = compiled(state, images, np.int32(num))
         done += num
+        if snapshot and done % snapshot_every == 0:
+          snapshot(state)
         if observe and done % observe_every == 0:
           metrics |= observe(state, images)
         if pending is not None:

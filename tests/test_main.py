@@ -49,6 +49,9 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
   assert 0 <= result["test_error"] <= 100
   assert set(result["test_recall"]) == {"digit 0", "digit 1", "digit 2"}
 
+  assert len(list((trained / "samples").glob("step-*.png"))) == 10
+  assert (trained / "report.html").read_text().count("step 30") == 2  # alternative text and caption
+
   new, out = tmp_path / "pictures" / "unlabelled", tmp_path / "predictions.csv"
   assert command("predict", trained, new, "--top-k", 2, "--out", out) == 0
   rows = list(csv.DictReader(out.read_text().splitlines()))
