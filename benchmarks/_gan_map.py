@@ -1,7 +1,7 @@
 """The map of when the GAN helps, over datasets, labels and lengths of training. Not a benchmark."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from benchmarks import _runs
 from experiments import _study_tables
@@ -23,6 +23,48 @@ def table(files: Mapping[str, _runs.Rows]) -> str:
     InputError: another name, or not that of its lines; arms on different splits; more lengths of training
       for a dataset than there are columns.
   """
+  lengths, cells = _read(files)
+  done = [cell for row in cells.values() for cell in row.values()]
+  if not done:
+    return "Not run."
+  lines = []
+  for (dataset, plain, _, budget), row in sorted(cells.items()):
+    lines.append([dataset, "no" if plain else "yes", budget])
+    for i in range(len(LENGTHS)):
+      lines[-1] += _map_cell(*(row.get(steps) for steps in lengths[dataset][i : i + 1]))
+  head = ["data", "augmented", "labels"]
+  for length in LENGTHS:
+    head += [f"{length}: steps", "n", "GAN", "no GAN", "difference"]
+  note = f"Errors in percent. {_study_tables.VERDICTS} The correction is for all {len(done)} cells."
+  return _with_environment(head, lines, done, note)
+
+
+def excerpt(files: Mapping[str, _runs.Rows], chosen: Sequence[tuple[str, int, int]]) -> str:
+  """A row a cell: dataset with `, as they are` where nothing is augmented, steps, budget.
+
+  Raises:
+    InputError: as `table`, or a cell that is not there.
+  """
+  _, cells = _read(files)
+  lines, used = [], []
+  for name, steps, budget in chosen:
+    dataset, _, plain = name.partition(", ")
+    cell = cells.get((dataset, bool(plain), False, budget), {}).get(steps)
+    if cell is None:
+      raise InputError(f"the map has no cell {name}, {steps} steps, {budget} labels")
+    lines.append([name, budget, *_map_cell(cell)])
+    used.append(cell)
+  head = ["data", "labels", "steps", "n", "with GAN", "without", "difference"]
+  return _with_environment(head, lines, used, "Errors in percent.")
+
+
+def _with_environment(head: Sequence[str], lines: Sequence, cells: Sequence[Json], note: str) -> str:
+  rows = [row for cell in cells for row in cell["pair"]]
+  return _runs.with_environment(_runs.markdown(head, lines), rows, note)
+
+
+def _read(files: Mapping[str, _runs.Rows]) -> tuple[dict[str, list[int]], dict[tuple, dict[int, Json]]]:
+  """Lengths of training by dataset, and the comparisons, corrected for their number."""
   lengths: dict[str, list[int]] = {}
   cells: dict[tuple, dict[int, Json]] = {}
   for name, rows in files.items():
@@ -44,22 +86,8 @@ def table(files: Mapping[str, _runs.Rows]) -> str:
         if gan["sha256"] != without["sha256"]:
           raise InputError(f"map/{name}.jsonl: the arms with {budget} labels are of different splits")
         row[steps] = _study_tables.compare(gan["errors"], without["errors"]) | {"pair": (gan, without)}
-  done = [cell for row in cells.values() for cell in row.values()]
-  if not done:
-    return "Not run."
-  _study_tables.correct(done)
-  lines = []
-  for (dataset, plain, _, budget), row in sorted(cells.items()):
-    lines.append([dataset, "no" if plain else "yes", budget])
-    for i in range(len(LENGTHS)):
-      lines[-1] += _map_cell(*(row.get(steps) for steps in lengths[dataset][i : i + 1]))
-  head = ["data", "augmented", "labels"]
-  for length in LENGTHS:
-    head += [f"{length}: steps", "n", "GAN", "no GAN", "difference"]
-  note = f"Errors in percent. {_study_tables.VERDICTS} The correction is for all {len(done)} cells."
-  return _runs.with_environment(
-    _runs.markdown(head, lines), [row for cell in done for row in cell["pair"]], note
-  )
+  _study_tables.correct([cell for row in cells.values() for cell in row.values()])
+  return lengths, cells
 
 
 def _map_cell(cell: Json | None = None) -> list[str]:

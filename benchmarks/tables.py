@@ -85,23 +85,15 @@ FEW_LABELS = {
 """File of splits -> data and network."""
 
 
-def results(files: Mapping[str, _runs.Rows], study: _runs.Rows) -> str:
-  """Three files of splits, and the study at 50 labels, whose rows have the last control."""
+def results(files: Mapping[str, _runs.Rows]) -> str:
+  """A row a file of splits, in short."""
   lines = []
-  for name, last in zip(files, ("not decided", "not run", "no consistency"), strict=True):
-    rows = files[name]
+  for name, rows in files.items():
     gan, control, _ = (_runs.mean_std([row[key] for row in rows]) for key in splits.ERRORS)
     lines.append([FEW_LABELS[name] + _runs.mark(*rows), rows[0]["num_labels"], len(rows)])
-    lines[-1] += [f"**{gan}**", control, last, f"{_runs.spread(rows, 'seconds_train')} s a split"]
-  arms = "gan_consistency", "supervised_augmented", "fixmatch_ema"
-  found = {row["method"]: row for row in study if (row["budget"], row["reading"]) == (50, "classifier")}
-  used = [found[arm] for arm in arms]
-  lines.append([f"digits, conv_small (study){_runs.mark(*used)}", 50, len(used[0]["splits"])])
-  lines[-1] += [_runs.mean_std(row["errors"]) for row in used]
-  lines[-1].append(f"{used[0]['seconds_train']:.0f} s for all splits")
-  head = "data, network", "labels", "n", "semi-supervised GAN", "supervised control"
-  head += "consistency without GAN", "training"
-  return _runs.with_environment(_runs.markdown(head, lines), [*_all(files), *used])
+    lines[-1] += [f"**{gan}**", control, f"{_runs.spread(rows, 'seconds_train')} s a split"]
+  head = "data, network", "labels", "n", "semi-supervised GAN", "supervised control", "training"
+  return _runs.with_environment(_runs.markdown(head, lines), _all(files))
 
 
 def few_labels(files: Mapping[str, _runs.Rows]) -> str:
@@ -144,7 +136,7 @@ def _all(files: Mapping[str, _runs.Rows]) -> _runs.Rows:
 # --- The study
 
 
-def digits(rows: _runs.Rows) -> str:
+def study(rows: _runs.Rows) -> str:
   """Errors of every method and budget, then their differences to each reference."""
   tables = _study_tables.overviews(_study_tables.summarise(rows), f"mean +- std{_runs.mark(*rows)}")
   train, compiling = (sum(row.get(key, 0) for row in rows) for key in ("seconds_train", "seconds_compile"))
@@ -179,20 +171,6 @@ def tuning(rows: _runs.Rows) -> str:
   return _runs.with_environment(
     _runs.markdown(head, lines), rows, f"Splits {_runs.listed(rows[0]['splits'])}."
   )
-
-
-def mnist(gan: _runs.Rows, without: _runs.Rows) -> str:
-  """Both sides split by split, where there are both."""
-  other = {
-    seed: (row, error) for row in without for seed, error in zip(row["splits"], row["errors"], strict=True)
-  }
-  gan = [row for row in gan if row["split_seed"] in other]
-  lines = [
-    ["default recipe of `mnist_ssgan`", *(f"{row['test_error']:.2f}{_runs.mark(row)}" for row in gan)],
-    ["`fixmatch_ema` of the study", *(f"{error:.2f}{_runs.mark(row)}" for row, error in other.values())],
-  ]
-  head = "test error, %", *(f"split {seed}" for seed in other)
-  return _runs.with_environment(_runs.markdown(head, lines), [*gan, *without])
 
 
 # --- Generators
@@ -319,17 +297,21 @@ def _lines(*names: str) -> list[Json]:
   return [row for name in names for row in _runs.read(name)]
 
 
+def _map() -> dict[str, _runs.Rows]:
+  return _files([f"map/{path.stem}" for path in sorted((_runs.RESULTS / "map").glob("*.jsonl"))])
+
+
 TABLES: dict[str, Callable[[], str]] = {
-  "results": lambda: results(_files(list(FEW_LABELS)[:3]), _lines("label_study-digits.jsonl")),
+  "results": lambda: results(_files(list(FEW_LABELS)[:3])),
+  "with-without": lambda: _gan_map.excerpt(
+    _map(), [("mnist", 1500, 100), ("digits", 1600, 50), ("digits, as they are", 1600, 50)]
+  ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
-  "map": lambda: _gan_map.table(
-    _files([f"map/{path.stem}" for path in sorted((_runs.RESULTS / "map").glob("*.jsonl"))])
-  ),
+  "map": lambda: _gan_map.table(_map()),
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
-  "digits": lambda: digits(_lines("label_study-digits.jsonl")),
+  "digits": lambda: study(_lines("label_study-digits.jsonl")),
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
-  "mnist": lambda: mnist(_lines("mnist-conv-100.jsonl"), _lines("label_study-mnist-no-gan.jsonl")),
   "generators": lambda: mnist_generators(_lines("generators.jsonl"), *_lines("article-2-cores.json")),
   "few-images": lambda: few_images(*_lines("mnist_low_data.json")),
   "peers": lambda: peers(_lines("step_time.jsonl")),
