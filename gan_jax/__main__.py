@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from tyro.conf import Positional
 
+import gan_jax
 from gan_jax import cli, report
 from gan_jax.report import say
 from gan_jax.types import InputError, Json
@@ -51,19 +52,24 @@ class Predict:
       raise InputError("name the images to predict: pictures, folders, .npy or .npz files")
     if self.review is not None and self.top_k != 1:
       raise InputError("--review writes no predictions: leave --top-k out")
+    if self.out is not None:
+      report.check_file(Path(self.out))
+      if self.review is not None and Path(self.out).exists():
+        raise InputError(f"{self.out} is there already and may hold labels: name another file")
 
 
 def predict(config: Predict) -> Json:
   """Predicts classes of new images.
 
   python -m gan_jax predict RUN pictures/ --out predictions.csv --top-k 3
-  python -m gan_jax predict RUN pictures/ --review 100 --out labels.csv
+  python -m gan_jax predict RUN pictures/ --review 100 --out to_label.csv
 
   A line an image: its name, the predicted class and its probability, further ones with --top-k, and
   real_logit, which is lower for images unlike those of the training set.
   """
   from gan_jax import model
 
+  say(f"opening {config.model}")
   loaded = model.load(config.model)
   names, images = loaded.read(config.images)
   say(f"{len(images):,} images, {len(loaded.classes)} classes")
@@ -146,6 +152,7 @@ class Sample:
     cli.not_negative(self, "seed")
     if Path(self.out).suffix not in (".png", ".npy"):
       raise InputError(f"--out {self.out} must end in .png or .npy")
+    report.check_file(Path(self.out))
 
 
 def sample(config: Sample) -> Json:
@@ -155,6 +162,7 @@ def sample(config: Sample) -> Json:
   """
   from gan_jax import model
 
+  say(f"opening {config.model}")
   loaded, out = model.load(config.model), Path(config.out)
   classes = None if config.class_name is None else [config.class_name] * config.num
   images = loaded.sample(config.num, seed=config.seed, classes=classes)
@@ -190,6 +198,7 @@ def export(config: Export) -> Json:
   """
   from gan_jax import export as exporting
 
+  say(f"opening {config.run}")
   for path in exporting.export(config.run, Path(config.out), config.formats):
     say(f"written to {path}")
   return {}
@@ -224,6 +233,10 @@ class Check:
   path: Positional[str]
   """A folder of pictures or an .npz file, as --dataset folder:PATH and arrays:PATH take them."""
 
+  def check(self) -> None:
+    if not Path(self.path.removeprefix("folder:").removeprefix("arrays:")).expanduser().exists():
+      raise InputError(f"{self.path} does not exist")
+
 
 def check(config: Check) -> Json:
   """Reports what a folder or file of images holds, and what is wrong with it, before any training.
@@ -247,11 +260,16 @@ def _write(path: str | None, content: str | bytes) -> None:
   if path is None:
     sys.stdout.write(content if isinstance(content, str) else content.decode())
     return
+  file, content = Path(path), content.encode() if isinstance(content, str) else content
+  there = file.exists()
   try:
-    report.write_bytes(Path(path), content.encode() if isinstance(content, str) else content)
+    if there and not file.is_file():
+      file.write_bytes(content)  # a pipe or a device: nothing may take its place
+    else:
+      report.write_bytes(file, content)
   except OSError as error:
     raise InputError(f"{path} cannot be written: {error.strerror}") from error
-  say(f"written to {path}")
+  say(f"{path} is replaced" if there and file.is_file() else f"written to {path}")
 
 
 CONFIGS: dict[str, tuple[Callable[[Any], Json], type]] = {
@@ -266,12 +284,16 @@ CONFIGS: dict[str, tuple[Callable[[Any], Json], type]] = {
 
 def main() -> None:
   """Runs the command that was named."""
+  if sys.argv[1:] == ["--version"]:
+    print(f"gan_jax {gan_jax.__version__}")
+    sys.exit(0)
   name, flags = (sys.argv[1] if sys.argv[1:] else ""), sys.argv[2:]
   if name not in COMMANDS:
     known = "".join(f"\n  {command:8} {what}" for command, what in COMMANDS.items())
     asked = name in ("", "-h", "--help")
     complaint = "" if asked else f"error: there is no command {name}\n"
-    say(f"{complaint}usage: gan-jax COMMAND [--help]\n{known}")
+    usage = f"{complaint}usage: gan-jax COMMAND [--help]\n{known}"
+    print(usage) if asked else say(usage)
     sys.exit(0 if asked else 2)
   program = f"gan-jax {name}"
   if name == "train":

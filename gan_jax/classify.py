@@ -4,21 +4,24 @@ Runs as `python -m gan_jax train` on data of one's own, and as `experiments.mnis
 """
 
 import dataclasses
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
 
-from gan_jax import cli, data, evaluate, metrics, page, recipes, report, run_dir, train
+from gan_jax import cli, data, datasets, evaluate, metrics, page, recipes, report, run_dir, train
 from gan_jax.datasets import Dataset
 from gan_jax.evaluate import Evaluation
 from gan_jax.recipes import Recipe, ssgan
 from gan_jax.report import say
 from gan_jax.types import Json, LabelSplit, TrainState
 
-FILES = (*run_dir.TRAINING_FILES, "samples", "learning_curves.png", "confusion.png", "reliability.png")
+PICTURES = ("samples", "learning_curves.png", "confusion.png", "reliability.png")
+FILES = (*run_dir.TRAINING_FILES, *PICTURES, "folds")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       found = evaluate.make_evaluate(recipe, of_input=dataset.of_vectors)(dataset, states, labelled)
     else:
       stopped = any(each.interrupted for each in fits)
-      found = [] if stopped else cross_validate(config, dataset, (recipe, control), folds)
+      found = [] if stopped else cross_validate(config, dataset, (recipe, control), folds, run.path)
     measured_on = f"labelled images, each left out once in {len(folds)} folds" if folds else "test images"
 
     errors = {
@@ -179,14 +182,22 @@ def cross_validate(
   dataset: Dataset,
   trained: Sequence[Recipe],
   folds: Sequence[tuple[LabelSplit, np.ndarray]],
+  workdir: Path,
 ) -> list[Evaluation]:
   """Each recipe trained anew for every fold and read on the labelled images that the fold leaves out.
+
+  What was read of a fold goes to `workdir/folds`; a fold that is there is not trained again.
 
   Returns:
     An evaluation a recipe, of all left-out images together; empty where Ctrl-C stopped it.
   """
   evaluate_fold, parts = evaluate.make_evaluate(trained[0], of_input=dataset.of_vectors), []
   for i, (split, out) in enumerate(folds):
+    left_out = dataclasses.replace(dataset, x_test=dataset.x_train[out], y_test=dataset.y_train[out])
+    path = workdir / "folds" / f"{i + 1}.npz"
+    if stored := _stored_fold(path, left_out):
+      parts.append(stored)
+      continue
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
     states = []
     for recipe in trained:
@@ -195,8 +206,10 @@ def cross_validate(
       if fit.interrupted:
         return []
       states.append(fit.state)
-    left_out = dataclasses.replace(dataset, x_test=dataset.x_train[out], y_test=dataset.y_train[out])
     parts.append(evaluate_fold(left_out, states, [(images.x_lab, images.y_lab)] * len(states)))
+    path.parent.mkdir(exist_ok=True)
+    linear = {name: np.array([found.linear[name] for found in parts[-1]]) for name in parts[-1][0].linear}
+    datasets.write_quietly(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
   return [evaluate.pooled(found, [out for _, out in folds]) for found in zip(*parts, strict=True)]
 
 
@@ -218,6 +231,18 @@ def _on_the_way(run: run_dir.Run) -> list[page.Section]:
   return [page.Section("The generator on the way", text=text, pictures=pictures)] if pictures else []
 
 
+def _stored_fold(path: Path, left_out: Dataset) -> list[Evaluation] | None:
+  """What an earlier part of the run read of a fold, an evaluation a recipe."""
+  try:
+    with np.load(path) as file:
+      linear = dict(file)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    return None
+  x, y, logits = left_out.x_test, left_out.y_test, linear.pop("logits")
+  of_recipe = lambda i: {name: float(errors[i]) for name, errors in linear.items()}
+  return [evaluate.of_logits(each, x, y, linear=of_recipe(i), nearest={}) for i, each in enumerate(logits)]
+
+
 def _folds(dataset: Dataset, split: LabelSplit, num: int) -> list[tuple[LabelSplit, np.ndarray]]:
   """Those of the cross-validation; none where there are test images or a class has a single label."""
   if len(dataset.x_test) or not num:
@@ -234,9 +259,10 @@ def _announce(run: run_dir.Run, recipe: Recipe, split: LabelSplit, num_folds: in
   """What is about to happen."""
   dataset = run.dataset
   size = "x".join(map(str, dataset.image_shape))
+  of = f"vectors of {dataset.image_shape[1]:,} numbers" if dataset.of_vectors else f"images of {size}"
   measured = f"{len(dataset.x_test):,} test" if len(dataset.x_test) else "no test"
   say(
-    f"{dataset.name}: {len(split.images):,} images of {size}, {len(split.indices):,} of them labelled"
+    f"{dataset.name}: {len(split.images):,} {of}, {len(split.indices):,} of them labelled"
     f" ({dataset.num_classes} classes), {len(split.held_out):,} held out, {measured} images"
   )
   again = f", and as often again for {num_folds} folds of cross-validation" if num_folds else ""

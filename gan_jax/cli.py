@@ -1,11 +1,15 @@
 """The command line: groups of flags that an experiment composes, parsing, and errors as one sentence."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -300,7 +304,46 @@ def _with_flags(config: Any, changes: Json) -> tuple[Any, Json]:
 
 # --- Parsing
 
+# A folder that is closed or a disk that is full, which no check can foresee: no bug of ours.
+_CLOSED_OR_FULL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
+
+@contextlib.contextmanager
+def _quiet_pipe() -> Iterator[None]:
+  """Ends without a traceback where the reader of standard output left early, as `| head` does."""
+  try:
+    try:
+      yield
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter will flush again
+    sys.exit(141)  # what a shell says of a process that SIGPIPE has ended
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+  """Ctrl-C also counts where Python would lose it: JAX has a callback in the garbage collector, which runs
+  all through a compilation, and what is raised in there is printed and ignored."""
+
+  def interrupt(signum: int, frame: Any) -> None:
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+      threading.Timer(0.01, signal.raise_signal, (signum,)).start()
+    else:
+      raise KeyboardInterrupt
+
+  ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  if not ours or threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  signal.signal(signal.SIGINT, interrupt)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@_quiet_pipe()
 def run(
   main: Callable[[Any], Json],
   config_cls: type,
@@ -331,13 +374,19 @@ def run(
     check(config)
     _quiet()
     enable_compilation_cache()
-    result = main(config)
+    with _interruptible():
+      result = main(config)
   except InputError as error:
     console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     sys.exit(2)
   except KeyboardInterrupt:  # outside of training, or for the second time
     say("stopped at once")
     sys.exit(130)
+  except OSError as error:
+    if error.errno not in _CLOSED_OR_FULL:
+      raise
+    say(f"error: {error.filename or 'a file'} cannot be used: {error.strerror}")
+    sys.exit(2)
   sys.exit(130 if result.get("interrupted") else 0)
 
 
@@ -372,7 +421,7 @@ def _tuples(value: Any) -> Any:
 def _quiet() -> None:
   import absl.logging
 
-  absl.logging.set_verbosity("error")
+  absl.logging.set_verbosity("fatal")  # Orbax logs what it then raises
 
 
 def enable_compilation_cache() -> None:

@@ -73,10 +73,12 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 where there is none.
 
     Raises:
-      ValueError: no label, images of a shape that the network does not take, training that broke down, or
-        what scikit-learn refuses.
+      ValueError: no label, -1 as text, images of a shape that the network does not take, training that
+        broke down, or what scikit-learn refuses.
     """
     X, y = validate_data(self, X, y, allow_nd=True, ensure_min_samples=2)
+    if y.dtype.kind in "US" and "-1" in y.astype(str):
+      raise ValueError("y holds the text -1: for -1 as no label beside names, make y of dtype object")
     labelled = np.array([value != -1 for value in y.tolist()])
     if not labelled.any():
       raise ValueError("y has no label: every value is -1")

@@ -118,22 +118,33 @@ def make_evaluate(
         classes = probe.fit_nearest(jnp.asarray(h), y_lab).classes(features[name])
         nearest[name] = 100 * float(np.mean(np.asarray(classes) != y))
       taught = logits.shape[-1] == dataset.num_classes
-      every = Shown(np.arange(len(y)), test.x_test, y, _probs(logits)) if taught else None
-      found.append(
-        Evaluation(
-          error=metrics.error_percent(logits, y) if taught else None,
-          linear=linear,
-          nearest=nearest,
-          logits=logits,
-          confusion=metrics.confusion_matrix(logits, y) if taught else None,
-          y=y,
-          least_certain=every and _least_certain(every),
-          worst=every and _worst(every),
-        )
-      )
+      found.append(of_logits(logits, test.x_test, y, linear=linear, nearest=nearest, taught=taught))
     return found
 
   return evaluate
+
+
+def of_logits(
+  logits: Float[np.ndarray, "n k"],
+  x: UInt8[np.ndarray, "n h w c"],
+  y: Int[np.ndarray, "n"],
+  *,
+  linear: dict[str, float],
+  nearest: dict[str, float],
+  taught: bool = True,
+) -> Evaluation:
+  """What the logits of images and their classes say; `taught`: whether they are those of the classes."""
+  every = Shown(np.arange(len(y)), x, y, _probs(logits)) if taught else None
+  return Evaluation(
+    error=metrics.error_percent(logits, y) if taught else None,
+    linear=linear,
+    nearest=nearest,
+    logits=logits,
+    confusion=metrics.confusion_matrix(logits, y) if taught else None,
+    y=y,
+    least_certain=every and _least_certain(every),
+    worst=every and _worst(every),
+  )
 
 
 def pooled(found: Sequence[Evaluation], indices: Sequence[Int[np.ndarray, "n"]]) -> Evaluation:

@@ -102,15 +102,14 @@ def compare(path: Path, runs: Sequence[Path]) -> None:
   """
   if not runs:
     raise InputError("name the folder of at least one run")
-  if path.is_dir():
-    raise InputError(f"{path} is a folder: name a file for the page")
+  report.check_file(path)
   stored = {str(run): _read(Path(run)) for run in runs}
   results = {name: result for name, (result, _) in stored.items()}
   names = ("run", "experiment", "dataset", "test error", "95 % interval", "supervised control")
-  names += ("linear probe", "labels", "label split", "steps", "seconds")
+  names += ("linear probe", "measured on", "labels", "label split", "steps", "seconds")
   numbers = Section(
     "Numbers",
-    text="Errors in percent of the test images: lower is better. The interval is that of one trained"
+    text="Errors in percent: lower is better. The interval is that of one trained"
     " classifier: another label split or seed may change more. Seconds are those of training.",
     header=names,
     rows=[_compared(name, result) for name, result in results.items()],
@@ -137,7 +136,10 @@ def compare(path: Path, runs: Sequence[Path]) -> None:
     for what in (each.get("note"), *each.get("alarms", ()), each.get("interrupted") and "stopped early")
     if what
   ]
-  _render(path, f"{len(stored)} runs side by side", sections, notes=notes)
+  try:
+    _render(path, f"{len(stored)} runs side by side", sections, notes=notes)
+  except OSError as error:
+    raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 # --- Sections of a classifier
@@ -306,7 +308,9 @@ def _compared(name: str, result: Json) -> Sequence[str]:
   low, high = result.get("test_error_interval") or (None, None)
   interval = "" if low is None else f"{low:.2f} to {high:.2f}"
   split = (result.get("label_split_sha256") or "")[:8]
+  measured_on = result.get("error_from") or ("" if result.get("test_error") is None else "test images")
   rest = (
+    measured_on,
     _word(result.get("num_labels")),
     split,
     *(_word(result.get(k)) for k in ("steps", "seconds_train")),

@@ -14,7 +14,7 @@ from rich.console import Console
 from gan_jax.metrics.uncertainty import Reliability
 from gan_jax.types import InputError, Json
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)  # else `folder:a:` shows as a letter in a box
 
 
 def say(text: str) -> None:
@@ -27,12 +27,22 @@ def cache_dir() -> Path:
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gan_jax"
 
 
+def check_file(path: Path) -> None:
+  """Raises `InputError` for a folder in the place of a file that is to be written."""
+  if path.is_dir():
+    raise InputError(f"{path} is a folder: name a file")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes beside and renames: a reader never sees half a file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f".{path.name}.{os.getpid()}")
-  beside.write_bytes(content)
-  beside.replace(path)
+  try:
+    beside.write_bytes(content)
+    beside.replace(path)
+  except BaseException:
+    beside.unlink(missing_ok=True)
+    raise
 
 
 def write_json(path: Path, value: Any) -> None:

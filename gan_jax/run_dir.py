@@ -19,6 +19,7 @@ from typing import Any
 import filelock
 import jax
 import psutil
+from rich.markup import escape
 from rich.table import Table
 
 import gan_jax
@@ -309,10 +310,14 @@ def finish(
   title = f"{run.experiment} on {dataset.name}"
   if result["num_labels"] is not None:  # else each row of the table has its own
     title += f", {result['num_labels']} labels"
-  rich_table = Table(title=title, title_justify="left", show_header=False)
-  for row in table:
-    rich_table.add_row(*row)
+  rich_table = Table(title=escape(title), title_justify="left", show_header=False)
+  for name, *values in table:
+    if name != "alarm":
+      rich_table.add_row(*map(escape, (name, *values)))
   console.print(rich_table)
+  for name, *values in table:
+    if name == "alarm":  # a sentence, which would squeeze the columns
+      console.print(f"alarm: {' '.join(values)}", style="yellow", markup=False, soft_wrap=True)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
   say(f"written to {run.path}")

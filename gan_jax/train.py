@@ -95,8 +95,11 @@ def fit(
       if not resume:
         raise InputError(f"{workdir} holds checkpoints: pass resume=True to go on, or name another folder")
       state = checkpoints.restore(state)
-    elif start is not None:
-      state = start(state)
+      report.say(f"{phase}: going on from step {int(state.step):,}")
+    else:
+      if checkpoints is not None and resume:
+        report.say(f"{phase}: there is no checkpoint to go on from, so it begins anew")
+      state = state if start is None else start(state)
     multi_step = jax.jit(split.make_multi_step(steps_per_dispatch), donate_argnums=0)
     if verbose:
       report.say(f"{phase}: compiling")

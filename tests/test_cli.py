@@ -1,8 +1,13 @@
 import dataclasses
+import errno
+import gc
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +126,58 @@ def test_ctrl_c_outside_of_training_is_a_sentence(monkeypatch, capsys):
     cli.run(main, mnist_ssgan.Config)
   assert stopped.value.code == 130
   assert capsys.readouterr().err == "stopped at once\n"
+
+
+def test_ctrl_c_is_not_lost_in_the_garbage_collector(monkeypatch, capsys):
+  """JAX's callback in there runs all through a compilation; an exception in it is ignored."""
+  assert "_xla_gc_callback" in {callback.__name__ for callback in gc.callbacks}
+
+  def main(config):
+    def _xla_gc_callback(phase, info):
+      gc.callbacks.remove(_xla_gc_callback)
+      signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(_xla_gc_callback)
+    gc.collect()
+    time.sleep(20)
+    return {}
+
+  monkeypatch.setattr(sys, "argv", ["test"])
+  with pytest.raises(SystemExit) as stopped:
+    cli.run(main, mnist_ssgan.Config)
+  assert stopped.value.code == 130
+  assert capsys.readouterr().err == "stopped at once\n"
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_closed_folder_or_a_full_disk_is_a_sentence(monkeypatch, capsys):
+  for number, told in ((errno.EACCES, 2), (errno.ENOSPC, 2), (errno.EBADF, None)):
+
+    def main(config, number=number):
+      raise OSError(number, os.strerror(number), "here/x.json")
+
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(SystemExit if told else OSError) as stopped:
+      cli.run(main, mnist_ssgan.Config)
+    assert getattr(stopped.value, "code", None) == told
+  said = capsys.readouterr().err.splitlines()
+  assert said == [
+    "error: here/x.json cannot be used: Permission denied",
+    "error: here/x.json cannot be used: No space left on device",
+  ]
+
+
+def test_a_reader_who_leaves_early_sees_no_traceback():
+  """As `| head` does: for the help, and for what a command writes at once."""
+  write = "lambda config: print('x' * 10**6) or {}"
+  for main, flags in (("mnist_ssgan.main", "['--help']"), (write, "[]")):
+    code = f"from experiments import mnist_ssgan; from gan_jax import cli\nmain = {main}\n"
+    code += f"cli.run(main, mnist_ssgan.Config, flags={flags}, description='x')"
+    pipe, root = subprocess.PIPE, Path(cli.__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, cwd=root) as process:
+      process.stdout.close()
+      said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
 
 
 def test_resume_takes_the_stored_flags_and_refuses_others(tmp_path):

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from sklearn.datasets import load_digits
 
 import gan_jax
 from gan_jax import __main__ as commands
+from gan_jax import train
 
 
 def gan_jax_command(*words, monkeypatch):
@@ -86,6 +90,43 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
   assert command("check", tmp_path / "pictures") == 0
 
 
+def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys):
+  """A fold that was read keeps its numbers; one that is absent or damaged is trained again."""
+  before, fit, phases = json.loads((trained / "result.json").read_text()), train.fit, []
+
+  def counted(*args, phase, **kwargs):
+    phases.append(phase)
+    return fit(*args, phase=phase, **kwargs)
+
+  monkeypatch.setattr(train, "fit", counted)
+  for left, content, again in (("1.npz", None, 1), ("2.npz", b"PK", 2), (None, None, 0)):
+    if left and content is None:
+      (trained / "folds" / left).unlink()
+    elif left:
+      (trained / "folds" / left).write_bytes(content)
+    assert command("train", "--resume", "--workdir", trained) == 0
+    assert "semi-supervised: going on from step 30" in capsys.readouterr().err
+    assert phases == ["semi-supervised", "supervised", *[f"fold {again} of 2"] * (2 if again else 0)]
+    phases.clear()
+    after = json.loads((trained / "result.json").read_text())
+    measured = [name for name in before if "test" in name or "calibration" in name]
+    assert {name: after[name] for name in measured} == {name: before[name] for name in measured}
+  page = (trained / "report.html").read_text()
+  assert "test images" not in page
+
+
+def test_a_result_is_printed_whole(trained, command, capsys, tmp_path):
+  """Names are no markup, and an alarm is a sentence below the table."""
+  shutil.copytree(tmp_path / "pictures", tmp_path / "a [b] :a:")
+  flags = "--network", "mlp", "--steps", 1, "--folds", 0
+  capsys.readouterr()
+  assert (
+    command("train", "--dataset", f"folder:{tmp_path / 'a [b] :a:'}", *flags, "--workdir", "run 2") == 0
+  )
+  said = capsys.readouterr().err
+  assert "train on folder:a [b] :a:, 12 labels" in said
+
+
 def test_vectors_train_the_mlp(small_mlp, command, tmp_path):
   """Vectors with a label each, a class for each third; new ones go through the same scaling."""
   rng = np.random.default_rng(0)
@@ -118,13 +159,40 @@ def test_what_to_review_is_uncertain_and_spread():
   assert commands.to_review(probs[:0], features[:0], 2) == []
 
 
+def test_what_is_there_is_not_replaced_without_a_word(trained, command, tmp_path, capsys):
+  new, table, grid = tmp_path / "pictures" / "unlabelled", tmp_path / "labels.csv", tmp_path / "a.png"
+  table.write_text("file_name,label\nx.png,digit 0\n")
+  assert command("predict", trained, new, "--review", 3, "--out", table) == 2
+  assert "is there already and may hold labels" in " ".join(capsys.readouterr().err.split())
+  assert table.read_text() == "file_name,label\nx.png,digit 0\n"
+  for said in (f"written to {grid}", f"{grid} is replaced"):
+    assert command("sample", trained, "--num", 2, "--out", grid) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == said
+  os.mkfifo(tmp_path / "pipe")
+  reader = threading.Thread(target=lambda: lines.extend((tmp_path / "pipe").read_text().splitlines()))
+  lines = []
+  reader.start()
+  assert command("predict", trained, new, "--out", tmp_path / "pipe") == 0
+  reader.join()
+  assert len(lines) == 25
+  for words in (("predict", trained, new), ("sample", trained), ("report", trained)):
+    folder = tmp_path / "folder.png"
+    folder.mkdir(exist_ok=True)
+    assert command(*words, "--out", folder) == 2
+    assert f"{folder.name} is a folder" in "".join(capsys.readouterr().err.split("\n"))
+  assert command("report", trained, "--out", table / "page.html") == 2
+
+
 BAD = [
-  ((), 0, "usage"),
+  ((), 0, "usage"),  # what was asked for goes to standard output
+  (("--version",), 0, f"gan_jax {gan_jax.__version__}"),
   (("paint",), 2, "there is no command paint"),
   (("predict", "nowhere", "x.png"), 2, "nowhere is not the folder of a run"),
   (("sample", "nowhere", "--out", "x.gif"), 2, r"--out x.gif must end in"),
   (("sample", "nowhere", "--num", "0"), 2, "--num must be at least 1"),
   (("predict", "run", "x.png", "--review", "3", "--top-k", "2"), 2, "leave --top-k out"),
+  (("check", "nowhere"), 2, "nowhere does not exist"),
+  (("check", "arrays:nowhere.npz"), 2, "arrays:nowhere.npz does not exist"),
   (("report", "nowhere"), 2, "nowhere is not the folder of a run"),
   (("export", "nowhere", "--out", "x"), 2, "nowhere is not the folder of a run"),
 ]
@@ -133,4 +201,5 @@ BAD = [
 @pytest.mark.parametrize(("words", "code", "sentence"), BAD)
 def test_one_sentence(words, code, sentence, command, capsys):
   assert command(*words) == code
-  assert sentence in " ".join(capsys.readouterr().err.split())
+  said = capsys.readouterr()
+  assert sentence in " ".join((said.err if code else said.out).split())

@@ -237,9 +237,15 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   write_run(tmp_path / "a", steps=4, class_balance=[1.0, 0.0], workdir="a")
   write_run(tmp_path / "b", steps=4, class_balance=None, workdir="b")
+  for name in "ab":
+    result = json.loads((tmp_path / name / "result.json").read_text())
+    result["error_from"] = "labelled images, each left out once in 2 folds"
+    report.write_json(tmp_path / name / "result.json", result)
   page.compare(tmp_path / "deep" / "p.html", [tmp_path.relative_to(tmp_path) / name for name in "ab"])
   found = Page(tmp_path / "deep" / "p.html")
   assert [found.text.count(words) for words in ("1.25", "0.50 to 3.00", "50", "01234567")] == [2] * 4
+  assert found.text.count("labelled images, each left out once in 2 folds") == 2
+  assert "test images" not in " ".join(found.text)
   assert "--class-balance" in found.text
   assert {"1.0 0.0", "default"} <= set(found.text)
   assert not {"--steps", "--workdir"} & set(found.text)
@@ -272,3 +278,5 @@ def test_what_is_no_run_is_a_sentence(tmp_path):
   write_run(tmp_path / "a")
   with pytest.raises(InputError, match="name a file"):
     page.compare(tmp_path, [tmp_path / "a"])
+  with pytest.raises(InputError, match=r"p\.html cannot be written"):
+    page.compare(tmp_path / "file" / "p.html", [tmp_path / "a"])

@@ -902,6 +902,12 @@ def test_check_of_arrays(tmp_path):
   assert (found["sizes"], found["classes"]["2"]) == ({"6x5": 11}, {"train": 2, "test": 1})
   np.savez(tmp_path / "b.npz", **arrays(y=np.full(8, -3), x_test=F, extra=F))
   assert len(pictures.check(f"arrays:{tmp_path / 'b.npz'}")["problems"]) == 4
+  for y, single in (([0, 0, 1, 1, 2, 2, -1, -1], False), ([0, 0, 1, 1, 2, -1, -1, -1], True)):
+    np.savez(
+      tmp_path / "c.npz", **{k: v for k, v in arrays(y=np.array(y)).items() if not k.endswith("test")}
+    )
+    notes = pictures.check(tmp_path / "c.npz")["notes"]
+    assert any("one label alone of class 2" in note for note in notes) == single
 
 
 @pytest.mark.skipif(not SIGNS.is_dir(), reason="GAN_JAX_SIGN_DIGITS names no folder")

@@ -19,6 +19,20 @@ def test_json_is_replaced_whole(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
+  (tmp_path / "a.json").mkdir()
+  with pytest.raises(OSError, match="directory"):
+    report.write_json(tmp_path / "a.json", {})
+  assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_name_is_said_as_it_is(capsys):
+  """`:a:` is no picture of a letter, `[b]` no bold type."""
+  report.say("reading folder:a: [b]")
+  report.console.print("folder:a:", markup=False)
+  assert capsys.readouterr().err == "reading folder:a: [b]\nfolder:a:\n"
+
+
 def test_metrics_without_a_cut_off_line(tmp_path):
   path = tmp_path / "metrics.jsonl"
   assert report.read_metrics(path) == []

@@ -29,8 +29,15 @@ def check(path: str | Path) -> Json:
   """
   text = str(path)
   if text.startswith("arrays:") or text.endswith(".npz"):
-    return _check_arrays(Path(text.removeprefix("arrays:")).expanduser())
-  return _check_folder(Path(text.removeprefix("folder:")))
+    found = _check_arrays(Path(text.removeprefix("arrays:")).expanduser())
+  else:
+    found = _check_folder(Path(text.removeprefix("folder:")))
+  single = [name for name, numbers in found["classes"].items() if numbers["train"] == 1]
+  if single and not found["test"]:
+    found["notes"].append(
+      f"no error can be estimated: there are no test images, and one label alone of class {listed(single)}"
+    )
+  return found
 
 
 def print_check(found: Json) -> None:
