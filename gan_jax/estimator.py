@@ -143,9 +143,11 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     if X.dtype != np.uint8:
       wide = np.where(self._high > self._low, self._high - self._low, np.inf)
       X = np.round(255 * np.clip((X - self._low) / wide, 0, 1)).astype(np.uint8)
-    shape = self.image_shape or (self._row_shape if X.ndim > 2 else (X.shape[1], 1))
-    if len(shape) not in (2, 3) or np.prod(shape) != np.prod(self._row_shape):
-      raise ValueError(f"X of shape {X.shape} does not hold images of shape {tuple(shape)}")
+    shape = self.image_shape
+    if shape is None:
+      shape = self._row_shape if X.ndim > 2 else (X.shape[1], 1)
+    if np.ndim(shape) != 1 or len(shape) not in (2, 3) or np.prod(shape) != np.prod(self._row_shape):
+      raise ValueError(f"X of shape {X.shape} does not hold images of shape {shape}")
     return X.reshape(len(X), *shape, *([1] if len(shape) == 2 else []))
 
   def _checked(self, X: Any) -> UInt8[np.ndarray, "n h w c"]:

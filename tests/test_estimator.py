@@ -102,6 +102,7 @@ BAD = [
   ({"network": "resnet"}, np.arange(6), "there is no network resnet"),
   ({"num_steps": 0}, np.arange(6), "num_steps must be a whole number of at least 1"),
   ({"image_shape": (3, 3)}, np.arange(6), r"does not hold images of shape \(3, 3\)"),
+  ({"image_shape": 8}, np.arange(6), "does not hold images of shape 8"),
   ({"network": "conv"}, np.arange(6), "too small"),
 ]
 
