@@ -310,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
+  "photographs": lambda: study(_lines("sign_digits-100.jsonl")),
   "digits": lambda: study(_lines("label_study-digits.jsonl")),
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
   "generators": lambda: mnist_generators(_lines("generators.jsonl"), *_lines("article-2-cores.json")),

@@ -1,8 +1,12 @@
 import json
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gan_jax import evaluate, metrics, page, report
 from gan_jax.types import InputError
@@ -280,3 +284,31 @@ def test_what_is_no_run_is_a_sentence(tmp_path):
     page.compare(tmp_path, [tmp_path / "a"])
   with pytest.raises(InputError, match=r"p\.html cannot be written"):
     page.compare(tmp_path / "file" / "p.html", [tmp_path / "a"])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no browser")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_has_nothing_to_complain_of(width, tmp_path):
+  """Every kind of section, at the width of a phone and of a desk: no message, no wider than the window."""
+  sections = list(sections_of(classified(3, tmp_path), tmp_path, 3).values())
+  result = {"experiment": "train", "dataset": "x", "test_error": 1.25, "num_labels": 3, "num_images": 9}
+  table = [("test error", "1.25 %")]
+  page.write(tmp_path / "page.html", result, table, [], sections=sections, command="a " * 99)
+  measure = "<script>if (document.documentElement.scrollWidth > innerWidth) console.error('wide')</script>"
+  html, policies = re.subn(
+    r"<meta http-equiv=.Content-Security.*?>", "", (tmp_path / "page.html").read_text()
+  )
+  assert policies == 1  # without it, the page would let scripts run
+  (tmp_path / "measured.html").write_text(html.replace("</html>", f"{measure}</html>"))
+  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+  for name in ("page", "measured"):
+    window = f"--window-size={width},2000", f"--screenshot={tmp_path / name}.png"
+    command = [BROWSER, *flags, *window, f"file://{tmp_path}/{name}.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+  with Image.open(tmp_path / "page.png") as picture:
+    assert picture.width == width
+    assert len(picture.convert("L").getcolors()) > 10
