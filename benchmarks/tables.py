@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import _gan_map, _runs, generators, splits
+from benchmarks import _gan_map, _runs, generators, novelty, splits
 from experiments import _study_tables
 from gan_jax.types import InputError, Json
 
@@ -310,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
+  "foreign": lambda: novelty.table(_lines("novelty.jsonl")),
   "photographs": lambda: study(_lines("sign_digits-100.jsonl")),
   "digits": lambda: study(_lines("label_study-digits.jsonl")),
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),

@@ -75,7 +75,10 @@ class Model:
     return _batched(lambda x: layers(self.state, x)[layer], self._checked(images))
 
   def real_logit(self, images: Images) -> Float[np.ndarray, "n"]:
-    """The logit of "real", `logsumexp(l)`: lower for images that are unlike those of the training set."""
+    """The logit of "real", `logsumexp(l)`: lower for images that are unlike those of the training set.
+
+    Where a GAN was trained, the highest class probability tells such images better (`docs/study.md`).
+    """
     return _batched(lambda x: losses.real_logit(self._read(x)[0]), self._checked(images))
 
   def sample(
