@@ -323,24 +323,21 @@ def _quiet_pipe() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-  """Ctrl-C also counts where Python would lose it: JAX has a callback in the garbage collector, which runs
-  all through a compilation, and what is raised in there is printed and ignored."""
+  """Ctrl-C also counts where Python would lose it: an exception in a callback of the garbage collector, which
+  JAX has one of all through a compilation, or in that of a weak reference, is printed and ignored."""
+  previous = sys.unraisablehook
 
-  def interrupt(signum: int, frame: Any) -> None:
-    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-      threading.Timer(0.01, signal.raise_signal, (signum,)).start()
+  def again(lost: Any) -> None:
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+      threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,)).start()
     else:
-      raise KeyboardInterrupt
+      previous(lost)
 
-  ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  if not ours or threading.current_thread() is not threading.main_thread():
-    yield
-    return
-  signal.signal(signal.SIGINT, interrupt)
+  sys.unraisablehook = again
   try:
     yield
   finally:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = previous
 
 
 @_quiet_pipe()
