@@ -323,8 +323,8 @@ def _quiet_pipe() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-  """Ctrl-C also counts where Python would lose it: an exception in a callback of the garbage collector, which
-  JAX has one of all through a compilation, or in that of a weak reference, is printed and ignored."""
+  """Ctrl-C also counts where Python would lose it: an exception in a callback of a weak reference or of the
+  garbage collector, which JAX has one of all through a compilation, is printed and ignored."""
   previous = sys.unraisablehook
 
   def again(lost: Any) -> None:
