@@ -63,13 +63,16 @@ def main(config: Config, *, name: str = "train") -> Json:
   dataset = cli.load(config.data, needs_test=config.frechet)
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = make_recipe(config, dataset, split)
-  control = recipes.supervised_control(recipe)
+  control, afresh = recipes.supervised_control(recipe), recipe
   recipe = recipes.with_frozen(recipe, config.transfer.freeze_d)
   used = {"semi-supervised": recipe, "supervised": control}
   devices = cli.devices(config.loop.devices, recipe)
   with run_dir.open_run(name, config, dataset, split, recipes_used=used, files=FILES) as run:
     folds = _folds(dataset, split, config.folds)
     _announce(run, recipe, split, len(folds))
+    if folds and config.transfer.init_from:
+      say("the folds start afresh, not from --init-from: that run may know the labels that they leave out")
+    extractor = evaluate.load_feature_extractor(dataset, say=say) if config.frechet else None
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
     logged = {"workdir": run.path, "tensorboard": config.loop.tensorboard}
     fit = train.fit(
@@ -96,7 +99,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       found = evaluate.make_evaluate(recipe, of_input=dataset.of_vectors)(dataset, states, labelled)
     else:
       stopped = any(each.interrupted for each in fits)
-      found = [] if stopped else cross_validate(config, dataset, (recipe, control), folds, run.path)
+      found = [] if stopped else cross_validate(config, dataset, (afresh, control), folds, run.path)
     measured_on = f"labelled images, each left out once in {len(folds)} folds" if folds else "test images"
 
     errors = {
@@ -126,8 +129,7 @@ def main(config: Config, *, name: str = "train") -> Json:
     curves = [page.Picture(run.path / "learning_curves.png")]
     sections.append(page.Section("Learning curves", pictures=curves))
     quality = {}
-    if config.frechet:
-      extractor = evaluate.load_feature_extractor(dataset, say=report.say)
+    if extractor is not None:
       x_fake = evaluate.sample(recipe, fit.state, 10_000, seed=config.train.seed, purpose="frechet")
       quality = metrics.generator_quality(extractor, x_fake)
 
@@ -152,6 +154,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       (f"test error, {names[key]}", "not measured" if error is None else f"{error:.2f} %")
       for key, error in errors.items()
     ]
+    table += [("measured on", measured_on)] if folds else []
     table += [
       (f"{key}: distance to the test set", f"{value:.2f}")
       for key, value in quality.items()
