@@ -169,10 +169,10 @@ def at_least_one(flags: Any, *names: str) -> None:
 
 
 def not_negative(flags: Any, *names: str) -> None:
-  """Raises `InputError` for the first of these flags that is negative; None is not."""
+  """Raises `InputError` for the first of these flags that is negative or no number; None is neither."""
   for name in names:
     value = getattr(flags, name)
-    if value is not None and min(value if isinstance(value, tuple) else (value,)) < 0:
+    if value is not None and not all(v >= 0 for v in (value if isinstance(value, tuple) else (value,))):
       raise InputError(f"{flag(name)} must not be negative, and it is {value}")
 
 

@@ -28,6 +28,8 @@ BAD = [
   ({"split_seed": -1}, "must not be negative"),
   ({"seed": -1}, "--seed must not be negative"),
   ({"class_balance": (1.0, -1.0)}, "--class-balance must not be negative"),
+  ({"learning_rate": float("nan")}, "--learning-rate must not be negative, and it is nan"),
+  ({"class_balance": (1.0, float("nan"))}, "--class-balance must not be negative"),
   ({"resume": True}, "--resume needs --workdir"),
   ({"resume": True, "overwrite": True, "workdir": "x"}, "choose one"),
   ({"freeze_d": -1}, "--freeze-d must not be negative"),
