@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from gan_jax import checkpoint, cli, data, networks, recipes, train
 from gan_jax.model import Model
+from gan_jax.pictures import Scaling, scaled
 from gan_jax.recipes import ssgan
 from gan_jax.types import InputError
 
@@ -25,8 +26,9 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
   of any pretrained model. `y` holds -1 where there is no label, as in scikit-learn's other semi-supervised
   classifiers (strings need dtype object for that); images with a label are used without it as well.
 
-  Bytes are taken as they are. Other numbers are scaled to bytes by the training set's smallest and largest
-  value, in vectors each feature by its own; what is outside later is clipped.
+  Training images that are bytes are taken as they are. Other numbers are scaled to bytes: images by the
+  training set's smallest and largest value, vectors as in `pictures.Scaling`. What is outside is clipped,
+  and new images or vectors, of whatever type, are on the same scale.
 
   Args:
     network: `conv`, `mlp`, any other of `networks.PAIRS`, or `auto`: conv for images from 8x8 up, else mlp.
@@ -132,20 +134,23 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
   def _learn_scale(self, X: np.ndarray) -> None:
     self._row_shape = X.shape[1:]
     if X.dtype == np.uint8:
-      self._low, self._high = np.float64(0), np.float64(255)
+      low, high = 0, 255
     elif X.ndim == 2 and self.image_shape is None:
-      self._low, self._high = X.min(axis=0).astype(np.float64), X.max(axis=0).astype(np.float64)
+      scaling = Scaling.of(X)
+      low, high = scaling.low, scaling.high
     else:
-      self._low, self._high = np.float64(X.min()), np.float64(X.max())
+      low, high = X.min(), X.max()
+    self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
 
   def _to_images(self, X: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
-    """Bytes; vectors as images of height F and width 1."""
-    if X.dtype != np.uint8:
-      wide = np.where(self._high > self._low, self._high - self._low, np.inf)
-      X = np.round(255 * np.clip((X - self._low) / wide, 0, 1)).astype(np.uint8)
+    """Bytes; vectors as images of one row."""
+    if (
+      X.dtype != np.uint8 or np.any(self._low != 0) or np.any(self._high != 255)
+    ):  # else it changes nothing
+      X = scaled(X.astype(np.float64), self._low, self._high)
     shape = self.image_shape
     if shape is None:
-      shape = self._row_shape if X.ndim > 2 else (X.shape[1], 1)
+      shape = self._row_shape if X.ndim > 2 else (1, X.shape[1])
     if np.ndim(shape) != 1 or len(shape) not in (2, 3) or np.prod(shape) != np.prod(self._row_shape):
       raise ValueError(f"X of shape {X.shape} does not hold images of shape {shape}")
     return X.reshape(len(X), *shape, *([1] if len(shape) == 2 else []))

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import gan_jax
 from gan_jax.estimator import SemiSupervisedGAN
+from gan_jax.pictures import Scaling
 
 CANNOT_HOLD = {
   "check_classifiers_classes": "it has -1 for a class, which is no label here as in SelfTrainingClassifier",
@@ -66,6 +68,26 @@ def test_images_flat_images_and_bytes_are_the_same_images(digits, small_mlp):
   assert 1 < one.sample(3, random_state=0).max() <= 16
   expected = one.sample(3, random_state=0) * 255 / 16
   np.testing.assert_allclose(scaled.sample(3, random_state=0), expected, rtol=1e-5)
+
+
+def test_numbers_of_any_type_are_on_the_scale_of_the_training(digits, small_mlp):
+  """Digits from 0 to 16, trained as floats and read as bytes, and the reverse."""
+  images, _, few = digits
+  for types in ((np.float64, np.uint8), (np.uint8, np.float32)):
+    fitted = SemiSupervisedGAN(network="mlp", num_steps=2, random_state=0).fit(images.astype(types[0]), few)
+    one, other = (fitted.predict_proba(images.astype(each)) for each in types)
+    assert np.array_equal(one, other)
+
+
+def test_vectors_are_scaled_as_those_of_a_file(small_mlp):
+  """By the quantiles of `Scaling`: one outlier leaves the others apart."""
+  x = np.random.default_rng(0).normal(size=(3000, 3))
+  x[0, 0] = 1e9
+  fitted = SemiSupervisedGAN(num_steps=1, random_state=0).fit(x, np.arange(3000) % 2)
+  scaling = Scaling.of(x)
+  model = dataclasses.replace(fitted.model_, scaling=scaling)
+  np.testing.assert_allclose(fitted.predict_proba(x), model.predict(scaling.apply(x)), atol=1e-6)
+  assert len(np.unique(fitted.predict_proba(x).round(6))) > 100
 
 
 def test_it_is_pickled_with_what_it_learned(digits, small_mlp):

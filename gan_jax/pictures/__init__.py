@@ -4,9 +4,9 @@ Nothing is silently dropped or replaced. What is skipped, left out or clipped is
 and what cannot be trained on is an `InputError` of one sentence.
 """
 
-from gan_jax.pictures.arrays import Scaling, load_arrays
+from gan_jax.pictures.arrays import Scaling, load_arrays, scaled
 from gan_jax.pictures.folder import load_folder
-from gan_jax.pictures.layout import below
+from gan_jax.pictures.layout import below, labelled
 from gan_jax.pictures.reader import Fit, Reader, resize
 from gan_jax.pictures.survey import check, print_check
 
@@ -16,8 +16,10 @@ __all__ = [
   "Scaling",
   "below",
   "check",
+  "labelled",
   "load_arrays",
   "load_folder",
   "print_check",
   "resize",
+  "scaled",
 ]

@@ -45,8 +45,13 @@ class Scaling:
       raise InputError(f"vectors must be [N, {len(low)}], not {_shape(x)}")
     if not np.isfinite(x).all():
       raise InputError("vectors must be finite, and these hold values that are not")
-    z = (np.clip(x, low, high) - low) / np.where(high > low, high - low, 1)
-    return np.round(255 * z).astype(np.uint8)[:, None, :, None]
+    return scaled(x, low, high)[:, None, :, None]
+
+
+def scaled(x: Any, low: Any, high: Any) -> UInt8[np.ndarray, "..."]:
+  """Numbers as bytes: `low` becomes 0, `high` 255, what is outside is clipped; where both are equal, 0."""
+  z = (np.clip(x, low, high) - low) / np.where(high > low, high - low, 1)
+  return np.round(255 * z).astype(np.uint8)
 
 
 def load_arrays(path: str | Path) -> Dataset:

@@ -87,17 +87,34 @@ class Found:
     return level.pictures + [p for sub in level.folders for p in self.below(sub, (*above, real))]
 
 
-def below(folder: Path) -> list[Path]:
-  """All pictures in a folder and its folders, in the order of their names.
+def below(folder: Path) -> dict[str, Path]:
+  """All pictures in a folder and its folders, by their names in a table of labels.
 
   Raises:
     InputError: a link that leaves the folder.
   """
   found = Found(folder)
-  paths = found.below(folder)
+  paths = {found.name(path): path for path in found.below(folder)}
+  _raise_first(found)
+  return paths
+
+
+def labelled(folder: Path) -> set[str]:
+  """The pictures that a folder's table gives a label, as it names them; none where there is no table.
+
+  Raises:
+    InputError: a table that cannot be read.
+  """
+  found = Found(folder)
+  tables = found.level(folder).tables
+  labels = {name: label for table in tables for name, label in _read_table(found, table).items()}
+  _raise_first(found)
+  return {name for name, label in labels.items() if label}
+
+
+def _raise_first(found: Found) -> None:
   if found.problems:
     raise InputError(found.problems[0])
-  return paths
 
 
 def _plain(name: str) -> str:
