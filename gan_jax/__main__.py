@@ -3,6 +3,7 @@
 import csv
 import importlib
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 from tyro.conf import Positional
 
 import gan_jax
@@ -44,7 +46,7 @@ class Predict:
   """The so many most probable classes of each image."""
   review: int | None = None
   """Write only the so many images whose label would teach most, uncertain and unlike each other, as a
-  labels.csv to fill in; without those that the folder's own labels.csv names with a label."""
+  labels.csv to fill in; without those that a single folder's own table of labels gives one."""
 
   def check(self) -> None:
     cli.at_least_one(self, "top_k", "review")
@@ -67,18 +69,19 @@ def predict(config: Predict) -> Json:
   A line an image: its name, the predicted class and its probability, further ones with --top-k, and
   real_logit, which is lower for images unlike those of the training set.
   """
-  from gan_jax import model
+  from gan_jax import model, pictures
 
   say(f"opening {config.model}")
-  loaded = model.load(config.model)
+  loaded, first = model.load(config.model), Path(config.images[0])
+  alone = len(config.images) == 1 and first.is_dir()
+  known = pictures.labelled(first) if config.review and alone else set()
   names, images = loaded.read(config.images)
   say(f"{len(images):,} images, {len(loaded.classes)} classes")
   probs = loaded.predict(images)
   if config.review is None:
     rows = _predictions(loaded.classes, names, probs, loaded.real_logit(images), config.top_k)
   else:
-    labelled = _labelled(config.images)
-    rest = np.flatnonzero([name not in labelled for name in names])
+    rest = np.flatnonzero([name not in known for name in names])
     chosen = rest[to_review(probs[rest], loaded.features(images[rest]), config.review)]
     rows = [["file_name", "label"], *([names[i], ""] for i in chosen)]
   text = io.StringIO()
@@ -98,15 +101,6 @@ def _predictions(
     best = np.argsort(-p, kind="stable")[:top_k]
     rows.append([name, *(cell for k in best for cell in (classes[int(k)], f"{p[k]:.4f}")), f"{logit:.3f}"])
   return rows
-
-
-def _labelled(paths: Sequence[str]) -> set[str]:
-  """The pictures of a single folder that its labels.csv names with a label."""
-  table = Path(paths[0]) / "labels.csv"
-  if len(paths) > 1 or not table.is_file():
-    return set()
-  with open(table, newline="", encoding="utf-8-sig") as file:
-    return {row["file_name"] for row in csv.DictReader(file) if row.get("label")}
 
 
 def to_review(probs: np.ndarray, features: np.ndarray, num: int) -> list[int]:
@@ -164,6 +158,11 @@ def sample(config: Sample) -> Json:
 
   say(f"opening {config.model}")
   loaded, out = model.load(config.model), Path(config.out)
+  needed, free = 8 * config.num * math.prod(loaded.recipe.image_shape), psutil.virtual_memory().available
+  if needed > free:
+    raise InputError(
+      f"--num {config.num} images need {needed / 2**30:,.0f} GB of memory, more than is free"
+    )
   classes = None if config.class_name is None else [config.class_name] * config.num
   images = loaded.sample(config.num, seed=config.seed, classes=classes)
   if out.suffix == ".npy":
@@ -221,8 +220,9 @@ def report_runs(config: Report) -> Json:
   """
   from gan_jax import page
 
+  there = Path(config.out).exists()
   page.compare(Path(config.out), [Path(run) for run in config.runs])
-  say(f"written to {config.out}")
+  say(_written(config.out, there))
   return {}
 
 
@@ -269,7 +269,11 @@ def _write(path: str | None, content: str | bytes) -> None:
       report.write_bytes(file, content)
   except OSError as error:
     raise InputError(f"{path} cannot be written: {error.strerror}") from error
-  say(f"{path} is replaced" if there and file.is_file() else f"written to {path}")
+  say(_written(path, there and file.is_file()))
+
+
+def _written(path: str, there: bool) -> str:
+  return f"{path} is replaced" if there else f"written to {path}"
 
 
 CONFIGS: dict[str, tuple[Callable[[Any], Json], type]] = {

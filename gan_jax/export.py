@@ -1,6 +1,7 @@
 """A finished run as files for others: safetensors with a model card, ONNX, StableHLO."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shlex
@@ -169,9 +170,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 # --- What a folder of safetensors says of its model
 
-_PROVENANCE = (
-  *("experiment", "dataset", "note", "reader", "scaling", "command", "device", "versions", "commit"),
-)
+_PROVENANCE = (*("experiment", "dataset", "note", "command", "device", "versions", "commit"),)
 _MEASURED = (
   *("num_images", "num_labels", "label_split_sha256", "split_seed", "seed", "steps", "interrupted"),
   *("seconds_train", "test_error", "supervised_test_error", "probe_test_error"),
@@ -183,6 +182,8 @@ def _write_safetensors(model: Model, folder: Path, run: Path | None) -> None:
     "recipes": {"model": recipes.describe(model.recipe)},
     "image_shape": list(model.recipe.image_shape),
     "class_names": list(model.classes),
+    "reader": model.reader and dataclasses.asdict(model.reader),
+    "scaling": model.scaling and dataclasses.asdict(model.scaling),
     **({} if run is None else _facts(run, int(model.state.step))),
   }
   checkpoint.save_averages(folder, steps.with_statistics(model.recipe.g, model.state))

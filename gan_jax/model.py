@@ -130,10 +130,10 @@ class Model:
       elif self.scaling is not None:
         raise InputError(f"{path} is no array: this model was trained on vectors, .npy or .npz")
       else:
-        files = below(path) if path.is_dir() else [path]
+        files = below(path) if path.is_dir() else {"": path}
         alone = len(paths) == 1 and path.is_dir()
-        names += [file.relative_to(path).as_posix() if alone else str(file) for file in files]
-        images += [reader.read(file)[None] for file in files]
+        names += files if alone else map(str, files.values())
+        images += [reader.read(file)[None] for file in files.values()]
     if not images:
       raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
     wrong = next((i for i, x in enumerate(images) if x.shape[1:] != shape), None)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from gan_jax import cli, metrics, report
+from gan_jax import checkpoint, cli, metrics, report
 from gan_jax.evaluate import Evaluation, Shown
 from gan_jax.types import InputError, Json
 
@@ -329,6 +329,8 @@ def _read(run: Path) -> tuple[Json, Json]:
     try:
       stored.append(json.loads((run / name).read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
+      if (run / checkpoint.SAFETENSORS["d"]).exists():
+        raise InputError(f"{run} is an export, not a run: name the run that it was made from") from error
       if stored:
         raise InputError(
           f"the run in {run} is not complete: it has no {name}; go on with --resume"

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 import gan_jax
 from gan_jax import __main__ as commands
-from gan_jax import train
+from gan_jax import classify, train
 
 
 def gan_jax_command(*words, monkeypatch):
@@ -68,6 +68,15 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
 
   (new / "labels.csv").write_text(f"file_name,label\n{names[0]},digit 0\n{names[1]},\n")
   capsys.readouterr()
+  for text, words in (
+    (b"name;class\n", "needs the columns"),
+    (b"file_name,label\n\xff,a\n", "not encoded"),
+  ):
+    table = (new / "labels.csv").read_bytes()
+    (new / "labels.csv").write_bytes(text)
+    assert command("predict", trained, new, "--review", 5) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    (new / "labels.csv").write_bytes(table)
   assert command("predict", trained, new, "--review", 5) == 0
   chosen = list(csv.DictReader(capsys.readouterr().out.splitlines()))
   assert len({row["file_name"] for row in chosen}) == 5
@@ -81,7 +90,12 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
 
   assert command("export", trained, "--out", tmp_path / "exported") == 0
   again = gan_jax.load(tmp_path / "exported")
+  assert again.reader == model.reader is not None
   assert np.array_equal(again.predict(again.read([new])[1]), model.predict(images))
+  assert command("report", tmp_path / "exported") == 2
+  assert "is an export, not a run" in capsys.readouterr().err
+  assert command("sample", trained, "--num", 10**13, "--out", tmp_path / "a.npy") == 2
+  assert "more than is free" in capsys.readouterr().err
 
   assert command("report", trained, "--out", tmp_path / "page.html") == 0
   assert "digit 0" not in (tmp_path / "page.html").read_text()  # the page is about runs, side by side
@@ -147,6 +161,38 @@ def test_vectors_train_the_mlp(small_mlp, command, tmp_path):
   np.save(tmp_path / "other.npy", x[:, :5])
   with pytest.raises(gan_jax.types.InputError, match=r"vectors must be \[N, 12\]"):
     model.read([tmp_path / "other.npy"])
+
+
+def test_folds_start_afresh(trained, small_mlp, command, monkeypatch, capsys, tmp_path):
+  """The run that --init-from names may know the labels that a fold leaves out; so nothing is frozen."""
+  inside, seen = classify.train.fit, []
+
+  def fit(recipe, *args, **kwargs):
+    seen.append((kwargs["phase"], [name for name, _ in recipe.derived], kwargs.get("start")))
+    return inside(recipe, *args, **kwargs)
+
+  monkeypatch.setattr(classify.train, "fit", fit)
+  flags = "--network", "mlp", "--steps", 2, "--folds", 2, "--init-from", trained, "--freeze-d", 1
+  data = f"folder:{tmp_path / 'pictures'}"
+  assert command("train", "--dataset", data, *flags, "--workdir", tmp_path / "second") == 0
+  (_, frozen, start), *rest = seen
+  assert (frozen, start is not None) == (["with_frozen"], True)
+  folds = [(derived, start) for phase, derived, start in rest if phase.startswith("fold")]
+  assert folds == [([], None), (["supervised_control"], None)] * 2
+  said = " ".join(capsys.readouterr().err.split())
+  assert "folds start afresh, not from --init-from" in said
+  assert "measured on" in said  # the table that wraps its cells
+
+
+def test_what_the_distance_needs_is_known_before_training(small_mlp, command, capsys, tmp_path):
+  """Vectors have no Frechet distance."""
+  y = np.arange(60) % 3
+  np.savez(tmp_path / "v.npz", x=np.eye(60)[:, :12], y=y, x_test=np.eye(60)[:, :12], y_test=y)
+  flags = "--steps", 2, "--frechet", "--workdir", tmp_path / "run"
+  assert command("train", "--dataset", f"arrays:{tmp_path / 'v.npz'}", *flags) == 2
+  said = capsys.readouterr().err
+  assert "compiling" not in said
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_what_to_review_is_uncertain_and_spread():
