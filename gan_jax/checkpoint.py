@@ -1,6 +1,7 @@
 """States on disk: all of one through Orbax, entirely or not at all, or its averages as safetensors."""
 
 import contextlib
+import errno
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -37,7 +38,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_) -> None:
-    self._checkpointer.close()
+    with self._writing():
+      self._checkpointer.close()
 
   @property
   def latest_step(self) -> int | None:
@@ -46,10 +48,26 @@ class Checkpoints:
     return None if latest is None else latest.step
 
   def save(self, state: TrainState) -> None:
-    """Saves the state under its own step, unless that step is there already."""
+    """Saves the state under its own step, unless that step is there already.
+
+    Raises:
+      InputError: the disk is full; here or, because it is written meanwhile, by a later call.
+    """
     step = int(state.step)
     if step != self.latest_step:
-      self._checkpointer.save(step, _pack(state))
+      with self._writing():
+        self._checkpointer.save(step, _pack(state))
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Orbax and its storage have no type of their own for it
+      if "RESOURCE_EXHAUSTED" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
+        raise
+      raise InputError(
+        f"{self.directory} cannot be written: the disk is full; checkpoints that were there are whole"
+      ) from error
 
   def restore(self, like: TrainState) -> TrainState:
     """The newest state.

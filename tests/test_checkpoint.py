@@ -1,3 +1,4 @@
+import errno
 import os
 
 import jax
@@ -7,6 +8,31 @@ from conftest import leaves_equal
 
 from gan_jax import checkpoint, networks
 from gan_jax.types import InputError
+
+
+@pytest.mark.parametrize(
+  ("error", "kind"),
+  [
+    (ValueError("RESOURCE_EXHAUSTED: Failed writing"), InputError),
+    (OSError(errno.ENOSPC, "No space left on device"), InputError),
+    (ValueError("another"), ValueError),
+  ],
+)
+def test_a_full_disk_is_a_sentence(error, kind, tiny, tmp_path, monkeypatch):
+  """What was saved before is whole."""
+  before = tiny.state()
+
+  def full(*_):
+    raise error
+
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(before)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    monkeypatch.setattr(checkpoints._checkpointer, "save", full)
+    with pytest.raises(kind, match="the disk is full" if kind is InputError else "another"):
+      checkpoints.save(before.replace(step=before.step + 1))
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert all(leaves_equal(checkpoints.restore(before), before))
 
 
 def test_a_state_comes_back_bit_for_bit(tiny, make_tiny, tmp_path):
