@@ -118,7 +118,10 @@ def make_tiny():
 @pytest.fixture
 def small_mlp(monkeypatch):
   """`--network mlp` as networks that are quick to compile and to probe."""
+  use_small_mlp(monkeypatch)
 
+
+def use_small_mlp(monkeypatch):
   def small_pair(image_shape, num_logits, num_classes):
     norm = "batch" if num_classes else "shift"
     g = networks.MLPGenerator(image_shape, widths=(8,), norm=norm, num_classes=num_classes)

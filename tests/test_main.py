@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import use_small_mlp
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -30,19 +31,31 @@ def command(monkeypatch):
   return lambda *words: gan_jax_command(*words, monkeypatch=monkeypatch)
 
 
-@pytest.fixture
-def trained(small_mlp, command, tmp_path):
-  """A run of `train` on pictures: twelve digits a class, of which the first four have a label."""
-  digits = load_digits()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """A folder with a run of `train` on pictures: twelve digits a class, the first four with a label."""
+  root, digits = tmp_path_factory.mktemp("made"), load_digits()
   for k in range(3):
     for i, image in enumerate(digits.images[digits.target == k][:12]):
-      folder = tmp_path / "pictures" / (f"digit {k}" if i < 4 else "unlabelled")
+      folder = root / "pictures" / (f"digit {k}" if i < 4 else "unlabelled")
       folder.mkdir(parents=True, exist_ok=True)
       Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{k}-{i}.png")
-  run = tmp_path / "run"
-  flags = "--network", "mlp", "--steps", 30, "--folds", 2, "--workdir", run
-  assert command("train", "--dataset", f"folder:{tmp_path / 'pictures'}", *flags) == 0
-  return run
+  flags = "--network", "mlp", "--steps", 30, "--folds", 2, "--workdir", root / "run"
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr("gan_jax.cli.enable_compilation_cache", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / ".cache"))
+    use_small_mlp(monkeypatch)
+    train_it = "train", "--dataset", f"folder:{root / 'pictures'}", *flags
+    assert gan_jax_command(*train_it, monkeypatch=monkeypatch) == 0
+  return root
+
+
+@pytest.fixture
+def trained(made, small_mlp, tmp_path):
+  """A copy of that run, and of its pictures beside it."""
+  for name in ("pictures", "run"):
+    shutil.copytree(made / name, tmp_path / name)
+  return tmp_path / "run"
 
 
 def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, capsys):
