@@ -145,6 +145,12 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
   args = parser.parse_args(flags)
   if shutil.which(args.torch_python) is None:
     parser.error(f"--torch-python {args.torch_python} is not a program")
+  if any(name.startswith("torch") for name in args.contenders):
+    needed = subprocess.run(
+      [args.torch_python, "-c", "import torch, optax, flax"], capture_output=True, check=False
+    )
+    if needed.returncode:  # the peer starts from our recipe and parameters
+      parser.error(f"{args.torch_python} needs PyTorch and gan_jax: pip install -e '.[bench]' there")
   return args
 
 
