@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,10 @@ FILES = ("config.json", "labels.json", "report.html", "result.json")
 """What every run has."""
 TRAINING_FILES = ("metrics.jsonl", "checkpoints", "tensorboard")
 """What a run that trains one recipe has as well."""
+
+_REPLACED, _REPLACING = ".replaced", ".replacing"
+# Where the files of a run wait that --overwrite replaces, until the new one has its first row of metrics;
+# and where they are while they are moved there or back.
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ def open_run(
 ) -> Iterator[Run]:
   """Opens the directory of a run, which is locked meanwhile.
 
-  Everything that can be checked before should have been: from here on the directory is written to.
+  Everything that can be checked before should have been: from here on the directory is written to. A run
+  that --overwrite replaces comes back where the new one ends by an exception before its first row of
+  metrics, or was killed before it: then the next call puts it back.
 
   Args:
     experiment: its name.
@@ -86,7 +92,7 @@ def open_run(
   values = cli.flags_of(config)
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(flags.workdir or Path("runs") / experiment / stamp)
-  check_workdir(path, flags, experiment)
+  _check_folder(path)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
   found = environment()
@@ -107,29 +113,47 @@ def open_run(
     **found,
   }
   described = json.loads(json.dumps(described))  # as it will be read: a tuple is a list
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"--workdir {path} cannot be made: {error.strerror}") from error
   owned = (*FILES, *files)
-  try:
-    with filelock.FileLock(path / ".lock", timeout=0):
-      if flags.resume:
-        _check_resumable(path, labels, described)
-      else:
-        remove(path, owned)
+  with _locked(path):
+    if flags.resume:
+      _check_resumable(path, labels, described)
+    else:
+      _settle(path, owned)
+      if (path / "config.json").exists():
+        _check_replaceable(path, flags, experiment)
+        _move_aside(path, owned)
+    complete = False
+    try:
+      if not flags.resume:
         report.write_json(path / "labels.json", labels)
         report.write_json(path / "config.json", described)
-      try:
-        begin = time.time()
-        yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, begin, command)
-      except InputError:
-        # A mistake that showed before any training: the next try shall find no run here.
-        if not flags.resume and set(os.listdir(path)) <= {".lock", *FILES, "checkpoints"}:
-          remove(path, owned)
-        raise
+      begin = time.time()
+      yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, begin, command)
+      complete = True
+    except InputError:
+      # A mistake that showed before any training: the next try shall find no run here.
+      if not flags.resume and not _has_begun(path, owned):
+        remove(path, owned)
+      raise
+    finally:
+      _settle(path, owned, complete=complete)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+  """Makes the directory and keeps other runs out of it."""
+  lock = filelock.FileLock(path / ".lock", timeout=0)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
   except filelock.Timeout as error:
     raise InputError(f"--workdir {path} is in use by another run") from error
+  except OSError as error:
+    raise InputError(f"--workdir {path} cannot be used: {error.strerror or error}") from error
+  try:
+    yield
+  finally:
+    lock.release()
 
 
 def describe_split(split: LabelSplit, exclude_labelled: bool = False) -> Json:
@@ -145,30 +169,66 @@ def describe_split(split: LabelSplit, exclude_labelled: bool = False) -> Json:
   }
 
 
-def remove(path: Path, files: Sequence[str]) -> None:
-  """Removes these files and folders of a run."""
+def remove(path: Path, files: Iterable[str]) -> None:
+  """Removes these files and folders of a run; of a symbolic link the link alone."""
   for name in files:
     target = path / name
-    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    if target.is_dir() and not target.is_symlink():
+      shutil.rmtree(target)
+    else:
+      target.unlink(missing_ok=True)
 
 
-def check_workdir(path: Path, flags: cli.RunFlags, experiment: str) -> None:
-  """Raises `InputError` for a directory that a run of this experiment may not write to."""
+def _move_aside(path: Path, files: Sequence[str]) -> None:
+  moving = path / _REPLACING
+  moving.mkdir()
+  for name in files:
+    if os.path.lexists(path / name):
+      (path / name).rename(moving / name)
+  moving.rename(path / _REPLACED)
+
+
+def _settle(path: Path, files: Sequence[str], *, complete: bool = False) -> None:
+  """Ends what `_move_aside` began: the old run goes where the new one has come to something, else it is
+  put back. Killed at any moment, it can be called again."""
+  aside, moving = path / _REPLACED, path / _REPLACING
+  if aside.exists():
+    if complete or _has_begun(path, files):
+      remove(path, [_REPLACED])
+    else:
+      remove(path, files)
+      aside.rename(moving)
+  if moving.exists():
+    for name in os.listdir(moving):
+      remove(path, [name])
+      (moving / name).rename(path / name)
+    moving.rmdir()
+
+
+def _has_begun(path: Path, files: Sequence[str]) -> bool:
+  """Whether a run has a first row, of metrics or of results, itself or in one of its parts."""
+  rows = (row for name in files for row in (path / name, *(path / name).rglob("*.jsonl")))
+  return any(row.suffix == ".jsonl" and row.is_file() and row.stat().st_size for row in rows)
+
+
+def _check_folder(path: Path) -> None:
+  """Raises `InputError` for a directory in which no run may be."""
   if path.exists() and not path.is_dir():
     raise InputError(f"--workdir {path} is not a folder")
-  holds_run = (path / "config.json").exists()
-  if flags.resume:
-    return
-  if holds_run and not flags.overwrite:
-    raise InputError(f"{path} already holds a run: pass --resume to go on or --overwrite to replace it")
-  if holds_run:
-    stored = experiment
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-      stored = json.loads((path / "config.json").read_text())["experiment"]
-    if stored != experiment:
-      raise InputError(f"{path} holds a run of {stored}, not of {experiment}: name another folder")
-  if not holds_run and path.exists() and set(os.listdir(path)) - {".lock"}:
+  names = set(os.listdir(path)) if path.exists() else set()
+  if names - {".lock"} and not names & {"config.json", _REPLACED, _REPLACING}:
     raise InputError(f"--workdir {path} holds other files: name an empty or a new folder")
+
+
+def _check_replaceable(path: Path, flags: cli.RunFlags, experiment: str) -> None:
+  """Raises `InputError` where the directory's run may not be replaced by one of this experiment."""
+  if not flags.overwrite:
+    raise InputError(f"{path} already holds a run: pass --resume to go on or --overwrite to replace it")
+  stored = experiment
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    stored = json.loads((path / "config.json").read_text())["experiment"]
+  if stored != experiment:
+    raise InputError(f"{path} holds a run of {stored}, not of {experiment}: name another folder")
 
 
 def _check_resumable(path: Path, labels: Json, described: Json) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,11 +17,10 @@ from gan_jax.types import InputError
 def open_run(tiny):
   """Opens a run of the tiny problem with these flags."""
 
-  def open_one(split=None, hparams=None, **flags):
+  def open_one(split=None, hparams=None, files=("samples", "pretrained"), **flags):
     config = cli.with_flags(mnist_ssgan.Config(), **flags)
     recipe = tiny.recipe(hparams=hparams or recipes.ssgan.Hparams())
-    used, files = {"main": recipe}, ("samples", "pretrained")
-    split = split or tiny.split
+    used, split = {"main": recipe}, split or tiny.split
     return run_dir.open_run("test", config, tiny.dataset, split, recipes_used=used, files=files)
 
   return open_one
@@ -80,28 +80,94 @@ def test_a_run_in_use_is_left_alone(open_run):
 
 def test_a_directory_that_cannot_be_made_is_a_sentence(open_run, tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(InputError, match="cannot be made"):
+  with pytest.raises(InputError, match="cannot be used"):
     opened(open_run(workdir="file/here"))
   with pytest.raises(InputError, match="is not a folder"):
     opened(open_run(workdir="file"))
 
 
 def test_a_mistake_that_shows_before_training_leaves_no_run_behind(open_run):
-  """So the next try needs no --overwrite; once there are metrics, or parts of its own, a run stays."""
+  """So the next try needs no --overwrite; once there are rows, its own or those of a part, a run stays."""
 
-  def too_small(run, leave):
-    if leave:
-      (run.path / leave).mkdir()
-    raise InputError("too small")
-
-  def fail(leave=None):
+  def fail(row=False):
     with pytest.raises(InputError, match="too small"), open_run(workdir="here") as run:
-      too_small(run, leave)
+      (run.path / "pretrained").mkdir()
+      (run.path / "pretrained" / "metrics.jsonl").write_text("{}\n" if row else "")
+      raise InputError("too small")
 
   fail()
   assert os.listdir("here") == [".lock"]
-  fail(leave="pretrained")
+  fail(row=True)
   assert os.path.exists("here/config.json")
+
+
+def content(path):
+  """Every file, folder and link below, as it is."""
+  read = lambda p: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+  return {str(p): read(p) for p in sorted(Path(path).rglob("*"))}
+
+
+@pytest.fixture
+def finished(open_run):
+  """A finished run whose checkpoints lie elsewhere, and what it consists of."""
+  with open_run(workdir="here") as run:
+    (run.path / "samples").mkdir()
+    (run.path / "samples" / "last.png").write_text("a picture")
+    (run.path / "result.json").write_text("{}")
+    (run.path / "thesis.txt").write_text("precious")
+    os.makedirs("elsewhere/1000")
+    (run.path / "checkpoints").symlink_to("../elsewhere", target_is_directory=True)
+  return content("here")
+
+
+FILES = ("samples", *run_dir.TRAINING_FILES)
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt, ZeroDivisionError])
+def test_a_run_is_replaced_once_the_new_one_has_a_row(open_run, finished, error):
+  """Until then whatever ends the new one brings the old one back; links are not followed."""
+
+  def end(row):
+    with pytest.raises(error), open_run(workdir="here", overwrite=True, files=FILES, steps=7) as run:
+      (run.path / "checkpoints").mkdir()
+      (run.path / "metrics.jsonl").write_text(row)
+      raise error
+
+  end("")
+  assert content("here") == finished
+  end("{}\n")
+  assert {path.name for path in Path("here").iterdir()} == {
+    *(".lock", "config.json", "labels.json", "thesis.txt"),
+    *("metrics.jsonl", "checkpoints"),
+  }
+  assert os.path.isdir("elsewhere/1000")
+
+
+def test_a_process_killed_while_it_replaces_a_run_loses_none(open_run, finished, monkeypatch):
+  """Wherever: while the old one is moved aside, after that, while it is put back."""
+  path, rename, left = Path("here"), os.rename, 0
+  owned = (*run_dir.FILES, *FILES)
+
+  def killed(*paths):
+    nonlocal left
+    left -= 1
+    if left < 0:
+      raise ZeroDivisionError
+    rename(*paths)
+
+  for moves in range(20):
+    for _ in range(2):  # the second ends what the first has left, or is killed there as well
+      left = moves
+      with monkeypatch.context() as patch, contextlib.suppress(ZeroDivisionError):
+        patch.setattr(os, "rename", killed)
+        if not (path / ".replaced").exists() and not (path / ".replacing").exists():
+          run_dir._move_aside(path, owned)
+          (path / "config.json").write_text("new")
+        run_dir._settle(path, owned)
+    with pytest.raises(InputError, match="already holds a run"):
+      opened(open_run(workdir="here", files=FILES))
+    assert content("here") == finished
+  assert left > 0  # the last were not killed
 
 
 def test_what_a_run_starts_from_is_another_folder(open_run):
