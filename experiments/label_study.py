@@ -106,7 +106,7 @@ def main(config: Config) -> Json:
         stored = {"dataset": dataset.name, "note": dataset.note, **run_dir.describe_split(split)}
         report.write_json(run.path / "splits" / f"{budget}-{split.seed}.json", stored)
     path = run.path / "study.jsonl"
-    rows = report.read_metrics(path) if config.run.resume else []
+    rows = report.read_metrics(path, ("budget", "method", "reading")) if config.run.resume else []
     if path.exists():
       report.write_bytes(path, _lines(rows))  # without a line that was cut off
     done = {(row["budget"], row["method"]) for row in rows if row["reading"] == _study_tables.CLASSIFIER}

@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import json
 import re
+import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,49 +17,65 @@ import numpy as np
 import safetensors.numpy
 
 from gan_jax import report
-from gan_jax.types import InputError, NetState, TrainState
+from gan_jax.types import InputError, Json, NetState, TrainState
 
 
 class Checkpoints:
   """The checkpoints of one run, named by their step; the last two are kept.
 
-  A context manager: leaving it waits until what was saved is on disk.
+  A context manager: leaving it waits until what was saved is on disk. Reading changes nothing on disk.
   """
 
-  def __init__(self, directory: Path, *, cleanup: bool = True):
-    """`cleanup` removes what a killed process left half written; without it, only `save` writes."""
-    ocp = _orbax()
-    self.directory = directory
-    self._checkpointer = ocp.training.Checkpointer(
-      directory.absolute(),
-      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-      preservation_policy=ocp.training.preservation_policies.LatestN(2),
-      cleanup_tmp_directories=cleanup,
-    )
+  def __init__(self, directory: Path):
+    if directory.exists() and not directory.is_dir():
+      raise InputError(f"{directory} is not a folder: remove it or name another run")
+    self.directory = directory.absolute()
+    self._checkpointer: Any = None
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *_) -> None:
-    with self._writing():
-      self._checkpointer.close()
+    if self._checkpointer is not None:
+      with self._writing():
+        self._checkpointer.close()
 
   @property
   def latest_step(self) -> int | None:
     """Step of the newest checkpoint; None where there is none."""
-    latest = self._checkpointer.latest
-    return None if latest is None else latest.step
+    return max(self._steps(), default=None)
 
-  def save(self, state: TrainState) -> None:
-    """Saves the state under its own step, unless that step is there already.
+  def save(self, state: TrainState, extra: Json | None = None) -> None:
+    """Saves the state under its own step, with a checksum an array, unless that step is there already.
+
+    Args:
+      state: what `restore` gives back.
+      extra: what `extra` gives back.
 
     Raises:
       InputError: the disk is full; here or, because it is written meanwhile, by a later call.
     """
-    step = int(state.step)
+    step, packed = int(state.step), _pack(state)
     if step != self.latest_step:
+      beside = {"checksums": _checksums(packed), "extra": extra or {}}
       with self._writing():
-        self._checkpointer.save(step, _pack(state))
+        self._checkpointer = self._checkpointer or self._open()
+        self._checkpointer.save(step, packed, custom_metadata=beside)
+
+  def _open(self) -> Any:
+    """What writes; it removes what a killed process left half written, and cannot open what is damaged."""
+    for step in self._steps():
+      try:
+        self._beside(step)
+      except _DamagedError:
+        self._lay_aside(step)
+    ocp = _orbax()
+    return ocp.training.Checkpointer(
+      self.directory,
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=ocp.training.preservation_policies.LatestN(2),
+      cleanup_tmp_directories=True,
+    )
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -70,50 +89,109 @@ class Checkpoints:
       ) from error
 
   def restore(self, like: TrainState) -> TrainState:
-    """The newest state.
+    """The newest state that is whole; damaged ones after it are renamed, so that a run goes on from it.
 
     Args:
       like: a state of the same networks and optimizers; it gives the structure.
 
     Raises:
-      InputError: the checkpoint is of another model, or damaged.
+      InputError: the checkpoint is of another model, or there is none but damaged ones.
     """
     packed = _pack(like)
-    expected, found = (_shapes(tree) for tree in (packed, self.metadata()))
-    if expected != found:
-      name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
-      raise InputError(
-        f"{self.directory} is a checkpoint of another model, or damaged: {name} is"
-        f" {found.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
-      )
-    restored = self.load(jax.tree.map(_abstract, packed))
+
+    def read(step: int) -> TrainState:
+      expected, found = (_shapes(tree) for tree in (packed, self.metadata(step)))
+      if expected != found:
+        name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
+        raise InputError(
+          f"{self.directory} is a checkpoint of another model, or damaged: {name} is"
+          f" {found.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
+        )
+      return self.load(step, jax.tree.map(_abstract, packed))
+
+    restored = self.newest(read)
+    for step in self._steps():
+      if step > int(restored.step):  # else it would count as the newest
+        self._lay_aside(step)
     return restored.replace(key=jax.random.wrap_key_data(restored.key))
 
-  def metadata(self) -> Any:
-    """The newest state as nested dicts whose leaves have a shape; `InputError` where it is damaged."""
+  @property
+  def extra(self) -> Json:
+    """What was saved beside the newest state."""
+    return self._beside(max(self._steps())).get("extra", {})
+
+  def newest(self, read: Callable[[int], Any]) -> Any:
+    """What `read` makes of the newest step that is whole: its `metadata` and `load` raise at others.
+
+    Raises:
+      InputError: there is none; or what `read` raises.
+    """
+    damaged = None
+    for step in sorted(self._steps(), reverse=True):
+      try:
+        found = read(step)
+      except _DamagedError:
+        damaged = damaged or self.directory / str(step)
+        continue
+      if damaged:
+        report.say(f"{damaged} is damaged: {step}, the checkpoint before it, takes its place")
+      return found
+    raise InputError(f"{damaged} is damaged and none before it is whole: start anew")
+
+  def metadata(self, step: int) -> Any:
+    """A state as nested dicts whose leaves have a shape."""
+    beside = self._beside(step)
     try:
-      return self._checkpointer.metadata(self.latest_step).metadata
+      found = _orbax().metadata(self.directory / str(step), checkpointable_name="state").metadata
     except Exception as error:  # whatever Orbax and its storage raise
-      raise self._damaged() from error
+      raise _DamagedError from error
+    if not _leaves(found) or (beside and _leaves(found).keys() != beside["checksums"].keys()):
+      raise _DamagedError
+    return found
 
-  def load(self, abstract: Any) -> Any:
-    """The newest state, but for the leaves that are `...`; `InputError` where it is damaged."""
+  def load(self, step: int, abstract: Any) -> Any:
+    """A state but for the leaves that are `...`, if it has the checksums that were saved with it."""
+    beside = self._beside(step)
     try:
-      return self._checkpointer.load(self.latest_step, abstract)
+      loaded = _orbax().load(self.directory / str(step), abstract, checkpointable_name="state")
     except Exception as error:
-      raise self._damaged() from error
+      raise _DamagedError from error
+    found = _checksums({path: leaf for path, leaf in _leaves(loaded).items() if leaf is not ...})
+    if beside and not found.items() <= beside["checksums"].items():
+      raise _DamagedError
+    return loaded
 
-  def _damaged(self) -> InputError:
-    return InputError(f"{self.directory / str(self.latest_step)} is damaged: remove it or start anew")
+  def _beside(self, step: int) -> Json:
+    """What `save` gave to Orbax beside the state; empty for a checkpoint that is older than checksums."""
+    try:
+      file = (
+        self.directory / str(step) / "_CHECKPOINT_METADATA"
+      )  # Orbax itself would hide that it is damaged
+      beside = json.loads(file.read_text())["custom_metadata"]
+      return beside and {"checksums": {**beside["checksums"]}, "extra": {**beside["extra"]}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise _DamagedError from error
+
+  def _steps(self) -> list[int]:
+    paths = self.directory.iterdir() if self.directory.exists() else ()
+    return [int(path.name) for path in paths if path.name.isdigit()]
+
+  def _lay_aside(self, step: int) -> None:
+    """Not removed: what cannot be read today perhaps can be tomorrow."""
+    folder = self.directory / str(step)
+    shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+    folder.rename(folder.with_suffix(".damaged"))
+
+
+class _DamagedError(Exception):
+  """A checkpoint whose files cannot be read, or hold other numbers than were saved."""
 
 
 @contextlib.contextmanager
 def _newest(run_dir: str | Path) -> Iterator[Checkpoints]:
   """The checkpoints of another run, of which nothing is changed; `InputError` where it has none."""
   directory = Path(run_dir) / "checkpoints"
-  if not directory.is_dir():  # Orbax would make it
-    raise InputError(f"{run_dir} holds no checkpoint to start from")
-  with Checkpoints(directory, cleanup=False) as checkpoints:
+  with Checkpoints(directory) as checkpoints:
     if checkpoints.latest_step is None:
       raise InputError(f"{run_dir} holds no checkpoint to start from")
     yield checkpoints
@@ -139,8 +217,9 @@ def transfer(
   Raises:
     InputError: no checkpoint, a damaged one, or networks of another kind or image size.
   """
-  with _newest(run_dir) as checkpoints:
-    saved = checkpoints.metadata()
+
+  def read(step: int) -> tuple[dict[str, Any], list[str]]:
+    saved = checkpoints.metadata(step)
     here, there = _shapes(_pack(state)), _shapes(saved)
     wanted, notes = set(), []
     for part in parts:
@@ -157,12 +236,15 @@ def transfer(
       notes += [_new_head(name, here, there) for name in sorted(new_heads)]
       wanted |= {path for path, name in modules.items() if name not in new_heads}
     abstract = {path: _abstract(leaf) for path, leaf in _leaves(_pack(state)).items() if path in wanted}
-    loaded = _leaves(checkpoints.load(_map(lambda path, _: abstract.get(path, ...), saved)))
-  taken = {path: loaded[path] for path in wanted}
-  for path in wanted:
+    loaded = _leaves(checkpoints.load(step, _map(lambda path, _: abstract.get(path, ...), saved)))
+    return {path: loaded[path] for path in wanted}, notes
+
+  with _newest(run_dir) as checkpoints:
+    taken, notes = checkpoints.newest(read)
+  for path in list(taken):
     if path.startswith("ema/"):  # copies: a donated state must not hold one buffer twice
       _, part, layer = path.split("/", 2)
-      taken[f"{part}/params/{layer}"] = jnp.copy(loaded[path])
+      taken[f"{part}/params/{layer}"] = jnp.copy(taken[path])
   return _map(lambda path, leaf: taken.get(path, leaf), state), notes
 
 
@@ -180,15 +262,19 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
     InputError: no checkpoint, a damaged one, or one of other networks.
   """
   wanted = averages(like)
-  with _newest(run_dir) as checkpoints:
-    saved = checkpoints.metadata()
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = {
+    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    for path, leaf in _leaves(wanted).items()
+  }
+
+  def read(step: int) -> dict[str, Any]:
+    saved = checkpoints.metadata(step)
     _check_same(checkpoints.directory, wanted, _shapes(saved))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-      path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-      for path, leaf in _leaves(wanted).items()
-    }
-    loaded = _leaves(checkpoints.load(_map(lambda path, _: abstract.get(path, ...), saved)))
+    return _leaves(checkpoints.load(step, _map(lambda path, _: abstract.get(path, ...), saved)))
+
+  with _newest(run_dir) as checkpoints:
+    loaded = checkpoints.newest(read)
   return _map(lambda path, _: loaded[path], wanted)
 
 
@@ -284,6 +370,11 @@ def _leaves(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by their paths."""
   keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
   return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+  """CRC-32 of every array's bytes."""
+  return {path: zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in _leaves(tree).items()}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shlex
 import signal
@@ -12,9 +13,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import jax
+import typeguard
 import tyro
 from rich.markup import escape
 
@@ -393,9 +395,10 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
     fields = json.loads((path / "config.json").read_text())["config"]
     stored = with_flags(config_cls(), **{name: _tuples(value) for name, value in fields.items()})
     stored = with_flags(stored, overwrite=False)  # that was about the run before
+    _check_types(stored)
   except FileNotFoundError as error:
     raise InputError(f"{path} holds no run to resume: it has no config.json") from error
-  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+  except (OSError, ValueError, TypeError, KeyError, AttributeError, typeguard.TypeCheckError) as error:
     raise InputError(f"{path / 'config.json'} is not the configuration of this experiment") from error
   config = _parse(config_cls, flags, default=stored)
   old, new = flags_of_recipe(stored), flags_of_recipe(config)
@@ -405,6 +408,16 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
         f"{path} was begun with {flag(name)} {old[name]}, not {new[name]}: leave the flag out"
       )
   return config
+
+
+def _check_types(config: Any) -> None:
+  for name, hint in get_type_hints(type(config)).items():
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value):
+      _check_types(value)
+    else:
+      every = typeguard.CollectionCheckStrategy.ALL_ITEMS
+      typeguard.check_type(value, hint, collection_check_strategy=every)
 
 
 def _parse(config_cls: type[Config], flags: Sequence[str], **kwargs: Any) -> Config:
@@ -419,6 +432,7 @@ def _quiet() -> None:
   import absl.logging
 
   absl.logging.set_verbosity("fatal")  # Orbax logs what it then raises
+  logging.getLogger("asyncio").setLevel("CRITICAL")  # and leaves more of it behind
 
 
 def enable_compilation_cache() -> None:

@@ -50,22 +50,22 @@ def write_json(path: Path, value: Any) -> None:
   write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_metrics(path: Path) -> list[Json]:
+def read_metrics(path: Path, keys: Sequence[str] = ()) -> list[Json]:
   """The rows of a `metrics.jsonl`; a last line that was cut off does not count.
 
   Raises:
-    InputError: a whole line is not JSON.
+    InputError: a whole line is not JSON, or no row with these keys.
   """
   if not path.exists():
     return []
-  lines = path.read_text().splitlines(keepends=True)
   rows = []
-  for i, line in enumerate(lines):
-    if line.endswith("\n"):
+  for i, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+    if line.endswith(b"\n"):
       try:
-        rows.append(json.loads(line))
-      except ValueError as error:
-        raise InputError(f"line {i + 1} of {path} is not JSON: mend or remove it") from error
+        row = json.loads(line)
+        rows.append({**row, **{key: row[key] for key in keys}})
+      except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"line {i + 1} of {path} is no row of metrics: mend or remove it") from error
   return rows
 
 

@@ -252,10 +252,11 @@ def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) ->
   """
   folder = run.path / name
   resume = run.flags.resume and (folder / "config.json").exists()
-  if resume and (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if not result["interrupted"]:
-      return result
+  if resume:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # else it is absent or damaged
+      result = json.loads((folder / "result.json").read_text())
+      if not result["interrupted"]:
+        return result
   say(f"--- {name}")
   flags = cli.RunFlags(workdir=str(folder), resume=resume, overwrite=not resume)
   config = dataclasses.replace(config, run=flags)

@@ -168,7 +168,8 @@ class _MetricsLog:
     rows, self._file, self._tensorboard = [], None, None
     if workdir is not None:
       path = workdir / "metrics.jsonl"
-      rows = [row for row in report.read_metrics(path) if row["phase"] != phase or row["step"] <= first]
+      rows = report.read_metrics(path, ("phase", "step", "seconds"))
+      rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
       report.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
       self._file = open(path, "a", buffering=1)  # noqa: SIM115
       if tensorboard:

@@ -211,6 +211,17 @@ def test_resume_takes_the_stored_flags_and_refuses_others(tmp_path):
     cli.resumed(mnist_low_data.Config, tmp_path, [])
 
 
+@pytest.mark.parametrize(
+  "wrong", [{"steps": "12"}, {"steps": 1.5}, {"percents": [1, "a"]}, {"augments": 3}]
+)
+def test_stored_flags_of_another_type_are_a_sentence(wrong, tmp_path):
+  stored = cli.flags_of(mnist_low_data.Config())
+  assert wrong.keys() <= stored.keys()
+  report.write_json(tmp_path / "config.json", {"config": stored | wrong})
+  with pytest.raises(InputError, match="not the configuration of this experiment"):
+    cli.resumed(mnist_low_data.Config, tmp_path, [])
+
+
 def test_a_resumed_run_knows_its_flags_of_many_values(tmp_path):
   config = mnist_low_data.Config(percents=(5.0, 50.0), augments=("fixed",))
   report.write_json(tmp_path / "config.json", {"config": cli.flags_of(config)})

@@ -84,16 +84,22 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(open_run, tmp_path):
     opened(open_run(workdir="file/here"))
   with pytest.raises(InputError, match="is not a folder"):
     opened(open_run(workdir="file"))
+  (tmp_path / "locked" / ".lock").mkdir(parents=True)
+  with pytest.raises(InputError, match=r"locked cannot be used: .* directory"):
+    opened(open_run(workdir="locked"))
 
 
 def test_a_mistake_that_shows_before_training_leaves_no_run_behind(open_run):
   """So the next try needs no --overwrite; once there are rows, its own or those of a part, a run stays."""
 
+  def too_small(run, row):
+    (run.path / "pretrained").mkdir()
+    (run.path / "pretrained" / "metrics.jsonl").write_text("{}\n" if row else "")
+    raise InputError("too small")
+
   def fail(row=False):
     with pytest.raises(InputError, match="too small"), open_run(workdir="here") as run:
-      (run.path / "pretrained").mkdir()
-      (run.path / "pretrained" / "metrics.jsonl").write_text("{}\n" if row else "")
-      raise InputError("too small")
+      too_small(run, row)
 
   fail()
   assert os.listdir("here") == [".lock"]
@@ -127,11 +133,14 @@ FILES = ("samples", *run_dir.TRAINING_FILES)
 def test_a_run_is_replaced_once_the_new_one_has_a_row(open_run, finished, error):
   """Until then whatever ends the new one brings the old one back; links are not followed."""
 
+  def fail(run, row):
+    (run.path / "checkpoints").mkdir()
+    (run.path / "metrics.jsonl").write_text(row)
+    raise error
+
   def end(row):
     with pytest.raises(error), open_run(workdir="here", overwrite=True, files=FILES, steps=7) as run:
-      (run.path / "checkpoints").mkdir()
-      (run.path / "metrics.jsonl").write_text(row)
-      raise error
+      fail(run, row)
 
   end("")
   assert content("here") == finished
@@ -195,12 +204,13 @@ def test_a_part_is_done_once(open_run):
   with open_run(workdir="here") as run:
     os.mkdir(run.path / "pretrained")
     run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config())
-    (run.path / "pretrained" / "result.json").write_text('{"interrupted": true}')
-  run = dataclasses.replace(run, flags=cli.RunFlags(workdir="here", resume=True))
-  run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config())
+    run = dataclasses.replace(run, flags=cli.RunFlags(workdir="here", resume=True))
+  for unfinished in ('{"interrupted": true}', '{"interr', "5"):
+    (run.path / "pretrained" / "result.json").write_text(unfinished)
+    run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config())
   (run.path / "pretrained" / "result.json").write_text('{"interrupted": false}')
   assert run_dir.run_inside(run, "pretrained", main, mnist_ssgan.Config()) == {"interrupted": False}
-  assert [(flags.resume, flags.overwrite) for flags in calls] == [(False, True), (True, False)]
+  assert [(flags.resume, flags.overwrite) for flags in calls] == [(False, True), *[(True, False)] * 3]
 
 
 def test_a_run_starts_from_the_averages_of_another(tiny):
