@@ -23,7 +23,7 @@ from rich.markup import escape
 from gan_jax import data, datasets, parallel
 from gan_jax.recipes import Recipe
 from gan_jax.report import cache_dir, console, say
-from gan_jax.types import InputError, Json, LabelSplit
+from gan_jax.types import InputError, Json, LabelSplit, Stopped
 
 # --- Groups of flags. Each checks itself; what an experiment does not honour it does not take.
 
@@ -325,24 +325,39 @@ def _quiet_pipe() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-  """Ctrl-C also counts where Python would lose it: an exception in a callback of a weak reference or of the
-  garbage collector, which JAX has one of all through a compilation, is printed and ignored."""
-  previous = sys.unraisablehook
+  """SIGTERM and SIGHUP raise `Stopped`, unless they are ignored (nohup).
+
+  They and Ctrl-C also count where Python would lose them: an exception in a callback of a weak reference or
+  of the garbage collector, which JAX has one of all through a compilation, is printed and ignored.
+  """
+  hook = sys.unraisablehook
+
+  def stop(signum: int, frame: Any) -> None:
+    raise Stopped(signum)
 
   def again(lost: Any) -> None:
-    if issubclass(lost.exc_type, KeyboardInterrupt):
-      threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,)).start()
+    if issubclass(lost.exc_type, KeyboardInterrupt | Stopped):
+      signum = getattr(lost.exc_value, "signum", signal.SIGINT)
+      threading.Timer(0.01, signal.raise_signal, (signum,)).start()
     else:
-      previous(lost)
+      hook(lost)
 
+  in_main = threading.current_thread() is threading.main_thread()
+  found = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP) if in_main}
+  previous = {signum: handler for signum, handler in found.items() if handler is not signal.SIG_IGN}
   sys.unraisablehook = again
   try:
+    for signum in previous:
+      signal.signal(signum, stop)
     yield
   finally:
-    sys.unraisablehook = previous
+    sys.unraisablehook = hook
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
 
 
 @_quiet_pipe()
+@_interruptible()
 def run(
   main: Callable[[Any], Json],
   config_cls: type,
@@ -373,14 +388,17 @@ def run(
     check(config)
     _quiet()
     enable_compilation_cache()
-    with _interruptible():
-      result = main(config)
+    result = main(config)
   except InputError as error:
     console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     sys.exit(2)
   except KeyboardInterrupt:  # outside of training, or for the second time
     say("stopped at once")
     sys.exit(130)
+  except Stopped as stopped:
+    go_on = f"; to go on: {stopped.resume}" if stopped.resume else ""
+    say(f"stopped by {signal.Signals(stopped.signum).name}{go_on}")
+    raise
   except OSError as error:
     if error.errno not in _CLOSED_OR_FULL:
       raise

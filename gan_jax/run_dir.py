@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import time
@@ -27,7 +28,7 @@ from gan_jax import checkpoint, cli, page, recipes, report, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
-from gan_jax.types import InputError, Json, LabelSplit, TrainState
+from gan_jax.types import InputError, Json, LabelSplit, Stopped, TrainState
 
 FILES = ("config.json", "labels.json", "report.html", "result.json")
 """What every run has."""
@@ -134,6 +135,10 @@ def open_run(
       # A mistake that showed before any training: the next try shall find no run here.
       if not flags.resume and not _has_begun(path, owned):
         remove(path, owned)
+      raise
+    except Stopped as stopped:
+      if _has_begun(path, owned) or not (path / _REPLACED).exists():
+        stopped.resume = shlex.join(["python", "-m", *program.split(), "--resume", "--workdir", str(path)])
       raise
     finally:
       _settle(path, owned, complete=complete)

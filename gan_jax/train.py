@@ -1,9 +1,10 @@
-"""The loop around the step: many steps a dispatch, metrics, checkpoints, diagnostics, Ctrl-C."""
+"""The loop around the step: many steps a dispatch, metrics, checkpoints, diagnostics, signals."""
 
 import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gan_jax import checkpoint, data, diagnostics, parallel, report
 from gan_jax.recipes import Recipe
 from gan_jax.report import console
-from gan_jax.types import InputError, Json, TrainState
+from gan_jax.types import InputError, Json, Stopped, TrainState
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def fit(
     devices: those that share each step, see `parallel.over_devices`; without any, JAX's default device.
 
   Raises:
+    Stopped: SIGTERM or SIGHUP; what was reached has been saved.
     InputError: a metric is not finite; nothing from then on has been saved. Or `workdir` holds checkpoints
       and is not to be resumed, or the batch cannot be split over so many devices.
   """
@@ -147,6 +149,8 @@ def fit(
       show(log.write(*pending))
     if checkpoints is not None:
       checkpoints.save(state)
+    if stop.signum in (signal.SIGTERM, signal.SIGHUP):
+      raise Stopped(stop.signum)
     return Fit(state, log.seconds, seconds_compile, first_step_at, done < num_steps, log.alarms)
 
 
@@ -234,33 +238,37 @@ def _tensorboard(path: Path) -> Any:
 
 class _Stop:
   is_set = False
+  signum = 0
 
 
 @contextlib.contextmanager
 def _stop_on_interrupt() -> Iterator[_Stop]:
-  """The first Ctrl-C asks the loop to end after the dispatch under way; a second one is immediate."""
+  """The first Ctrl-C, SIGTERM or SIGHUP asks the loop to end after the dispatch under way; a second one is
+  immediate."""
   stop = _Stop()
 
   def handle(signum, frame):
-    del signum, frame
-    stop.is_set = True
-    signal.signal(signal.SIGINT, previous)
+    del frame
+    stop.is_set, stop.signum = True, signum
+    restore()
     # Not through the console: it may be in the middle of a line, which it would print again.
     os.write(2, b"\nstopping: writing what was reached (Ctrl-C again to leave at once)\n")
 
-  previous = signal.getsignal(signal.SIGINT)
-  if previous is signal.SIG_IGN:  # as for a job in the background of a shell: it stays ignored
-    yield stop
-    return
-  try:
-    signal.signal(signal.SIGINT, handle)
-  except ValueError:  # not in the main thread, where Ctrl-C does not arrive
-    yield stop
-    return
+  def restore():
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
+
+  found = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+  # As for a job in the background of a shell, or under nohup: what is ignored stays ignored.
+  previous = {signum: handler for signum, handler in found.items() if handler is not signal.SIG_IGN}
+  if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+    previous = {}
+  for signum in previous:
+    signal.signal(signum, handle)
   try:
     yield stop
   finally:
-    signal.signal(signal.SIGINT, previous)
+    restore()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,19 @@ class InputError(ValueError):
   """
 
 
+class Stopped(SystemExit):
+  """SIGTERM or SIGHUP, which schedulers send before they take a machine; exit code 143 or 129.
+
+  What training had reached is saved. The command line says so, with the command that goes on from there.
+  """
+
+  def __init__(self, signum: int):
+    super().__init__(128 + signum)
+    self.signum = signum
+    self.resume: str | None = None
+    """The command that goes on, where there is a run."""
+
+
 class Batch(struct.PyTreeNode):
   """The input of one step. An empty array disables that input."""
 

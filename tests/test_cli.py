@@ -120,50 +120,65 @@ def test_the_command_itself():
   assert (result.returncode, result.stderr) == (2, "error: --steps must be at least 1, not 0\n")
 
 
-def test_ctrl_c_outside_of_training_is_a_sentence(monkeypatch, capsys):
-  def main(config):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(sys, "argv", ["test"])
-  with pytest.raises(SystemExit) as stopped:
-    cli.run(main, mnist_ssgan.Config)
-  assert stopped.value.code == 130
-  assert capsys.readouterr().err == "stopped at once\n"
+ENDS = [
+  (signal.SIGINT, 130, "stopped at once"),
+  (signal.SIGTERM, 143, "stopped by SIGTERM"),
+  (signal.SIGHUP, 129, "stopped by SIGHUP"),
+]
 
 
-def in_the_collector():
-  """Ctrl-C in a callback of the garbage collector: JAX has one, which runs all through a compilation."""
+@pytest.fixture
+def main_of(monkeypatch, capsys):
+  """Runs a function as the main of a command, with the default handlers; its exit code and what is said."""
+
+  def run(main):
+    monkeypatch.setattr(sys, "argv", ["test"])
+    chosen = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    chosen[signal.SIGHUP] = signal.SIG_DFL
+    before = {signum: signal.signal(signum, handler) for signum, handler in chosen.items()}
+    try:
+      with pytest.raises(SystemExit) as stopped:
+        cli.run(main, mnist_ssgan.Config)
+      assert {signum: signal.getsignal(signum) for signum in chosen} == chosen
+    finally:
+      for signum, handler in before.items():
+        signal.signal(signum, handler)
+    return stopped.value.code, capsys.readouterr().err
+
+  return run
+
+
+def in_the_collector(signum):
+  """In a callback of the garbage collector: JAX has one, which runs all through a compilation."""
 
   def callback(phase, info):
     gc.callbacks.remove(callback)
-    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signum)
 
   gc.callbacks.append(callback)
   gc.collect()
 
 
-def in_a_weak_reference():
+def in_a_weak_reference(signum):
   value = set()
-  reference = weakref.ref(value, lambda _: signal.raise_signal(signal.SIGINT))
+  reference = weakref.ref(value, lambda _: signal.raise_signal(signum))
   del value
   assert reference() is None
 
 
-@pytest.mark.parametrize("lose", [in_the_collector, in_a_weak_reference])
-def test_ctrl_c_is_not_lost_where_python_ignores_exceptions(lose, monkeypatch, capsys):
+@pytest.mark.parametrize(("signum", "code", "said"), ENDS)
+@pytest.mark.parametrize("lose", [signal.raise_signal, in_the_collector, in_a_weak_reference])
+def test_a_signal_outside_of_training_is_a_sentence(lose, signum, code, said, main_of):
+  """Also where Python ignores exceptions and would lose it."""
   before = sys.unraisablehook
 
   def main(config):
-    lose()
+    lose(signum)
     for _ in range(2000):  # Python looks for signals between its own steps
       time.sleep(0.01)
     return {}
 
-  monkeypatch.setattr(sys, "argv", ["test"])
-  with pytest.raises(SystemExit) as stopped:
-    cli.run(main, mnist_ssgan.Config)
-  assert stopped.value.code == 130
-  assert capsys.readouterr().err == "stopped at once\n"
+  assert main_of(main) == (code, f"{said}\n")
   assert sys.unraisablehook is before
 
 

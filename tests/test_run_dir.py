@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from conftest import leaves_equal
 
 from experiments import mnist_ssgan
 from gan_jax import checkpoint, cli, recipes, run_dir
-from gan_jax.types import InputError
+from gan_jax.types import InputError, Stopped
 
 
 @pytest.fixture
@@ -126,17 +127,30 @@ def finished(open_run):
   return content("here")
 
 
+def test_a_run_that_a_signal_ends_names_the_command_that_resumes(open_run):
+  """That of the outermost run where one is a part of another."""
+
+  def end():
+    with open_run(workdir="a run"), open_run(workdir="a run/pretrained"):
+      raise Stopped(signal.SIGTERM)
+
+  with pytest.raises(Stopped) as stopped:
+    end()
+  assert stopped.value.resume == "python -m experiments.test --resume --workdir 'a run'"
+  opened(open_run(workdir="a run", resume=True))
+
+
 FILES = ("samples", *run_dir.TRAINING_FILES)
 
 
-@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt, ZeroDivisionError, Stopped])
 def test_a_run_is_replaced_once_the_new_one_has_a_row(open_run, finished, error):
   """Until then whatever ends the new one brings the old one back; links are not followed."""
 
   def fail(run, row):
     (run.path / "checkpoints").mkdir()
     (run.path / "metrics.jsonl").write_text(row)
-    raise error
+    raise error(15)
 
   def end(row):
     with pytest.raises(error), open_run(workdir="here", overwrite=True, files=FILES, steps=7) as run:

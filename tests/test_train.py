@@ -10,7 +10,7 @@ import rich.console
 from conftest import leaves_equal
 
 from gan_jax import checkpoint, data, diagnostics, recipes, report, train
-from gan_jax.types import InputError
+from gan_jax.types import InputError, Stopped
 
 
 def fit(tiny, num_steps, **kwargs):
@@ -72,33 +72,60 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path
     assert checkpoints.latest_step is None
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @pytest.fixture
 def handler():
-  """Gives SIGINT a handler for the test: a runner may have been started with it ignored."""
-  before = signal.getsignal(signal.SIGINT)
-  yield lambda chosen: signal.signal(signal.SIGINT, chosen)
-  signal.signal(signal.SIGINT, before)
+  """Gives the signals a handler for the test: a runner may have been started with them ignored."""
+  before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+  yield lambda chosen: [signal.signal(signum, chosen) for signum in SIGNALS]
+  for signum, found in before.items():
+    signal.signal(signum, found)
 
 
-def interrupted_at_step_2(monkeypatch):
+def signalled_at_step_2(monkeypatch, signum=signal.SIGINT):
   write = train._MetricsLog.write
 
-  def write_and_interrupt(self, step, num, metrics):
+  def write_and_signal(self, step, num, metrics):
     if step == 2:
-      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signum)
     return write(self, step, num, metrics)
 
-  monkeypatch.setattr(train._MetricsLog, "write", write_and_interrupt)
+  monkeypatch.setattr(train._MetricsLog, "write", write_and_signal)
+
+
+def ended(signum, frame):
+  raise SystemExit("at once")
 
 
 def test_interrupt_ends_after_the_dispatch_and_saves(tiny, tmp_path, monkeypatch, handler):
-  interrupted_at_step_2(monkeypatch)
-  handler(signal.default_int_handler)
+  signalled_at_step_2(monkeypatch)
+  handler(ended)
   result = fit(tiny, 1000, workdir=tmp_path, steps_per_dispatch=1)
   assert result.interrupted
-  with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-    assert checkpoints.latest_step == int(result.state.step) < 10
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step == int(result.state.step) < 10
+  assert [signal.getsignal(signum) for signum in SIGNALS] == [ended] * 3
+
+
+def test_a_scheduler_s_signal_saves_and_ends_the_process(tiny, tmp_path, monkeypatch, handler):
+  signalled_at_step_2(monkeypatch, signal.SIGTERM)
+  handler(ended)
+  with pytest.raises(Stopped) as stopped:
+    fit(tiny, 1000, workdir=tmp_path, steps_per_dispatch=1)
+  assert stopped.value.code == 143
+  assert 2 <= checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step < 10
+  assert [signal.getsignal(signum) for signum in SIGNALS] == [ended] * 3
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_is_immediate(handler, second):
+  handler(ended)
+  with train._stop_on_interrupt() as stop:
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.signum == signal.SIGTERM
+    with pytest.raises(SystemExit, match="at once"):
+      signal.raise_signal(second)
 
 
 def test_an_interrupt_in_the_middle_of_a_line_does_not_print_it_twice(monkeypatch, handler):
@@ -123,13 +150,13 @@ def test_an_interrupt_in_the_middle_of_a_line_does_not_print_it_twice(monkeypatc
   assert "".join(written).count("step 400") == 1
 
 
-def test_an_interrupt_that_was_ignored_stays_ignored(tiny, tmp_path, monkeypatch, handler):
-  """As for a job in the background of a shell."""
-  interrupted_at_step_2(monkeypatch)
+def test_a_signal_that_was_ignored_stays_ignored(tiny, tmp_path, monkeypatch, handler):
+  """As for a job in the background of a shell, or under nohup."""
+  signalled_at_step_2(monkeypatch, signal.SIGHUP)
   handler(signal.SIG_IGN)
   result = fit(tiny, 4, workdir=tmp_path, steps_per_dispatch=1)
   assert (result.interrupted, int(result.state.step)) == (False, 4)
-  assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_tensorboard(tiny, tmp_path):
