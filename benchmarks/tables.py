@@ -173,6 +173,32 @@ def tuning(rows: _runs.Rows) -> str:
   )
 
 
+WEIGHTS = {
+  "gan_augmented": "gamma",
+  "mutual_information": "mutual",
+  "gan_mixed": "mixed",
+  "gan_undecided": "undecided",
+  "gan_confident": "confident",
+}
+"""Arm -> the weight that was tuned, see `study.Weights`."""
+
+
+def weights(rows: _runs.Rows) -> str:
+  """A row an arm, weight and number of steps, with augmentation."""
+  rows = [row for row in rows if row["method"] in WEIGHTS and row["flags"]["augmentation"]]
+  value_of = lambda row: row["flags"][WEIGHTS[row["method"]]]
+  found = {(row["method"], value_of(row), row["steps"], row["budget"]): row for row in rows}
+  budgets, lines = sorted({key[-1] for key in found}), []
+  for method, name in WEIGHTS.items():
+    for value, num_steps in sorted({key[1:3] for key in found if key[0] == method}):
+      cells = [found.get((method, value, num_steps, budget)) for budget in budgets]
+      lines.append([f"`{method}`", f"{name} {value:g}", f"{num_steps:,}"])
+      lines[-1] += [f"{_runs.mean_std(row['errors'])}{_runs.mark(row)}" if row else "" for row in cells]
+  head = "arm", "weight", "steps", *(f"{budget} labels" for budget in budgets)
+  note = f"Splits {_runs.listed(rows[0]['splits'])}."
+  return _runs.with_environment(_runs.markdown(head, lines), rows, note)
+
+
 # --- Generators
 
 FRECHET = "frechet_mnist-5e89338e_n10000"
@@ -310,6 +336,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
+  "weights": lambda: weights(_lines("tuning/digits.jsonl", "tuning/digits-weights.jsonl")),
   "foreign": lambda: novelty.table(_lines("novelty.jsonl")),
   "photographs": lambda: study(_lines("sign_digits-100.jsonl")),
   "digits": lambda: study(_lines("label_study-digits.jsonl")),

@@ -53,17 +53,17 @@ class Weights:
   """Weight of the entropy in bad_generator."""
   bad_density: float = 0.1
   """Weight of the penalty on generated images in dense regions in bad_generator."""
-  gamma: float = 1.0
+  gamma: float = 0.0125
   """Weight of R1, for pixels in [0, 1], where gan_augmented trains its generator."""
   generated: float = 1.0
   """Weight of the generated images in gan_augmented."""
-  mutual: float = 1.0
+  mutual: float = 0.1
   """Weight of the mutual information at the first step; it falls to 0 over 30 % of the steps."""
   mixed: float = 0.25
   """Weight of the partly real images in gan_mixed."""
   confident: float = 0.03
   """Weight of the confident generated images at the last step of gan_confident; it rises from 0."""
-  undecided: float = 0.1
+  undecided: float = 0.02
   """Weight of the entropy on generated images in gan_undecided."""
 
 
