@@ -135,6 +135,7 @@ def fit_gan(
     resume=config.run.resume,
     phase="gan",
     checkpoint_every=config.loop.checkpoint_every,
+    on_nonfinite=config.loop.on_nonfinite,
     start=run_dir.start_from(config.transfer, recipe),
     diagnose=True,
     classify=extractor and extractor.classify,

@@ -74,7 +74,11 @@ def main(config: Config, *, name: str = "train") -> Json:
       say("the folds start afresh, not from --init-from: that run may know the labels that they leave out")
     extractor = evaluate.load_feature_extractor(dataset, say=say) if config.frechet else None
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
-    logged = {"workdir": run.path, "tensorboard": config.loop.tensorboard}
+    logged = {
+      "workdir": run.path,
+      "tensorboard": config.loop.tensorboard,
+      "on_nonfinite": config.loop.on_nonfinite,
+    }
     fit = train.fit(
       recipe,
       images,
@@ -136,6 +140,7 @@ def main(config: Config, *, name: str = "train") -> Json:
     result = {
       **run_dir.training(fit),
       "interrupted": any(each.interrupted for each in fits),
+      "rollbacks": [found for each in fits for found in each.rollbacks],
       "network": recipe.hparams.network,
       "recipe": recipes.describe(recipe),
       "supervised_seconds_train": round(fits[1].seconds_train, 1) if len(fits) > 1 else None,
@@ -205,7 +210,8 @@ def cross_validate(
     states = []
     for recipe in trained:
       name, key = f"fold {i + 1} of {len(folds)}", jax.random.key(config.train.seed)
-      fit = train.fit(recipe, images, key, phase=name, verbose=recipe is trained[0])
+      verbose, on_nonfinite = recipe is trained[0], config.loop.on_nonfinite
+      fit = train.fit(recipe, images, key, phase=name, verbose=verbose, on_nonfinite=on_nonfinite)
       if fit.interrupted:
         return []
       states.append(fit.state)

@@ -110,6 +110,9 @@ class LoopFlags:
 
   checkpoint_every: int = 1000
   """Steps between checkpoints."""
+  on_nonfinite: Literal["stop", "rollback"] = "stop"
+  """Where a loss is not finite: stop, or go back to the last checkpoint at half the learning rates, three
+  times at most (rollback)."""
   tensorboard: bool = False
   """Write the metrics for TensorBoard as well."""
   devices: int | None = None
@@ -238,7 +241,16 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
 Config = TypeVar("Config")
 
 # These say where a run finds and puts things, not what it computes.
-NOT_RECIPE = {"data_dir", "manual_dir", "workdir", "resume", "overwrite", "tensorboard", "devices"}
+NOT_RECIPE = {
+  "data_dir",
+  "manual_dir",
+  "workdir",
+  "resume",
+  "overwrite",
+  "tensorboard",
+  "devices",
+  "on_nonfinite",
+}
 
 
 def check(config: Any) -> None:

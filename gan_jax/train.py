@@ -1,6 +1,7 @@
 """The loop around the step: many steps a dispatch, metrics, checkpoints, diagnostics, signals."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -9,17 +10,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, ParamSpec
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gan_jax import checkpoint, data, diagnostics, parallel, report
+from gan_jax import checkpoint, data, diagnostics, parallel, recipes, report
 from gan_jax.recipes import Recipe
 from gan_jax.report import console
 from gan_jax.types import InputError, Json, Stopped, TrainState
+
+Params = ParamSpec("Params")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,42 @@ class Fit:
   interrupted: bool
   alarms: tuple[str, ...] = ()
   """Problems that the diagnostics report at the end of training, a sentence each."""
+  rollbacks: tuple[str, ...] = ()
+  """What was not finite, a sentence for each time that training went back to the last checkpoint."""
 
 
+MAX_ROLLBACKS = 3
+
+
+class NonFiniteError(InputError):
+  """A metric is not finite."""
+
+  def __init__(self, found: str, before: Sequence[str]):
+    after = f" after {len(before)} rollbacks" if before else ""
+    super().__init__(f"{found}{after}: lower the learning rate")
+    self.rollbacks = (*before, found)
+
+
+def _with_rollbacks(fit: Callable[Params, Fit]) -> Callable[Params, Fit]:
+  """For `on_nonfinite="rollback"`: a rollback is a resumption at half the learning rates."""
+
+  @functools.wraps(fit)
+  def attempts(*args: Params.args, **kwargs: Params.kwargs) -> Fit:
+    while True:
+      try:
+        return fit(*args, **kwargs)
+      except NonFiniteError as error:
+        if kwargs.get("on_nonfinite") != "rollback" or len(error.rollbacks) > MAX_ROLLBACKS:
+          raise
+        rollbacks = error.rollbacks
+      number = f"rollback {len(rollbacks)} of {MAX_ROLLBACKS}"
+      report.say(f"{rollbacks[-1]}: back to the last checkpoint, at half the learning rates ({number})")
+      kwargs |= {"resume": True, "rollbacks": rollbacks}
+
+  return attempts
+
+
+@_with_rollbacks
 def fit(
   recipe: Recipe,
   images: data.DeviceData,
@@ -55,6 +92,8 @@ def fit(
   snapshot: Callable[[TrainState], None] | None = None,
   verbose: bool = True,
   devices: Sequence[Any] = (),
+  on_nonfinite: Literal["stop", "rollback"] = "stop",
+  rollbacks: Sequence[str] = (),
 ) -> Fit:
   """Trains a recipe: `recipe.num_steps` steps, or fewer on Ctrl-C.
 
@@ -79,6 +118,10 @@ def fit(
     snapshot: called with the state about ten times, for pictures on the way.
     verbose: whether to show progress.
     devices: those that share each step, see `parallel.over_devices`; without any, JAX's default device.
+    on_nonfinite: whether a metric that is not finite is an error, or training goes back to the last
+      checkpoint, or to its beginning, at half the learning rates; three times, then it is an error.
+    rollbacks: those there were, so that the learning rates are halved as often; a run that is resumed
+      knows its own.
 
   Raises:
     Stopped: SIGTERM or SIGHUP; what was reached has been saved.
@@ -97,11 +140,14 @@ def fit(
       if not resume:
         raise InputError(f"{workdir} holds checkpoints: pass resume=True to go on, or name another folder")
       state = checkpoints.restore(state)
+      rollbacks = max(rollbacks, checkpoints.extra.get("rollbacks", ()), key=len)
       report.say(f"{phase}: going on from step {int(state.step):,}")
     else:
       if checkpoints is not None and resume:
         report.say(f"{phase}: there is no checkpoint to go on from, so it begins anew")
       state = state if start is None else start(state)
+    if rollbacks:
+      split = recipes.with_learning_rates(split, 0.5 ** len(rollbacks))
     multi_step = jax.jit(split.make_multi_step(steps_per_dispatch), donate_argnums=0)
     if verbose:
       report.say(f"{phase}: compiling")
@@ -119,6 +165,7 @@ def fit(
     done = first = int(state.step)
     pending, first_step_at = None, None
     log = stack.enter_context(_MetricsLog(workdir, phase, first, num_steps, class_names, tensorboard))
+    log.rollbacks = rollbacks
     show = stack.enter_context(_progress(phase, first, num_steps)) if verbose else lambda row: None
     with _stop_on_interrupt() as stop:
       while done < num_steps and not stop.is_set:
@@ -144,14 +191,16 @@ def fit(
         if checkpoints is not None and done % every == 0 and done < num_steps:
           show(log.write(*pending))  # what is not finite must not be saved
           pending = None
-          checkpoints.save(state)
+          checkpoints.save(state, {"rollbacks": rollbacks})
     if pending is not None:
       show(log.write(*pending))
     if checkpoints is not None:
-      checkpoints.save(state)
+      checkpoints.save(state, {"rollbacks": rollbacks})
     if stop.signum in (signal.SIGTERM, signal.SIGHUP):
       raise Stopped(stop.signum)
-    return Fit(state, log.seconds, seconds_compile, first_step_at, done < num_steps, log.alarms)
+    return Fit(
+      state, log.seconds, seconds_compile, first_step_at, done < num_steps, log.alarms, tuple(rollbacks)
+    )
 
 
 class _MetricsLog:
@@ -183,6 +232,7 @@ class _MetricsLog:
     found = diagnostics.alarms(self._rows, num_steps=num_steps, class_names=class_names)
     self.alarms = tuple(found.values())
     self._said: set[str] = set()
+    self.rollbacks: Sequence[str] = ()
     self._before = max((row["seconds"] for row in rows if row["phase"] == phase), default=0.0)
     self._begin = time.perf_counter()
 
@@ -206,7 +256,7 @@ class _MetricsLog:
       values = np.asarray(history).ravel()[:num]  # a diagnostic is a scalar
       if not np.isfinite(values).all():
         where = step - num + 1 + int(np.argmin(np.isfinite(values)))
-        raise InputError(f"{name} is not finite at step {where} ({self._phase}): lower the learning rate")
+        raise NonFiniteError(f"{name} is not finite at step {where} ({self._phase})", self.rollbacks)
       means[name] = float(values.mean())
     row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), **means}
     if self._file is not None:

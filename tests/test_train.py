@@ -5,6 +5,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import rich.console
 from conftest import leaves_equal
@@ -70,6 +71,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path
     fit(tiny, 6, workdir=tmp_path)
   with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.latest_step is None
+
+
+def overflowing(size):
+  """An optimizer whose update overflows in step 4, or not, at a smaller rate: norms are sums of squares."""
+
+  def update(updates, count, params=None):
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.zeros_like, updates))
+    leaves[0] = leaves[0].ravel().at[0].set(jnp.where(count == 3, size, 0.0)).reshape(leaves[0].shape)
+    return jax.tree.unflatten(structure, leaves), count + 1
+
+  return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+def test_a_rollback_halves_the_learning_rates(tiny, tmp_path, monkeypatch, capsys):
+  """It goes on from the last checkpoint, drops what was logged since, is recorded, and known on resume."""
+  tiny.txs["d_tx"], factors = overflowing(3e19), []
+  scale = recipes.with_learning_rates
+  monkeypatch.setattr(
+    recipes, "with_learning_rates", lambda recipe, factor: factors.append(factor) or scale(recipe, factor)
+  )
+  found = "d/update_norm is not finite at step 4 (main)"
+  result = fit(tiny, 4, workdir=tmp_path, on_nonfinite="rollback")
+  said = capsys.readouterr().err
+  assert f"{found}: back to the last checkpoint, at half the learning rates (rollback 1 of 3)" in said
+  assert "going on from step 2" in said.split("rollback 1")[1]
+  assert (int(result.state.step), result.rollbacks, factors) == (4, (found,), [0.5])
+  assert [row["step"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+  assert fit(tiny, 4, workdir=tmp_path, resume=True).rollbacks == (found,)
+  assert factors == [0.5, 0.5]
+
+
+def test_there_are_three_rollbacks_at_most():
+  given = []
+
+  @train._with_rollbacks
+  def fit(*, on_nonfinite, resume=False, rollbacks=()):
+    given.append((resume, len(rollbacks)))
+    raise train.NonFiniteError("d/loss is not finite", rollbacks)
+
+  with pytest.raises(InputError, match="d/loss is not finite after 3 rollbacks: lower the learning rate"):
+    fit(on_nonfinite="rollback")
+  assert given == [(False, 0), (True, 1), (True, 2), (True, 3)]
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

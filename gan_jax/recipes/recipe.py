@@ -214,11 +214,30 @@ def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
   )
 
 
+def with_learning_rates(recipe: Recipe, factor: float) -> Recipe:
+  """The same with every update of G and D times `factor`; the optimizers' states are as they were."""
+
+  def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+      updates, state = tx.update(updates, state, params)
+      return jax.tree.map(lambda u: factor * u, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+  return dataclasses.replace(
+    recipe,
+    g_tx=scaled(recipe.g_tx),
+    d_tx=scaled(recipe.d_tx),
+    derived=(*recipe.derived, ("with_learning_rates", {"factor": factor})),
+  )
+
+
 DERIVATIONS = {
   "supervised_control": supervised_control,
   "without_generator": without_generator,
   "without_augmentation": without_augmentation,
   "with_frozen": with_frozen,
+  "with_learning_rates": with_learning_rates,
   "with_unlabelled": with_unlabelled,
 }
 """By name, so that a stored run can be built again."""
