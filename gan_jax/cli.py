@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -471,6 +472,24 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    replace_damaged(cache_dir() / "xla")
+
+
+def replace_damaged(cache: Path) -> None:
+  """JAX warns of a damaged program and compiles, but does not write over it: now it does, and is silent."""
+  warned = "Error reading persistent compilation cache entry for "
+  show = warnings.showwarning
+
+  def showwarning(message: Any, *args: Any, **kwargs: Any) -> None:
+    if not str(message).startswith(warned):
+      show(message, *args, **kwargs)
+      return
+    name = str(message).removeprefix(warned).split("'")[1]
+    for path in cache.glob(f"{name}-*"):
+      path.unlink(missing_ok=True)
+
+  warnings.showwarning = showwarning
+  warnings.filterwarnings("always", warned)
 
 
 def num_cores() -> int:

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import mnist_low_data, mnist_ssgan
 from gan_jax import cli, report
@@ -180,6 +184,35 @@ def test_a_signal_outside_of_training_is_a_sentence(lose, signum, code, said, ma
 
   assert main_of(main) == (code, f"{said}\n")
   assert sys.unraisablehook is before
+
+
+def test_a_damaged_compile_cache_is_made_again(tmp_path):
+  """JAX checks what it reads, and would compile it at every start from then on."""
+  options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: jax.config.values[name] for name in options}
+  x = np.ones((3, 3), np.float32)
+
+  def compiled():
+    assert float(jax.jit(lambda x: (x @ x).sum()).lower(x).compile()(x)) == 27
+    (path,) = (tmp_path / "xla").glob("*-cache")
+    return path
+
+  try:
+    for name, value in zip(options, (str(tmp_path / "xla"), 0), strict=True):
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    path = compiled()
+    content = path.read_bytes()
+    with warnings.catch_warnings():
+      cli.replace_damaged(tmp_path / "xla")
+      for damaged in (b"", content[:-9], content[:60] + b"XX" + content[62:], bytes(len(content))):
+        path.write_bytes(damaged)
+        assert len(compiled().read_bytes()) > 100
+        assert path.read_bytes() != damaged
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_a_closed_folder_or_a_full_disk_is_a_sentence(monkeypatch, capsys):

@@ -2,13 +2,15 @@ import dataclasses
 import gzip
 import hashlib
 import os
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gan_jax import datasets
+from gan_jax import classify, datasets, metrics
 from gan_jax.types import InputError
 
 
@@ -203,3 +205,30 @@ if REAL:
     mnist = datasets.load("mnist", data_dir=data_dir, manual_dir=REAL)
     assert (mnist.x_train.shape, mnist.x_test.shape) == ((60000, 28, 28, 1), (10000, 28, 28, 1))
     assert np.bincount(mnist.y_train).tolist()[:3] == [5923, 6742, 5958]
+
+
+class Evil:
+  """Unpickled, it leaves a mark."""
+
+  def __reduce__(self):
+    return os.mkdir, ("unpickled",)
+
+
+def test_nothing_is_unpickled(tmp_path):
+  """A pickle runs what its writer wanted: every reader of arrays refuses one."""
+  evil = np.array([Evil()], object)
+  np.savez("evil.npz", x=evil, y=evil, about=evil, logits=evil)
+  with pytest.raises(ValueError, match="pickle"):
+    dict(np.load("evil.npz"))
+  with pytest.raises(InputError, match="holds Python objects: save numbers"):
+    datasets.load("arrays:evil.npz")
+  content = Path("evil.npz").read_bytes()
+  with pytest.raises(InputError, match="is no feature extractor"):
+    metrics.read_feature_extractor(Path("evil.npz"), hashlib.sha256(content).hexdigest())
+  assert classify._stored_fold(Path("evil.npz"), None) is None  # pyright: ignore
+  assert not os.path.exists("unpickled")
+  np.load("evil.npz", allow_pickle=True)["x"]
+  assert os.path.exists("unpickled")  # so the file is one that would
+  words = re.compile(r"import (pickle|dill|joblib|marshal|shelve)|allow_pickle=True|torch\.load")
+  for path in Path(datasets.__file__).parent.rglob("*.py"):
+    assert not words.search(path.read_text()), path

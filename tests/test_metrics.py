@@ -1,5 +1,7 @@
 import dataclasses
 import gzip
+import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -154,12 +156,22 @@ def test_an_extractor_is_trained_anew(what, cached, digits, tmp_path, monkeypatc
     metrics.load_feature_extractor(dataclasses.replace(digits, x_test=x, y_test=y), cache_dir=tmp_path)
 
 
+def packed(**arrays):
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  return buffer.getvalue()
+
+
 def test_a_damaged_extractor_is_refused(tmp_path):
   content = bytearray(feature_extractor.MNIST_PATH.read_bytes())
   content[len(content) // 2] ^= 1
   (tmp_path / "mnist.npz").write_bytes(content)
   with pytest.raises(InputError, match="damaged"):
     metrics.read_feature_extractor(tmp_path / "mnist.npz", feature_extractor.MNIST_SHA256)
+  for foreign in (b"no archive", packed(mean=np.ones(3)), packed(dataset=np.array([{}], object))):
+    (tmp_path / "mnist.npz").write_bytes(foreign)  # with a SHA-256 that is right: whoever wrote it
+    with pytest.raises(InputError, match="is no feature extractor"):
+      metrics.read_feature_extractor(tmp_path / "mnist.npz", hashlib.sha256(foreign).hexdigest())
   with pytest.raises(InputError, match="cannot be read"):
     metrics.read_feature_extractor(tmp_path / "none.npz", feature_extractor.MNIST_SHA256)
 

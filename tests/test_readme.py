@@ -78,6 +78,16 @@ def test_every_public_module_is_on_a_page_of_the_site():
   assert modules | packages == {name for name in pages if "." not in name}
 
 
+def test_every_fault_names_its_tests():
+  rows = [
+    line.split("|") for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "::" in line
+  ]
+  assert len(rows) > 20
+  for *_, tests, _ in rows:
+    for file, name in re.findall(r"`([\w./]+)(?:::(\w+))?`", tests):
+      assert f"def {name}(" in (ROOT / file).read_text() if name else (ROOT / file).exists(), (file, name)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_relative_link_leads_somewhere(path):
   text = path.read_text()

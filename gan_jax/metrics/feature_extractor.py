@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -102,7 +103,10 @@ def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
     raise InputError(f"{path} cannot be read ({error.strerror}): install gan-jax again") from error
   if _sha256(content) != sha256:
     raise InputError(f"{path} is damaged, its SHA-256 is not {sha256[:8]}...: install gan-jax again")
-  return _decode(content)
+  try:
+    return _decode(content)
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    raise InputError(f"{path} is no feature extractor: install gan-jax again") from error
 
 
 def train_feature_extractor(dataset: Dataset, *, seed: int = 0, num_steps: int | None = None) -> bytes:
