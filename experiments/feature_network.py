@@ -20,7 +20,7 @@ from pathlib import Path
 
 from gan_jax import cli, evaluate, metrics, report
 from gan_jax.metrics import feature_extractor
-from gan_jax.types import InputError, Json
+from gan_jax.types import Json
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Config:
   data: cli.DataFlags = cli.DataFlags(dataset="mnist")
 
   def check(self) -> None:
-    if self.out.is_dir() or self.out.parent.is_file():  # known now, and not after minutes of training
-      raise InputError(f"--out {self.out} cannot be a file: name another")
+    report.check_file(self.out)  # told now, and not after minutes of training
 
 
 def main(config: Config) -> Json:

@@ -55,6 +55,15 @@ def main(config: Config) -> Json:
   dataset = cli.load(config.data)
   split = cli.split_labels(dataset, config.labels, cli.ImageFlags(hold_out=config.hold_out))
   num_train = len(split.images)
+  for percent in config.percents:
+    num_images = round(percent * num_train / 100)
+    if not num_images:
+      raise InputError(f"--percents {percent:g} of {num_train:,} training images are none: take more")
+    share = cli.ImageFlags(num_images=num_images, hold_out=len(split.held_out))
+    try:
+      cli.split_labels(dataset, config.labels, share)
+    except InputError as error:
+      raise InputError(f"--percents {percent:g}: {error}") from error
   parts: dict[str, tuple[int, gan.Augmentation]] = {
     f"{percent:g}-percent-{kind}": (round(percent * num_train / 100), kind)
     for percent in config.percents

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments import mnist_gan, mnist_ssgan
-from gan_jax import cli, run_dir
-from gan_jax.types import Json
+from gan_jax import classify, cli, recipes, run_dir
+from gan_jax.types import InputError, Json
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,16 @@ def main(config: Config) -> Json:
   dataset = cli.load(config.data)
   split = cli.split_labels(dataset, config.labels, config.images)
   seeds = range(config.labels.split_seed, config.labels.split_seed + config.splits)
+  source_data = dataclasses.replace(config.data, dataset=config.source)
+  source_shape = cli.load(source_data).image_shape
+  if source_shape != dataset.image_shape:
+    found = ("x".join(map(str, shape)) for shape in (source_shape, dataset.image_shape))
+    raise InputError("--source has images of {} and --dataset of {}: they must be alike".format(*found))
+  recipes.with_frozen(classify.make_recipe(_pair(config), dataset, split), config.freeze_d)  # or it raises
   parts = ("pretrained", *(f"split-{seed}" for seed in seeds))
   with run_dir.open_run("transfer", config, dataset, split, recipes_used={}, files=parts) as run:
     source = mnist_gan.Config(
-      data=dataclasses.replace(config.data, dataset=config.source),
+      data=source_data,
       labels=config.labels,
       train=dataclasses.replace(config.train, steps=config.pretrain_steps),
       # layer: that of the discriminator which is fine-tuned. The discriminator is what is wanted.
@@ -64,18 +70,10 @@ def main(config: Config) -> Json:
     interrupted = pretrained["interrupted"]
     for seed in seeds:
       if not interrupted:
-        # Without GAN, consistency and class balance the one phase fine-tunes D on the labels alone, and the
-        # other, its control, does the same from scratch.
-        pair = mnist_ssgan.Config(
-          data=config.data,
-          images=config.images,
+        pair = dataclasses.replace(
+          _pair(config),
           labels=dataclasses.replace(config.labels, split_seed=seed),
-          train=config.train,
-          adversarial=0.0,
-          consistency=0.0,
-          class_balance=(0.0, 0.0),
           transfer=cli.TransferFlags(init_from=init_from, init_parts="d", freeze_d=config.freeze_d),
-          loop=config.loop,
         )
         pairs.append(run_dir.run_inside(run, f"split-{seed}", mnist_ssgan.main, pair))
         interrupted = pairs[-1]["interrupted"]
@@ -101,6 +99,21 @@ def main(config: Config) -> Json:
     ]
     pictures = [("Generated images of the source", "pretrained/samples/last.png")]
     return run_dir.finish(run, result, table=table, pictures=pictures)
+
+
+def _pair(config: Config) -> mnist_ssgan.Config:
+  """Fine-tuning and its control: without GAN, consistency and class balance the one phase trains D on the
+  labels alone, and the other does the same from scratch."""
+  return mnist_ssgan.Config(
+    data=config.data,
+    images=config.images,
+    labels=config.labels,
+    train=config.train,
+    adversarial=0.0,
+    consistency=0.0,
+    class_balance=(0.0, 0.0),
+    loop=config.loop,
+  )
 
 
 def gains(fine_tuned: Sequence[float], scratch: Sequence[float]) -> list[float]:

@@ -13,7 +13,19 @@ from typing import Literal
 import jax
 import numpy as np
 
-from gan_jax import cli, data, datasets, evaluate, metrics, page, recipes, report, run_dir, train
+from gan_jax import (
+  checkpoint,
+  cli,
+  data,
+  datasets,
+  evaluate,
+  metrics,
+  page,
+  recipes,
+  report,
+  run_dir,
+  train,
+)
 from gan_jax.datasets import Dataset
 from gan_jax.evaluate import Evaluation
 from gan_jax.recipes import Recipe, ssgan
@@ -21,7 +33,7 @@ from gan_jax.report import say
 from gan_jax.types import Json, LabelSplit, TrainState
 
 PICTURES = ("samples", "learning_curves.png", "confusion.png", "reliability.png")
-FILES = (*run_dir.TRAINING_FILES, *PICTURES, "folds")
+FILES = (*run_dir.TRAINING_FILES, *PICTURES, "supervised", "folds")
 
 
 @dataclass(frozen=True)
@@ -95,8 +107,7 @@ def main(config: Config, *, name: str = "train") -> Json:
     )
     fits = [fit]
     if not fit.interrupted:
-      key = jax.random.key(config.train.seed)
-      fits.append(train.fit(control, images, key, phase="supervised", checkpoint_every=None, **logged))
+      fits.append(_fit_control(run, control, images, logged))
     if len(dataset.x_test):
       states = [fit.state, *(control.state for control in fits[1:] if not control.interrupted)]
       labelled = [(images.x_lab, images.y_lab)] * len(states)
@@ -220,6 +231,24 @@ def cross_validate(
     linear = {name: np.array([found.linear[name] for found in parts[-1]]) for name in parts[-1][0].linear}
     datasets.write_quietly(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
   return [evaluate.pooled(found, [out for _, out in folds]) for found in zip(*parts, strict=True)]
+
+
+def _fit_control(run: run_dir.Run, control: Recipe, images: data.DeviceData, logged: Json) -> train.Fit:
+  """Trains the control, once: a resumed run takes the end that it kept."""
+  with checkpoint.Checkpoints(run.path / "supervised") as kept:
+    done = kept.latest_step is not None
+    fit = train.fit(
+      control,
+      images,
+      jax.random.key(run.seed),
+      phase="supervised",
+      checkpoint_every=None,
+      start=kept.restore if done else None,
+      **logged,
+    )
+    if not (done or fit.interrupted):
+      kept.save(fit.state)
+  return fit
 
 
 def _snapshot(run: run_dir.Run, recipe: Recipe) -> Callable[[TrainState], None]:

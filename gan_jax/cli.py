@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import logging
+import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -175,10 +178,10 @@ def at_least_one(flags: Any, *names: str) -> None:
 
 
 def not_negative(flags: Any, *names: str) -> None:
-  """Raises `InputError` for the first of these flags that is negative or no number; None is neither."""
+  """Raises `InputError` for the first of these flags that is negative; None is not."""
   for name in names:
     value = getattr(flags, name)
-    if value is not None and not all(v >= 0 for v in (value if isinstance(value, tuple) else (value,))):
+    if value is not None and any(v < 0 for v in (value if isinstance(value, tuple) else (value,))):
       raise InputError(f"{flag(name)} must not be negative, and it is {value}")
 
 
@@ -210,13 +213,18 @@ def load(flags: DataFlags, *, needs_test: bool = True) -> datasets.Dataset:
 def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFlags) -> LabelSplit:
   """The labels and images of these flags, see `data.split_labels`."""
   num_train, num_held_out = len(dataset.x_train), images.hold_out
-  return data.split_labels(
+  split = data.split_labels(
     dataset.y_train,
     labels.per_class(dataset),
     labels.split_seed,
     num_images=images.num_images,
     num_held_out=min(1000, num_train // 20) if num_held_out is None else num_held_out,
   )
+  if labels.exclude_labelled and len(split.indices) == len(split.images):
+    raise InputError(
+      f"--exclude-labelled leaves no image: all {len(split.images):,} have labels; leave it out"
+    )
+  return split
 
 
 def devices(num: int | None, recipe: Recipe) -> list[Any]:
@@ -255,7 +263,14 @@ NOT_RECIPE = {
 
 
 def check(config: Any) -> None:
-  """Checks every group, then what the configuration itself has to say."""
+  """Checks that 32 bits hold the numbers, then every group, then what the configuration has to say."""
+  for name, value in flags_of(config).items():
+    largest = 2**32 - 1 if name.endswith("seed") else 2**31 - 1  # a larger seed is a smaller one again
+    for number in value if isinstance(value, tuple) else (value,):
+      if isinstance(number, int) and number > largest:
+        raise InputError(f"{flag(name)} must be at most {largest:,}, and it is {number:,}")
+      if isinstance(number, float) and not math.isfinite(number):
+        raise InputError(f"{flag(name)} must be a finite number, and it is {number}")
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value) and hasattr(value, "check"):
@@ -452,7 +467,32 @@ def _check_types(config: Any) -> None:
 
 
 def _parse(config_cls: type[Config], flags: Sequence[str], **kwargs: Any) -> Config:
-  return tyro.cli(config_cls, args=flags, config=(tyro.conf.OmitArgPrefixes,), **kwargs)
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said):
+      return tyro.cli(config_cls, args=flags, config=(tyro.conf.OmitArgPrefixes,), **kwargs)
+  except SystemExit as stopped:
+    if stopped.code:
+      raise InputError(_unboxed(said.getvalue())) from stopped
+    raise
+
+
+def _unboxed(box: str) -> str:
+  """What tyro says in its box as a sentence: up to the first rule, and the flag perhaps meant."""
+  parts: list[list[str]] = [[]]
+  for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first has a title
+    line = line.strip(" │")
+    if line and set(line) <= {*"─╰╯-"}:
+      parts.append([])
+    else:
+      parts[-1].append(line)
+  wrong, meant, *_ = [*filter(any, parts), [], []]
+  said = " ".join(wrong).partition("  Got errors:")[0].strip()
+  said = re.sub(r"^Missing from .*?:", "missing:", said).removeprefix("Error parsing ")
+  said = re.sub(r"no type matching (.*) could be instantiated from", r"must be \1, not", said).rstrip(".")
+  if meant[:1] == ["Perhaps you meant:"]:
+    said += f"; perhaps you meant {meant[1]}"
+  return f"{said} (--help lists the flags)"
 
 
 def _tuples(value: Any) -> Any:

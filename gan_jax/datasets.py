@@ -6,12 +6,12 @@ TensorFlow itself is never imported: the MNIST family is prepared here without i
 is prepared is read through tfds's data sources.
 """
 
+import contextlib
 import gzip
 import os
 import threading
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +149,8 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
 
   if dataset.scaling is not None:
     raise InputError("--image-size is for images, and these are vectors: leave it out")
+  num = len(dataset.x_train) + len(dataset.x_test)
+  pictures.check_memory(num, (side, side, dataset.x_train.shape[-1]), "choose a smaller --image-size")
 
   def resize(x: np.ndarray) -> np.ndarray:
     found = np.empty((len(x), side, side, x.shape[-1]), np.uint8)
@@ -204,15 +206,7 @@ def _tfds() -> Any:
 
 
 def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
-  tfds = _tfds()
-
-  try:
-    builder = tfds.builder(name, data_dir=data_dir)
-  except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-    raise InputError(
-      f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH,"
-      " arrays:FILE.npz and the image-classification datasets of tensorflow-datasets, such as cifar10"
-    ) from error
+  builder = _builder(name, data_dir)
   if not builder.is_prepared():
     if name not in MNIST_FAMILY:
       raise InputError(
@@ -224,9 +218,25 @@ def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> Datas
 
 
 def _is_prepared(name: str, data_dir: str | None) -> bool:
+  return _builder(name, data_dir).is_prepared()
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
   tfds = _tfds()
 
-  return tfds.builder(name, data_dir=data_dir).is_prepared()
+  try:
+    return tfds.builder(name, data_dir=data_dir)
+  except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+    raise InputError(
+      f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH,"
+      " arrays:FILE.npz and the image-classification datasets of tensorflow-datasets, such as cifar10"
+    ) from error
+  except Exception as error:  # tfds raises whatever it likes for a version or for damaged files
+    reason = str(error).rpartition('": ')[2].partition("\n")[0].strip(". ")
+    raise InputError(
+      f"{name} cannot be opened ({reason}): name a version that there is, or remove what is prepared of it"
+      " and prepare it anew"
+    ) from error
 
 
 def _reachable(url: str, seconds: float = 5.0) -> bool:
@@ -324,13 +334,40 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
 def _read_cached(builder: Any, name: str) -> Dataset:
   """Reads a prepared dataset; the decoded arrays stay beside it and go when it is prepared anew."""
   cache = Path(os.fspath(builder.data_dir)) / "gan_jax_arrays.npz"
+  with contextlib.suppress(Exception):  # whatever is wrong with the cache, it is made anew
+    if cache.is_file():
+      with np.load(cache) as file:
+        return _checked(builder, name, dict(file))
   try:
-    with np.load(cache) as file:
-      arrays: dict[str, Any] = {key: file[key] for key in file}
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
     arrays = _decode(builder, name)
-    write_quietly(cache, arrays)
-  return Dataset(name=name, class_names=tuple(builder.info.features["label"].names), **arrays)
+  except InputError:
+    raise
+  except Exception as error:  # a damaged file may give any
+    reason = (str(error) or type(error).__name__).partition("\n")[0]
+    raise InputError(
+      f"{name} in {builder.data_dir} cannot be read ({reason}): remove that folder and prepare it anew"
+    ) from error
+  dataset = _checked(builder, name, arrays)
+  write_quietly(cache, arrays)
+  return dataset
+
+
+def _checked(builder: Any, name: str, arrays: dict[str, Any]) -> Dataset:
+  """The dataset of these arrays; `InputError` where they are not what was prepared, or of several sizes."""
+  classes = tuple(builder.info.features["label"].names)
+  dataset = Dataset(name=name, class_names=classes, **arrays)
+  x, x_test = dataset.x_train, dataset.x_test
+  if x.shape[1:] != x_test.shape[1:]:
+    raise InputError(
+      f"{name} must hold images of one size, and those of training are {list(x.shape[1:])}, those of the"
+      f" test set {list(x_test.shape[1:])}"
+    )
+  labels = np.concatenate([dataset.y_train, dataset.y_test])
+  whole = x.ndim == 4 and len(x) == builder.info.splits["train"].num_examples
+  fit = len(labels) == len(x) + len(x_test) and 0 <= labels.min() <= labels.max() < len(classes)
+  if not (whole and fit and x.dtype == x_test.dtype == np.uint8):
+    raise InputError(f"{name} is not an image-classification dataset of bytes, each with a class")
+  return dataset
 
 
 def _decode(builder: Any, name: str) -> dict[str, Any]:

@@ -123,6 +123,8 @@ class Model:
     shape = self.recipe.image_shape
     reader = self.reader or Reader(channels=shape[2], size=shape[:2])  # pyright: ignore[reportArgumentType]
     for path in map(Path, paths):
+      if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise InputError(f"{path} is neither a file nor a folder")
       if path.suffix in (".npy", ".npz"):
         x = self._from_array(path)
         names += [f"{path}[{i}]" for i in range(len(x))]

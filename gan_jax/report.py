@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,15 @@ def cache_dir() -> Path:
 
 
 def check_file(path: Path) -> None:
-  """Raises `InputError` for a folder in the place of a file that is to be written."""
-  if path.is_dir():
-    raise InputError(f"{path} is a folder: name a file")
+  """Raises `InputError` where a file cannot be written. It tries that, and leaves nothing there."""
+  try:
+    if path.is_dir():
+      raise InputError(f"{path} is a folder: name a file")
+    if not path.exists() or path.is_file():  # nothing is written beside a pipe or a device
+      there = next(above for above in path.absolute().parents if above.exists())
+      tempfile.TemporaryFile(dir=there).close()
+  except OSError as error:
+    raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -32,8 +32,11 @@ BAD = [
   ({"split_seed": -1}, "must not be negative"),
   ({"seed": -1}, "--seed must not be negative"),
   ({"class_balance": (1.0, -1.0)}, "--class-balance must not be negative"),
-  ({"learning_rate": float("nan")}, "--learning-rate must not be negative, and it is nan"),
-  ({"class_balance": (1.0, float("nan"))}, "--class-balance must not be negative"),
+  ({"learning_rate": float("nan")}, "--learning-rate must be a finite number, and it is nan"),
+  ({"class_balance": (1.0, float("inf"))}, "--class-balance must be a finite number, and it is inf"),
+  ({"seed": 2**32}, "--seed must be at most 4,294,967,295, and it is 4,294,967,296"),
+  ({"split_seed": 2**32}, "--split-seed must be at most 4,294,967,295"),
+  ({"steps": 2**31}, "--steps must be at most 2,147,483,647"),
   ({"resume": True}, "--resume needs --workdir"),
   ({"resume": True, "overwrite": True, "workdir": "x"}, "choose one"),
   ({"freeze_d": -1}, "--freeze-d must not be negative"),
@@ -100,6 +103,14 @@ def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
   ("flags", "sentence"),
   [
     (("--steps", "0"), "error: --steps must be at least 1, not 0"),
+    (("--steps", "x"), "error: --steps: must be {None}|INT, not ['x']"),
+    (("--learning-rat", "1"), "--learning-rat, 1; perhaps you meant --learning-rate {None}|FLOAT"),
+    (("--network", "x"), "error: invalid choice 'x' for argument '--network'"),
+    (("--dataset", "digits", "--image-size", "100000"), "1,797 images of 100000x100000 take 16,735.9 GB"),
+    (
+      ("--dataset", "digits", "--labels-per-class", "all", "--exclude-labelled"),
+      "--exclude-labelled leaves no image: all 1,198 have labels",
+    ),
     (("--dataset", "nope"), "error: unknown dataset 'nope'"),
     (("--dataset", "cifar10"), 'pip install "gan-jax[tf]"'),
     (("--dataset", "digits", "--image-size", "4", "--steps", "1"), "images of 4x4 are too small"),
@@ -111,6 +122,16 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(flags, sentence, monkeypatch, c
   assert sentence in said
   assert len([line for line in said.splitlines() if not line.startswith("reading ")]) == 1
   assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_file_that_cannot_be_written_is_known_before(tmp_path):
+  report.check_file(tmp_path / "new" / "file")
+  report.check_file(Path("/dev/null"))
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "file").touch()
+  for path in (tmp_path, tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+    with pytest.raises(InputError, match=r"is a folder|cannot be written: (Not a|File name)"):
+      report.check_file(path)
 
 
 def test_an_unknown_flag_is_refused(monkeypatch, capsys):

@@ -194,6 +194,27 @@ def test_any_prepared_image_classification_dataset(monkeypatch, tmp_path):
   assert pets.x_test[:, 0, 0, 0].tolist() == pets.y_test.tolist()
   assert sorted(pets.y_test.tolist()) == [0, 1, 2, 3]
 
+  with pytest.raises(InputError, match=r"pets:9.9.9 cannot be opened .*only: 1.0.0\): name a version"):
+    datasets.load("pets:9.9.9", data_dir=str(tmp_path))
+  folder = tmp_path / "pets" / "1.0.0"
+  cache = folder / "gan_jax_arrays.npz"
+  good = {name: getattr(pets, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+  shapes = good | {"x_train": pets.x_train[:1]}, good | {"x_test": pets.x_test[:, 1:]}
+  for foreign in ({"a": pets.x_train}, *shapes):
+    np.savez(cache, **foreign)
+    again = datasets.load("pets", data_dir=str(tmp_path))
+    np.testing.assert_array_equal(again.x_train, pets.x_train)
+    np.testing.assert_array_equal(again.x_test, pets.x_test)
+  shard = next(folder.glob("*train.array_record*"))
+  shard.write_bytes(shard.read_bytes()[:70_000])
+  cache.unlink()
+  with pytest.raises(InputError, match=r"pets in .* cannot be read \(.*\): remove that folder"):
+    datasets.load("pets", data_dir=str(tmp_path))
+  for text in (b"", b"[]", b"\xff"):
+    (folder / "dataset_info.json").write_bytes(text)
+    with pytest.raises(InputError, match=r"pets cannot be opened .*prepare it anew"):
+      datasets.load("pets", data_dir=str(tmp_path))
+
 
 REAL = os.environ.get("GAN_JAX_MNIST_DIR")
 if REAL:

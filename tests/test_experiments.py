@@ -20,6 +20,7 @@ from experiments import (
   transfer,
 )
 from gan_jax import classify, cli, data, evaluate, recipes, run_dir
+from gan_jax.types import InputError
 
 CONTRACT = {
   *("experiment", "dataset", "num_labels", "label_split_sha256", "split_seed", "seed", "steps"),
@@ -183,6 +184,24 @@ def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):
   assert (part / "result.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+  ("module", "flags", "sentence"),
+  [
+    (transfer, {"source": "digits", "image_size": 8, "freeze_d": 999}, "999 cannot be frozen"),
+    (transfer, {"source": "arrays:wide.npz", "image_size": None}, "images of 8x9x1 and --dataset of 8x8x1"),
+    (mnist_low_data, {"percents": (100.0, 0.01)}, "--percents 0.01 of 1,139 training images are none"),
+    (mnist_low_data, {"percents": (100.0, 1.0)}, "--percents 1: --labels-per-class"),
+  ],
+)
+def test_what_can_be_known_is_told_before_any_training(module, flags, sentence, run, tmp_path):
+  x, y = np.zeros((2, 8, 9), np.uint8), np.arange(2)
+  arrays = {"x": x, "y": y, "x_test": x, "y_test": y}
+  np.savez("wide.npz", **arrays)
+  with pytest.raises(InputError, match=sentence):
+    run(module, **flags)
+  assert not (tmp_path / "run").exists()
+
+
 def test_transfer_gains_where_it_lowers_the_error():
   assert transfer.gains([4.0, 6.0], [5.0, 5.5]) == [1.0, -0.5]
 
@@ -216,7 +235,7 @@ def test_the_experiment_of_the_feature_extractor(reads, tmp_path, monkeypatch):
   result = feature_network.main(config)
   assert reads == ["digits"]
   assert result["bytes"] == (tmp_path / "deep" / "digits.npz").stat().st_size < 3e6
-  with pytest.raises(cli.InputError, match="cannot be a file"):
+  with pytest.raises(InputError, match="is a folder: name a file"):
     feature_network.Config(out=tmp_path).check()
 
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 import gan_jax
 from gan_jax import __main__ as commands
-from gan_jax import classify, train
+from gan_jax import classify, report, train
 
 
 def gan_jax_command(*words, monkeypatch):
@@ -107,8 +107,11 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
   assert np.array_equal(again.predict(again.read([new])[1]), model.predict(images))
   assert command("report", tmp_path / "exported") == 2
   assert "is an export, not a run" in capsys.readouterr().err
-  assert command("sample", trained, "--num", 10**13, "--out", tmp_path / "a.npy") == 2
+  assert command("sample", trained, "--num", 2**31 - 1, "--out", tmp_path / "a.npy") == 2
   assert "more than is free" in capsys.readouterr().err
+  os.mkfifo(tmp_path / "pipe.png")
+  assert command("predict", trained, tmp_path / "pipe.png") == 2
+  assert "pipe.png is neither a file nor a folder" in capsys.readouterr().err
 
   assert command("report", trained, "--out", tmp_path / "page.html") == 0
   assert "digit 0" not in (tmp_path / "page.html").read_text()  # the page is about runs, side by side
@@ -125,6 +128,9 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
     phases.append(phase)
     return fit(*args, phase=phase, **kwargs)
 
+  rows = lambda: report.read_metrics(trained / "metrics.jsonl")
+  control = lambda: [row for row in rows() if row["phase"] == "supervised"]
+  trained_once = control()
   monkeypatch.setattr(train, "fit", counted)
   for left, content, again in (("1.npz", None, 1), ("2.npz", b"PK", 2), (None, None, 0)):
     if left and content is None:
@@ -138,6 +144,7 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
     after = json.loads((trained / "result.json").read_text())
     measured = [name for name in before if "test" in name or "calibration" in name]
     assert {name: after[name] for name in measured} == {name: before[name] for name in measured}
+    assert control() == trained_once  # with their seconds
   page = (trained / "report.html").read_text()
   assert "test images" not in page
 

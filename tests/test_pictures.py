@@ -451,8 +451,8 @@ def test_long_reads_have_a_bar(monkeypatch):
 
 
 def test_memory_is_looked_at_first(pets, monkeypatch):
-  monkeypatch.setattr(folder.psutil, "virtual_memory", lambda: type("", (), {"available": 100}))
-  with pytest.raises(InputError, match=r"6 pictures of 9x10 take .* GB.*--image-size N"):
+  monkeypatch.setattr(reader.psutil, "virtual_memory", lambda: type("", (), {"available": 100}))
+  with pytest.raises(InputError, match=r"8 images of 9x10 take .* GB.*--image-size N"):
     pictures.load_folder(pets)
 
 
@@ -663,13 +663,28 @@ def test_a_closed_folder(pets, monkeypatch):
 
 def test_names_that_are_no_text(tmp_path):
   root = os.fsencode(tmp_path / "r")
-  for name in (b"\xff", b"b"):
+  for name in (b"a", b"b"):
     os.makedirs(os.path.join(root, name))
     shutil.copy(save(tmp_path / "x.png"), os.fsdecode(os.path.join(root, name, b"\xfe.png")))
-  found = pictures.load_folder(tmp_path / "r")
-  assert found.class_names == ("b", "\ufffd")
-  with console.capture():
-    pictures.print_check(pictures.check(tmp_path / "r"))
+  assert pictures.load_folder(tmp_path / "r").class_names == ("a", "b")
+  os.rename(os.path.join(root, b"a"), os.path.join(root, b"a\xff"))
+  with pytest.raises(InputError, match=r"class folder .*a\ufffd is not UTF-8: rename it"):
+    pictures.load_folder(tmp_path / "r")
+  pictures.print_check(pictures.check(tmp_path / "r"))
+
+
+@pytest.mark.parametrize("at", ["cat/pipe.png", "labels.csv"])
+def test_a_pipe_is_skipped_and_not_waited_for(at, pets):
+  os.mkfifo(pets / "train" / at)
+  assert f"no pictures: 1 (train/{at})" in pictures.load_folder(pets).note
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_folder_without_pictures(part, pets):
+  (pets / part / "cat" / ".hidden").mkdir()
+  (pets / part / "fish").mkdir()
+  with pytest.raises(InputError, match=f"{part}/fish holds no pictures: fill or remove it"):
+    pictures.load_folder(pets)
 
 
 # --- Arrays
@@ -859,7 +874,7 @@ def test_check_of_a_good_folder(pets):
   }
 
 
-def test_check_lists_all_that_is_wrong(pets):
+def test_check_lists_all_that_is_wrong(pets, capsys):
   save(pets / "train" / "cat" / "same.bmp", np.asarray(Image.open(pets / "train" / "cat" / "0.png")))
   shutil.copy(pets / "train" / "cat" / "0.png", pets / "train" / "dog" / "cat.png")
   colour = Image.open(pets / "train" / "dog" / "1.png").convert("RGB")
@@ -887,9 +902,10 @@ def test_check_lists_all_that_is_wrong(pets):
   assert (found["bits"], found["largest_value"]) == ({"8": 13, "16": 1}, 3000)
   assert found["classes"]["bird"] == {"train": 0, "test": 1}
   json.dumps(found)
-  with console.capture() as captured:
-    pictures.print_check(found)
-  text = " ".join(captured.get().split())
+  pictures.print_check(found)
+  said = capsys.readouterr()
+  assert not said.err
+  text = " ".join(said.out.split())
   assert "1 of the 5 test images are in the training set as well, so the test error will be too low" in text
   assert text.count("problem:") == 4
 

@@ -212,6 +212,6 @@ def check_image_shape(shape: Sequence[int]) -> None:
   """Raises `InputError` where the convolutional networks cannot take images of this shape."""
   if min(shape[:2]) < 8:
     raise InputError(
-      f"images of {shape[0]}x{shape[1]} are too small for the conv networks, which need 8x8 or more;"
-      " use --network mlp or article"
+      f"images of {shape[0]}x{shape[1]} are too small for the conv networks, which need 8x8 or more:"
+      " choose a larger --image-size, or a network without convolutions"
     )

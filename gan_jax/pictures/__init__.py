@@ -7,7 +7,7 @@ and what cannot be trained on is an `InputError` of one sentence.
 from gan_jax.pictures.arrays import Scaling, load_arrays, scaled
 from gan_jax.pictures.folder import load_folder
 from gan_jax.pictures.layout import below, labelled
-from gan_jax.pictures.reader import Fit, Reader, resize
+from gan_jax.pictures.reader import Fit, Reader, check_memory, resize
 from gan_jax.pictures.survey import check, print_check
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
   "Scaling",
   "below",
   "check",
+  "check_memory",
   "labelled",
   "load_arrays",
   "load_folder",

@@ -10,12 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-import psutil
 from jaxtyping import UInt8
 
 from gan_jax.datasets import Dataset, write_quietly
 from gan_jax.pictures.layout import Found, scan
-from gan_jax.pictures.reader import GREY, Fit, Header, Reader, for_all, listed, open_upright
+from gan_jax.pictures.reader import (
+  GREY,
+  Fit,
+  Header,
+  Reader,
+  check_memory,
+  for_all,
+  listed,
+  open_upright,
+)
 from gan_jax.report import cache_dir
 from gan_jax.types import InputError
 
@@ -116,6 +124,8 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit) -> _Read:
     white=white,
   )
   size = reader.size or mine[0].size
+  hint = "choose a smaller --image-size" if reader.size else "resize them with --image-size N"
+  check_memory(len(paths + test), (*size, reader.channels), hint)
   x_train, failed = _read_all(reader, paths, size)
   _raise_first(unreadable_problems(found, failed))
   if failed:
@@ -141,12 +151,6 @@ def _read_all(
 ) -> tuple[UInt8[np.ndarray, "n h w c"], dict[int, str]]:
   """All pictures, and the reasons for those that fail, whose rows are zero."""
   shape = (*size, reader.channels)
-  needed, available = len(paths) * int(np.prod(shape)), psutil.virtual_memory().available
-  if needed > available:
-    raise InputError(
-      f"{len(paths):,} pictures of {size[0]}x{size[1]} take {needed / 2**30:.1f} GB, and"
-      f" {available / 2**30:.1f} GB of memory are free: resize them with --image-size N"
-    )
   x = np.zeros((len(paths), *shape), np.uint8)
 
   def read(i: int) -> None:

@@ -70,6 +70,8 @@ class Found:
         )
       elif path.is_dir():
         level.folders.append(path)
+      elif path.exists() and not path.is_file():
+        self.skipped.append(self.name(path))  # a pipe, which would be waited for, or a device
       elif suffix in suffixes():
         level.pictures.append(path)
       elif path.name.lower() in _TABLES:
@@ -177,7 +179,9 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
       label = _plain(sub.name)
       if sub.name.casefold() in _UNLABELLED:
         label = None
-      elif not pictures and not labelled:
+      elif "\ufffd" in label:
+        found.problems.append(f"the name of the class folder {folder / label} is not UTF-8: rename it")
+      elif not pictures:
         found.problems.append(f"the class folder {sub} holds no pictures: fill or remove it")
       examples += [(path, label) for path in pictures]
     if level.pictures and not level.folders:

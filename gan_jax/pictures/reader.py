@@ -1,5 +1,6 @@
 """How one picture becomes an array, and many at a time."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -85,6 +87,17 @@ def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
   top, left = (height - h) // 2, (width - w) // 2
   border = [(top, height - h - top), (left, width - w - left), (0, 0)]
   return np.pad(pixels, border[: pixels.ndim], mode="edge")
+
+
+def check_memory(num: int, image_shape: tuple[int, int, int], hint: str) -> None:
+  """Raises `InputError` with the hint where so many images, as bytes, do not fit the free memory."""
+  needed, free = num * math.prod(image_shape), psutil.virtual_memory().available
+  if needed > free:
+    height, width, _ = image_shape
+    raise InputError(
+      f"{num:,} images of {height}x{width} take {needed / 2**30:,.1f} GB, and {free / 2**30:,.1f} GB of"
+      f" memory are free: {hint}"
+    )
 
 
 def open_upright(path: str | Path) -> Image.Image:

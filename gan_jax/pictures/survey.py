@@ -12,7 +12,6 @@ from gan_jax.pictures.arrays import array_problems, is_uint16, load_arrays, open
 from gan_jax.pictures.folder import size_problems, suggested_side, unreadable_problems
 from gan_jax.pictures.layout import scan
 from gan_jax.pictures.reader import Header, for_all, listed, open_upright
-from gan_jax.report import console
 from gan_jax.types import InputError, Json
 
 
@@ -41,7 +40,8 @@ def check(path: str | Path) -> Json:
 
 
 def print_check(found: Json) -> None:
-  """What `check` found, for people."""
+  """What `check` found, for people, on standard output."""
+  from rich.console import Console
   from rich.markup import escape
   from rich.table import Table
 
@@ -63,6 +63,7 @@ def print_check(found: Json) -> None:
   for name, value in lines.items():
     if value or value == 0:
       overview.add_row(name, f"{value:,}" if isinstance(value, int) else escape(value))
+  console = Console(highlight=False, emoji=False)
   console.print(overview)
   if found["classes"]:
     classes = Table("class", "training", "test", show_edge=False)
