@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from gan_jax import cli, data, evaluate, metrics, recipes, report, run_dir, train
+from gan_jax import cli, data, evaluate, metrics, pictures, recipes, report, run_dir, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan
 from gan_jax.types import InputError, Json
@@ -115,7 +115,9 @@ def make_hparams(
 
 
 def load_extractor(flags: GanFlags, dataset: Dataset) -> metrics.FeatureExtractor | None:
-  """The feature extractor of the dataset, where it is needed."""
+  """The feature extractor of the dataset, where it is needed; `InputError` where the images do not fit."""
+  hint = "choose a smaller --num-scored"
+  pictures.check_memory(flags.num_scored, dataset.image_shape, hint, num_bytes=8)
   return evaluate.load_feature_extractor(dataset, say=report.say) if flags.num_scored else None
 
 

@@ -41,6 +41,8 @@ class Config:
   def check(self) -> None:
     cli.at_least_one(self, "splits", "pretrain_steps")
     cli.not_negative(self, "freeze_d")
+    if self.splits > 1000:
+      raise InputError(f"--splits must be at most 1,000, and it is {self.splits:,}: each is two trainings")
 
 
 def main(config: Config) -> Json:

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import io
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 from tyro.conf import Positional
 
 import gan_jax
@@ -154,15 +152,11 @@ def sample(config: Sample) -> Json:
 
   python -m gan_jax sample RUN --num 64 --class-name 7 --out sevens.png
   """
-  from gan_jax import model
+  from gan_jax import model, pictures
 
   say(f"opening {config.model}")
   loaded, out = model.load(config.model), Path(config.out)
-  needed, free = 8 * config.num * math.prod(loaded.recipe.image_shape), psutil.virtual_memory().available
-  if needed > free:
-    raise InputError(
-      f"--num {config.num} images need {needed / 2**30:,.0f} GB of memory, more than is free"
-    )
+  pictures.check_memory(config.num, loaded.recipe.image_shape, "choose a smaller --num", num_bytes=8)
   classes = None if config.class_name is None else [config.class_name] * config.num
   images = loaded.sample(config.num, seed=config.seed, classes=classes)
   if out.suffix == ".npy":

@@ -24,7 +24,7 @@ import typeguard
 import tyro
 from rich.markup import escape
 
-from gan_jax import data, datasets, parallel
+from gan_jax import data, datasets, parallel, pictures
 from gan_jax.recipes import Recipe
 from gan_jax.report import cache_dir, console, say
 from gan_jax.types import InputError, Json, LabelSplit, Stopped
@@ -231,8 +231,11 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
   """The devices of --devices for `train.fit`: none where one does it.
 
   Raises:
-    InputError: there are not so many, or the batch cannot be split over them.
+    InputError: there are not so many, or the batch cannot be split over them, or is beyond all memory.
   """
+  # Activations and gradients take more than these 64 bytes a value, but how much depends on the networks.
+  hint = "choose a smaller --batch-size"
+  pictures.check_memory(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
   there = jax.devices()
   if num is None:
     num = 1 if there[0].platform == "cpu" else parallel.most_devices(recipe.batch, len(there))

@@ -180,7 +180,8 @@ class Model:
     if x.dtype == np.uint8:
       return x.astype(np.float32) / 255
     if not (np.issubdtype(x.dtype, np.floating) and np.all((x >= 0) & (x <= 1))):  # refuses NaN
-      raise InputError(f"images must be bytes or floats in [0, 1], and these are {x.dtype}")
+      beyond = ", some of them beyond" if x.dtype.kind == "f" else ""
+      raise InputError(f"images must be bytes or floats in [0, 1], and these are {x.dtype}{beyond}")
     return x.astype(np.float32)
 
 

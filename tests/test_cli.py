@@ -106,6 +106,7 @@ def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
     (("--steps", "x"), "error: --steps: must be {None}|INT, not ['x']"),
     (("--learning-rat", "1"), "--learning-rat, 1; perhaps you meant --learning-rate {None}|FLOAT"),
     (("--network", "x"), "error: invalid choice 'x' for argument '--network'"),
+    (("--dataset", "digits", "--batch-size", "2147483647"), "are free: choose a smaller --batch-size"),
     (("--dataset", "digits", "--image-size", "100000"), "1,797 images of 100000x100000 take 16,735.9 GB"),
     (
       ("--dataset", "digits", "--labels-per-class", "all", "--exclude-labelled"),

@@ -189,6 +189,8 @@ def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):
   [
     (transfer, {"source": "digits", "image_size": 8, "freeze_d": 999}, "999 cannot be frozen"),
     (transfer, {"source": "arrays:wide.npz", "image_size": None}, "images of 8x9x1 and --dataset of 8x8x1"),
+    (transfer, {"splits": 2**31 - 1}, "--splits must be at most 1,000"),
+    (mnist_gan, {"num_scored": 2**31 - 1}, "are free: choose a smaller --num-scored"),
     (mnist_low_data, {"percents": (100.0, 0.01)}, "--percents 0.01 of 1,139 training images are none"),
     (mnist_low_data, {"percents": (100.0, 1.0)}, "--percents 1: --labels-per-class"),
   ],
@@ -199,7 +201,7 @@ def test_what_can_be_known_is_told_before_any_training(module, flags, sentence, 
   np.savez("wide.npz", **arrays)
   with pytest.raises(InputError, match=sentence):
     run(module, **flags)
-  assert not (tmp_path / "run").exists()
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_transfer_gains_where_it_lowers_the_error():

@@ -108,7 +108,7 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
   assert command("report", tmp_path / "exported") == 2
   assert "is an export, not a run" in capsys.readouterr().err
   assert command("sample", trained, "--num", 2**31 - 1, "--out", tmp_path / "a.npy") == 2
-  assert "more than is free" in capsys.readouterr().err
+  assert "memory are free: choose a smaller --num" in capsys.readouterr().err
   os.mkfifo(tmp_path / "pipe.png")
   assert command("predict", trained, tmp_path / "pipe.png") == 2
   assert "pipe.png is neither a file nor a folder" in capsys.readouterr().err

@@ -89,9 +89,10 @@ def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
   return np.pad(pixels, border[: pixels.ndim], mode="edge")
 
 
-def check_memory(num: int, image_shape: tuple[int, int, int], hint: str) -> None:
-  """Raises `InputError` with the hint where so many images, as bytes, do not fit the free memory."""
-  needed, free = num * math.prod(image_shape), psutil.virtual_memory().available
+def check_memory(num: int, image_shape: tuple[int, int, int], hint: str, *, num_bytes: int = 1) -> None:
+  """Raises `InputError` with the hint where so many images, of `num_bytes` a value, do not fit the free
+  memory."""
+  needed, free = num_bytes * num * math.prod(image_shape), psutil.virtual_memory().available
   if needed > free:
     height, width, _ = image_shape
     raise InputError(
