@@ -176,7 +176,7 @@ def cost(recipe: Recipe, dataset: Dataset) -> Json:
   step, sample_batch = recipe.make_step(), data.make_sample_batch(recipe.batch)
 
   def one(state: TrainState, images: data.DeviceData):
-    key_batch, _ = steps.step_keys(state)
+    key_batch, _ = steps.step_keys(state.key, state.step)
     return step(state, sample_batch(key_batch, images))
 
   found: Any = jax.jit(one).lower(state, images).compile().cost_analysis()

@@ -19,7 +19,7 @@ RECORDS = "benchmarks/results"
 ROOMS = {
   "core": "types losses penalties terms objectives steps augment networks kernels",
   "recipes": "recipes recipes.ssgan recipes.gan recipes.study",
-  "data": "datasets data pictures",
+  "data": "datasets data stream pictures",
   "training": "train parallel checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
   "use": "model estimator export classify cli run_dir report page",

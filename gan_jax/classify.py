@@ -30,7 +30,7 @@ from gan_jax.datasets import Dataset
 from gan_jax.evaluate import Evaluation
 from gan_jax.recipes import Recipe, ssgan
 from gan_jax.report import say
-from gan_jax.types import Json, LabelSplit, TrainState
+from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
 PICTURES = ("samples", "learning_curves.png", "confusion.png", "reliability.png")
 FILES = (*run_dir.TRAINING_FILES, *PICTURES, "supervised", "folds")
@@ -41,6 +41,7 @@ class Config:
   """The flags of this job."""
 
   data: cli.DataFlags = cli.DataFlags()
+  stream: cli.StreamFlags = cli.StreamFlags()
   images: cli.ImageFlags = cli.ImageFlags()
   labels: cli.LabelFlags = cli.LabelFlags()
   train: cli.TrainFlags = cli.TrainFlags()
@@ -72,7 +73,9 @@ class Config:
 
 def main(config: Config, *, name: str = "train") -> Json:
   """Trains the semi-supervised GAN and its two controls; returns what `result.json` holds."""
-  dataset = cli.load(config.data, needs_test=config.frechet)
+  dataset = cli.load(config.data, config.stream, needs_test=config.frechet)
+  if config.frechet and dataset.workers is not None:
+    raise InputError("--frechet needs all training images in memory: leave it out, or pass --stream no")
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = make_recipe(config, dataset, split)
   control, afresh = recipes.supervised_control(recipe), recipe

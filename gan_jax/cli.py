@@ -56,6 +56,22 @@ class DataFlags:
 
 
 @dataclass(frozen=True)
+class StreamFlags:
+  """Training images that do not fit."""
+
+  stream: datasets.Choice = "auto"
+  """Read training images while training, or hold them on the device. auto reads those that, decoded, take
+  more than a quarter of the free memory or half of the device's, and says so."""
+  workers: int | None = None
+  """Threads that read and decode them; 0: the loop itself does (default: the processor's cores)."""
+
+  def check(self) -> None:
+    not_negative(self, "workers")
+    if self.workers is not None and self.stream == "no":
+      raise InputError("--workers are for training images that are read while training: leave --stream out")
+
+
+@dataclass(frozen=True)
 class ImageFlags:
   """The training images that are used."""
 
@@ -195,8 +211,14 @@ def given(**values: Any) -> Json:
   return {name: value for name, value in values.items() if value is not None}
 
 
-def load(flags: DataFlags, *, needs_test: bool = True) -> datasets.Dataset:
-  """The dataset of these flags, see `datasets.load`; `InputError` where it lacks the test images needed."""
+def load(
+  flags: DataFlags, stream: StreamFlags | None = None, *, needs_test: bool = True
+) -> datasets.Dataset:
+  """The dataset of these flags, see `datasets.load`; `InputError` where it lacks the test images needed.
+
+  Without `stream` its training images are held in memory.
+  """
+  stream = stream or StreamFlags("no")
   say(f"reading {flags.dataset}")
   dataset = datasets.load(
     flags.dataset,
@@ -204,6 +226,8 @@ def load(flags: DataFlags, *, needs_test: bool = True) -> datasets.Dataset:
     manual_dir=flags.manual_dir,
     image_size=flags.image_size,
     fit=flags.fit,
+    stream=stream.stream,
+    workers=num_cores() if stream.workers is None else stream.workers,
   )
   if needs_test and not len(dataset.x_test):
     raise InputError(f"{dataset.name} has no test images, and this needs them: add a folder test")
@@ -256,6 +280,8 @@ Config = TypeVar("Config")
 NOT_RECIPE = {
   "data_dir",
   "manual_dir",
+  "stream",
+  "workers",
   "workdir",
   "resume",
   "overwrite",

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import chex
@@ -126,6 +127,21 @@ def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | N
 
 # --- On the device
 
+NUM_FIRST = 500
+"""Unlabelled images that every run has on the device, for weight normalisation and diagnostics."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+  """Unlabelled images that are read while a run trains, see `gan_jax.stream`."""
+
+  source: Any
+  """Where the images are: `source[rows]` reads some, as an array of bytes `[B, H, W, C]`."""
+  rows: Int[np.ndarray, "u"]
+  """Which of them are the unlabelled images of the run."""
+  workers: int
+  """Threads that read; 0: the loop itself does."""
+
 
 class DeviceData(struct.PyTreeNode):
   """A training set on the device, as bytes. Of the labels only those that a run may use are there."""
@@ -133,10 +149,15 @@ class DeviceData(struct.PyTreeNode):
   x_lab: UInt8[Array, "n h w c"]
   y_lab: Int[Array, "n"]
   x_unl: UInt8[Array, "u h w c"]
+  """With a stream only its first `NUM_FIRST`."""
   x_held_out: UInt8[Array, "o h w c"]
   """Images that no update sees, for diagnostics."""
   y_held_out: Int[Array, "o"]
   """Their labels in a run with every label, else -1; no update sees them either."""
+  x_steps: UInt8[Array, "m b h w c"] | None = None
+  """With a stream: what each step of one dispatch draws, unlabelled images of D's update, then of G's."""
+  stream: Stream | None = struct.field(pytree_node=False, default=None)
+  """Where the unlabelled images come from in a run that does not hold all of them."""
 
   @classmethod
   def from_arrays(
@@ -158,7 +179,8 @@ class DeviceData(struct.PyTreeNode):
 def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = False) -> DeviceData:
   """Puts the labelled subset, the unlabelled and the held-out images on the device.
 
-  The unlabelled images are all images of the run, labelled ones included, or without them.
+  The unlabelled images are all images of the run, labelled ones included, or without them. Those of a
+  dataset that is streamed stay where they are.
   """
   labelled = np.asarray(split.indices, int)
   unlabelled = np.asarray(split.images, int)
@@ -166,12 +188,16 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
     unlabelled = np.setdiff1d(unlabelled, labelled)
   held_out = np.asarray(split.held_out, int)
   y_held_out = dataset.y_train[held_out] if split.per_class is None else np.full(len(held_out), -1)
+  stream = None
+  if dataset.workers is not None:
+    stream, unlabelled = Stream(dataset.x_train, unlabelled, dataset.workers), unlabelled[:NUM_FIRST]
   return DeviceData(
     x_lab=jnp.asarray(dataset.x_train[labelled]),
     y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32),
     x_unl=jnp.asarray(dataset.x_train[unlabelled]),
     x_held_out=jnp.asarray(dataset.x_train[held_out]),
     y_held_out=jnp.asarray(y_held_out, jnp.int32),
+    stream=stream,
   )
 
 
@@ -195,31 +221,44 @@ def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats:
   )
 
 
-def make_sample_batch(sizes: BatchSizes) -> Callable[[Key[Array, ""], DeviceData], Batch]:
-  """Builds `sample_batch(key, data) -> Batch` of these sizes; it consumes the key.
+def make_sample_batch(sizes: BatchSizes) -> Callable[..., Batch]:
+  """Builds `sample_batch(key, data, i=0) -> Batch` of these sizes; it consumes the key.
 
-  Uniform with replacement; a labelled set of exactly `sizes.labelled` images is taken whole.
+  Uniform with replacement; a labelled set of exactly `sizes.labelled` images is taken whole. `i` is the
+  place of the step in its dispatch: unlabelled images that are streamed were drawn before it.
   """
 
-  def sample_batch(key: Key[Array, ""], data: DeviceData) -> Batch:
-    key_lab, key_unl, key_unl_g = jax.random.split(key, 3)
-
-    def images(key: Key[Array, ""], num: int) -> Float[Array, "n h w c"]:
-      return to_float(data.x_unl[jax.random.randint(key, (num,), 0, len(data.x_unl))])
-
-    x_lab, y_lab = data.x_lab, data.y_lab
-    if sizes.labelled != len(y_lab):
-      rows = jax.random.randint(key_lab, (sizes.labelled,), 0, len(y_lab))
-      x_lab, y_lab = x_lab[rows], y_lab[rows]
+  def sample_batch(key: Key[Array, ""], data: DeviceData, i: Int[Any, ""] = 0) -> Batch:
+    lab, unl, unl_g = draw_rows(key, sizes, len(data.y_lab), len(data.x_unl))
+    whole = sizes.labelled == len(data.y_lab)
+    if data.stream is None:
+      x_unl, x_unl_g = data.x_unl[unl], data.x_unl[unl_g]
+    elif not sizes.unlabelled + sizes.generated:
+      x_unl = x_unl_g = data.x_unl[:0]
+    else:
+      x_unl, x_unl_g = jnp.split(data.x_steps[i], [sizes.unlabelled])  # pyright: ignore
     return Batch(
-      x_lab=to_float(x_lab),
-      y_lab=y_lab,
-      x_unl=images(key_unl, sizes.unlabelled),
-      x_unl_g=images(key_unl_g, sizes.generated),
+      x_lab=to_float(data.x_lab if whole else data.x_lab[lab]),
+      y_lab=data.y_lab if whole else data.y_lab[lab],
+      x_unl=to_float(x_unl),
+      x_unl_g=to_float(x_unl_g),
       num_generated=sizes.generated,
     )
 
   return sample_batch
+
+
+def draw_rows(
+  key: Key[Array, ""], sizes: BatchSizes, num_labelled: int, num_unlabelled: int
+) -> tuple[Int[Array, "n"], Int[Array, "u"], Int[Array, "g"]]:
+  """Which images a batch is made of: rows of the labelled ones, and of the unlabelled ones for D and for G.
+
+  Uniform with replacement; consumes the key.
+  """
+  keys, nums = jax.random.split(key, 3), (num_labelled, num_unlabelled, num_unlabelled)
+  draws = zip(keys, sizes, nums, strict=True)
+  lab, unl, unl_g = (jax.random.randint(key, (size,), 0, num) for key, size, num in draws)
+  return lab, unl, unl_g
 
 
 def to_float(x: UInt8[Any, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -1,4 +1,4 @@
-"""Datasets as uint8 arrays in host memory.
+"""Datasets as uint8 arrays in host memory; training images that do not fit stay on disk.
 
 `load` reads tensorflow-datasets, the digits bundled with scikit-learn, or the user's own pictures and
 arrays, see `pictures`.
@@ -8,16 +8,19 @@ is prepared is read through tfds's data sources.
 
 import contextlib
 import gzip
+import math
 import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import numpy as np
+import psutil
 from jaxtyping import Int, UInt8
 
 from gan_jax.types import InputError
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
   from gan_jax.pictures import Reader, Scaling  # which builds datasets: imported late
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
+Choice = Literal["auto", "yes", "no"]
+HOST_SHARE, DEVICE_SHARE = 0.25, 0.5
+"""Of the host's free memory and of the device's memory: the most that `auto` lets training images take."""
 _OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "imagenette", "oxford_flowers102")
 
 
@@ -35,6 +41,7 @@ class Dataset:
 
   name: str
   x_train: UInt8[np.ndarray, "n h w c"]
+  """Or a source, see `stream`, which reads those that it is asked for."""
   y_train: Int[np.ndarray, "n"]
   """Classes, 0 .. K-1; -1: an image without a label."""
   x_test: UInt8[np.ndarray, "m h w c"]
@@ -49,6 +56,9 @@ class Dataset:
   """How its pictures were read, so that new ones are read alike."""
   scaling: "Scaling | None" = None
   """How its vectors became bytes."""
+  workers: int | None = None
+  """Threads that read its training images while a run trains, 0: its loop does; None: they are put on the
+  device before."""
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -77,6 +87,8 @@ def load(
   manual_dir: str | None = None,
   image_size: int | None = None,
   fit: Literal["crop", "pad"] = "crop",
+  stream: Choice = "no",
+  workers: int = 2,
 ) -> Dataset:
   """Loads a dataset, preparing it first where that can be done.
 
@@ -89,6 +101,8 @@ def load(
     image_size: resizes all images to squares of this side; the name then ends in `@` and the side.
     fit: how the aspect is kept then: `crop` takes the centred square, `pad` the whole image, and repeats
       its edges.
+    stream: whether training images are read while a run trains, see `is_streamed`.
+    workers: threads that read them then.
 
   Raises:
     InputError: unknown name, nothing prepared and no way to get it, corrupt files.
@@ -96,12 +110,38 @@ def load(
   if name.startswith("folder:"):
     from gan_jax import pictures
 
-    return pictures.load_folder(name.removeprefix("folder:"), image_size=image_size, fit=fit)
-  dataset = _load(name, data_dir, manual_dir)
-  return dataset if image_size is None else _resized(dataset, image_size, fit)
+    dataset = pictures.load_folder(
+      name.removeprefix("folder:"), image_size=image_size, fit=fit, stream=stream
+    )
+  else:
+    dataset = _load(name, data_dir, manual_dir, stream)
+    dataset = dataset if image_size is None else _resized(dataset, image_size, fit)
+  lazy = not isinstance(dataset.x_train, np.ndarray)
+  if lazy or is_streamed(stream, dataset.x_train.shape):
+    return replace(dataset, workers=workers)
+  return dataset
 
 
-def _load(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
+def is_streamed(choice: Choice, shape: Sequence[int]) -> bool:
+  """Whether training images of this shape `[N, H, W, C]` are streamed; says so where `auto` decides it."""
+  if choice != "auto":
+    return choice == "yes"
+  room, where = HOST_SHARE * psutil.virtual_memory().available, f"{HOST_SHARE:.0%} of the free memory"
+  on_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  if DEVICE_SHARE * on_device < room:
+    room, where = DEVICE_SHARE * on_device, f"{DEVICE_SHARE:.0%} of the device's memory"
+  needed = math.prod(shape)
+  if needed > room:
+    from gan_jax.report import say  # late, as it needs data, which needs datasets
+
+    say(
+      f"{shape[0]:,} training images take {needed / 1e9:.1f} GB, more than {where}, {room / 1e9:.1f} GB:"
+      " they are read while training (--stream no would hold them in memory)"
+    )
+  return needed > room
+
+
+def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice) -> Dataset:
   if manual_dir is not None and not Path(manual_dir).is_dir():
     raise InputError(f"--manual-dir {manual_dir} is not a folder")
   if name == "digits":
@@ -111,11 +151,11 @@ def _load(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
 
     return pictures.load_arrays(name.removeprefix("arrays:"))
   if name != "auto":
-    return _load_tfds(name, data_dir, manual_dir)
+    return _load_tfds(name, data_dir, manual_dir, stream)
   if manual_dir or _is_prepared("mnist", data_dir):
-    return _load_tfds("mnist", data_dir, manual_dir)
+    return _load_tfds("mnist", data_dir, manual_dir, stream)
   try:
-    return _load_tfds("mnist", data_dir, manual_dir)
+    return _load_tfds("mnist", data_dir, manual_dir, stream)
   except InputError:
     return _load_digits(
       note="MNIST is not prepared here and cannot be had, so this run uses the bundled digits;"
@@ -145,7 +185,7 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
   """Squares of this side, see `pictures.resize`."""
   from PIL import Image
 
-  from gan_jax import pictures
+  from gan_jax import pictures, stream
 
   if dataset.scaling is not None:
     raise InputError("--image-size is for images, and these are vectors: leave it out")
@@ -159,10 +199,11 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
         found[i, ..., c] = pictures.resize(Image.fromarray(image[..., c]), (side, side), fit)
     return found
 
+  held = isinstance(dataset.x_train, np.ndarray)
   return replace(
     dataset,
     name=f"{dataset.name}@{side}",
-    x_train=resize(dataset.x_train),
+    x_train=resize(dataset.x_train) if held else stream.Resized(dataset.x_train, side, resize),
     x_test=resize(dataset.x_test),
     reader=dataset.reader and replace(dataset.reader, size=(side, side), fit=fit),
   )
@@ -205,7 +246,7 @@ def _tfds() -> Any:
   return tensorflow_datasets
 
 
-def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> Dataset:
+def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice) -> Dataset:
   builder = _builder(name, data_dir)
   if not builder.is_prepared():
     if name not in MNIST_FAMILY:
@@ -214,7 +255,7 @@ def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> Datas
         f' pip install "gan-jax[tf]" && tfds build {name} --file_format=array_record'
       )
     builder = _prepare(name, data_dir, manual_dir)
-  return _read_cached(builder, name)
+  return _read(builder, name, stream)
 
 
 def _is_prepared(name: str, data_dir: str | None) -> bool:
@@ -331,15 +372,31 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
   return builder
 
 
-def _read_cached(builder: Any, name: str) -> Dataset:
-  """Reads a prepared dataset; the decoded arrays stay beside it and go when it is prepared anew."""
-  cache = Path(os.fspath(builder.data_dir)) / "gan_jax_arrays.npz"
-  with contextlib.suppress(Exception):  # whatever is wrong with the cache, it is made anew
-    if cache.is_file():
-      with np.load(cache) as file:
-        return _checked(builder, name, dict(file))
+def _read(builder: Any, name: str, stream: Choice) -> Dataset:
+  """Reads a prepared dataset; what was decoded stays beside it and goes when it is prepared anew.
+
+  Of a dataset that is streamed these are the labels and the test images.
+  """
+  features, splits = builder.info.features, builder.info.splits
+  test = next((part for part in ("test", "validation") if part in splits), None)
+  if "image" not in features or "label" not in features or test is None or "train" not in splits:
+    raise InputError(f"{name} is not an image-classification dataset with training and test images")
   try:
-    arrays = _decode(builder, name)
+    shape, source = (splits["train"].num_examples, *features["image"].shape), {}
+    if None in shape and stream == "auto":
+      shape = _records(builder, name).shape
+    if is_streamed(stream, shape):
+      source = {"x_train": _records(builder, name)}
+    folder = Path(os.fspath(builder.data_dir))
+    cache = folder / ("gan_jax_labels.npz" if source else "gan_jax_arrays.npz")
+    with contextlib.suppress(Exception):  # whatever is wrong with the cache, it is made anew
+      if cache.is_file():
+        with np.load(cache) as file:
+          return _checked(builder, name, dict(file) | source)
+    arrays: dict[str, Any] = (
+      {"y_train": _labels(builder, name)} if source else _decode(builder, name, "train")
+    )
+    arrays |= _decode(builder, name, test, "test")
   except InputError:
     raise
   except Exception as error:  # a damaged file may give any
@@ -347,7 +404,7 @@ def _read_cached(builder: Any, name: str) -> Dataset:
     raise InputError(
       f"{name} in {builder.data_dir} cannot be read ({reason}): remove that folder and prepare it anew"
     ) from error
-  dataset = _checked(builder, name, arrays)
+  dataset = _checked(builder, name, arrays | source)
   write_quietly(cache, arrays)
   return dataset
 
@@ -363,37 +420,46 @@ def _checked(builder: Any, name: str, arrays: dict[str, Any]) -> Dataset:
       f" test set {list(x_test.shape[1:])}"
     )
   labels = np.concatenate([dataset.y_train, dataset.y_test])
-  whole = x.ndim == 4 and len(x) == builder.info.splits["train"].num_examples
+  whole = len(x.shape) == 4 and len(x) == builder.info.splits["train"].num_examples
   fit = len(labels) == len(x) + len(x_test) and 0 <= labels.min() <= labels.max() < len(classes)
   if not (whole and fit and x.dtype == x_test.dtype == np.uint8):
     raise InputError(f"{name} is not an image-classification dataset of bytes, each with a class")
   return dataset
 
 
-def _decode(builder: Any, name: str) -> dict[str, Any]:
-  features, splits = builder.info.features, builder.info.splits
-  test = next((part for part in ("test", "validation") if part in splits), None)
-  if "image" not in features or "label" not in features or test is None or "train" not in splits:
-    raise InputError(f"{name} is not an image-classification dataset with training and test images")
-  arrays = {}
-  for part, split in (("train", "train"), ("test", test)):
-    try:
-      source = builder.as_data_source(split=split)
-    except NotImplementedError as error:
-      raise InputError(
-        f"{name} is prepared in a format that only TensorFlow reads; prepare it once more with"
-        f" tfds build {name} --file_format=array_record --overwrite"
-      ) from error
-    arrays[f"x_{part}"], arrays[f"y_{part}"] = _stack(_examples(source), name)
-  return arrays
+def _records(builder: Any, name: str) -> Any:
+  from gan_jax.stream import Records
+
+  return Records(_source(builder, name, "train"), name)
 
 
-def _examples(source: Any) -> Iterable[tuple[np.ndarray, int]]:
+def _source(builder: Any, name: str, split: str, **kwargs: Any) -> Any:
+  try:
+    return builder.as_data_source(split=split, **kwargs)
+  except NotImplementedError as error:
+    raise InputError(
+      f"{name} is prepared in a format that only TensorFlow reads; prepare it once more with"
+      f" tfds build {name} --file_format=array_record --overwrite"
+    ) from error
+
+
+def _decode(builder: Any, name: str, split: str, part: str = "train") -> dict[str, np.ndarray]:
+  examples = _examples(_source(builder, name, split))
+  x, y = _stack(((example["image"], int(example["label"])) for example in examples), name)
+  return {f"x_{part}": x, f"y_{part}": y}
+
+
+def _labels(builder: Any, name: str) -> Int[np.ndarray, "n"]:
+  """Those of the training images, which are not decoded."""
+  skip = {"image": _tfds().decode.SkipDecoding()}
+  examples = _examples(_source(builder, name, "train", decoders=skip))
+  return np.fromiter((example["label"] for example in examples), np.int64)
+
+
+def _examples(source: Any) -> Iterable[Any]:
   """All examples, a thousand a read: one at a time takes as long as decoding them."""
   for start in range(0, len(source), 1000):
-    rows = range(start, min(start + 1000, len(source)))
-    for example in source.__getitems__(list(rows)):
-      yield example["image"], int(example["label"])
+    yield from source.__getitems__(list(range(start, min(start + 1000, len(source)))))
 
 
 def write_quietly(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -15,7 +15,7 @@ Classify = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
 """Images in [0, 1], `[B, H, W, C]`, to logits of their classes `[B, K]`."""
 Diagnose = Callable[[TrainState, data.DeviceData], Metrics]
 
-NUM_IMAGES = 500
+NUM_IMAGES = data.NUM_FIRST
 """Images of each kind that are looked at."""
 
 WARM_UP = 0.1

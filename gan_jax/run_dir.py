@@ -332,6 +332,7 @@ def training(fit: train.Fit) -> Json:
     "seconds_compile": round(fit.seconds_compile, 1),
     "seconds_to_first_step": first and round(first - psutil.Process().create_time(), 2),
     "steps_per_second": round(num_steps / fit.seconds_train, 2),
+    "seconds_idle": round(fit.seconds_idle, 2),
     "alarms": list(fit.alarms),
     "rollbacks": list(fit.rollbacks),
   }

@@ -80,9 +80,9 @@ def init_state(
   )
 
 
-def step_keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
-  """The two keys of the next step: one samples its batch, the other is the step's own."""
-  key_batch, key_step = jax.random.split(jax.random.fold_in(state.key, state.step))
+def step_keys(key: Key[Array, ""], step: Int[Any, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+  """The two keys of a step, from that of the state: one samples its batch, the other is the step's own."""
+  key_batch, key_step = jax.random.split(jax.random.fold_in(key, step))
   return key_batch, key_step
 
 
@@ -224,7 +224,7 @@ def make_step(
     chex.assert_equal_shape([batch.x_lab, batch.x_unl, batch.x_unl_g], dims=(1, 2, 3))
     if objective.g and not batch.num_generated:
       raise ValueError("an objective with terms for G needs a batch with num_generated above 0")
-    _, key = step_keys(state)
+    _, key = step_keys(state.key, state.step)
     key_d, key_g = jax.random.split(key)
     metrics = {}
     if objective.d:
@@ -287,14 +287,13 @@ def freeze_layers(tx: optax.GradientTransformation, layers: Sequence[str]) -> op
   return optax.partition({"frozen": optax.set_to_zero(), "trained": tx}, labels)
 
 
-def make_multi_step(
-  step: Step, sample_batch: Callable[[Key[Array, ""], Any], Batch], *, max_steps: int
-) -> MultiStep:
+def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps: int) -> MultiStep:
   """Many steps as one pure function, so that one dispatch to the device does them all.
 
   Args:
     step: from `make_step`.
-    sample_batch: `(key, data) -> Batch`; consumes the key. `data` is any pytree that lives on the device.
+    sample_batch: `(key, data, i) -> Batch`; consumes the key. `data` is any pytree that lives on the
+      device, `i` the place of the step in the call, from 0 on.
     max_steps: the most steps that one call does.
 
   Returns:
@@ -303,17 +302,17 @@ def make_multi_step(
   """
 
   @jax.jit  # the shapes of the metrics and the loop's body share one trace
-  def one(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
-    key_batch, _ = step_keys(state)
-    return step(state, sample_batch(key_batch, data))
+  def one(state: TrainState, data: Any, i: Int[Array, ""]) -> tuple[TrainState, Metrics]:
+    key_batch, _ = step_keys(state.key, state.step)
+    return step(state, sample_batch(key_batch, data, i))
 
   def multi_step(state: TrainState, data: Any, num: Int[Array, ""]):
     def body(i: Array, carry):
       state, history = carry
-      state, metrics = one(state, data)
+      state, metrics = one(state, data, i)
       return state, {name: history[name].at[i].set(metrics[name]) for name in history}
 
-    _, shapes = jax.eval_shape(one, state, data)
+    _, shapes = jax.eval_shape(one, state, data, jnp.int32(0))
     history = {name: jnp.zeros(max_steps, shape.dtype) for name, shape in shapes.items()}
     return jax.lax.fori_loop(0, num, body, (state, history))
 

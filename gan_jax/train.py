@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gan_jax import checkpoint, data, diagnostics, parallel, recipes, report
+from gan_jax import checkpoint, data, diagnostics, parallel, recipes, report, stream
 from gan_jax.recipes import Recipe
 from gan_jax.report import console
 from gan_jax.types import InputError, Json, Stopped, TrainState
@@ -40,6 +40,8 @@ class Fit:
   """Problems that the diagnostics report at the end of training, a sentence each."""
   rollbacks: tuple[str, ...] = ()
   """What was not finite, a sentence for each time that training went back to the last checkpoint."""
+  seconds_idle: float = 0.0
+  """Spent waiting for streamed images while the device had nothing to do."""
 
 
 MAX_ROLLBACKS = 3
@@ -102,7 +104,7 @@ def fit(
 
   Args:
     recipe: what to train.
-    images: the training set on the device.
+    images: the training set on the device, or the stream of it.
     key: consumed: it gives the initial state, and with it all randomness of the run.
     workdir: where `metrics.jsonl` and `checkpoints/` go; without it nothing is written.
     resume: go on from the newest checkpoint in `workdir`, bit for bit, where there is one.
@@ -114,7 +116,7 @@ def fit(
     classify: names the classes of generated images for the diagnostics, see `make_diagnostics`.
     class_names: for the alarms.
     tensorboard: whether to log for TensorBoard too, under `workdir/tensorboard`.
-    steps_per_dispatch: the most steps in one dispatch.
+    steps_per_dispatch: the most steps in one dispatch; fewer where images are streamed and large.
     snapshot: called with the state about ten times, for pictures on the way.
     verbose: whether to show progress.
     devices: those that share each step, see `parallel.over_devices`; without any, JAX's default device.
@@ -126,7 +128,8 @@ def fit(
   Raises:
     Stopped: SIGTERM or SIGHUP; what was reached has been saved.
     InputError: a metric is not finite; nothing from then on has been saved. Or `workdir` holds checkpoints
-      and is not to be resumed, or the batch cannot be split over so many devices.
+      and is not to be resumed, or the batch cannot be split over so many devices. Or a streamed image
+      cannot be read; what was reached has been saved.
   """
   split = parallel.over_devices(recipe, devices) if devices else recipe
   state = recipe.init_state(key, images)
@@ -148,11 +151,16 @@ def fit(
       state = state if start is None else start(state)
     if rollbacks:
       split = recipes.with_learning_rates(split, 0.5 ** len(rollbacks))
+    dispatches = stream.Dispatches(
+      images, recipe.batch, state, num_steps=recipe.num_steps, max_steps=steps_per_dispatch, devices=devices
+    )
+    stack.enter_context(dispatches)
+    steps_per_dispatch = dispatches.max_steps
     multi_step = jax.jit(split.make_multi_step(steps_per_dispatch), donate_argnums=0)
     if verbose:
       report.say(f"{phase}: compiling")
     begin = time.perf_counter()
-    compiled = multi_step.lower(state, images, np.int32(0)).compile()
+    compiled = multi_step.lower(state, dispatches.abstract, np.int32(0)).compile()
     seconds_compile = time.perf_counter() - begin
     observe = None
     if diagnose:
@@ -163,7 +171,7 @@ def fit(
     num_steps, every = recipe.num_steps, checkpoint_every or recipe.num_steps
     observe_every, snapshot_every = max(1, num_steps // 20), max(1, num_steps // 10)
     done = first = int(state.step)
-    pending, first_step_at = None, None
+    pending, first_step_at, unreadable = None, None, None
     log = stack.enter_context(_MetricsLog(workdir, phase, first, num_steps, class_names, tensorboard))
     log.rollbacks = rollbacks
     show = stack.enter_context(_progress(phase, first, num_steps)) if verbose else lambda row: None
@@ -176,7 +184,12 @@ def fit(
           num = min(num, observe_every - done % observe_every)
         if snapshot:
           num = min(num, snapshot_every - done % snapshot_every)
-        state, metrics = compiled(state, images, np.int32(num))
+        try:
+          drawn = dispatches.take(num, state.step)
+        except InputError as error:
+          unreadable = error
+          break
+        state, metrics = compiled(state, drawn, np.int32(num))
         done += num
         if snapshot and done % snapshot_every == 0:
           snapshot(state)
@@ -196,10 +209,25 @@ def fit(
       show(log.write(*pending))
     if checkpoints is not None:
       checkpoints.save(state, {"rollbacks": rollbacks})
+    if unreadable is not None:
+      saved = "" if checkpoints is None else f"; step {done:,} is saved, and --resume goes on from there"
+      raise InputError(f"{unreadable}{saved}")
     if stop.signum in (signal.SIGTERM, signal.SIGHUP):
       raise Stopped(stop.signum)
+    idle = dispatches.seconds_idle
+    if verbose and idle > 0.05 * log.seconds:
+      report.say(
+        f"{phase}: reading images did not keep up: the device waited {idle / log.seconds:.0%} of the time"
+      )
     return Fit(
-      state, log.seconds, seconds_compile, first_step_at, done < num_steps, log.alarms, tuple(rollbacks)
+      state,
+      log.seconds,
+      seconds_compile,
+      first_step_at,
+      done < num_steps,
+      log.alarms,
+      tuple(rollbacks),
+      idle,
     )
 
 

@@ -192,7 +192,7 @@ def compiled_d_alone():
   g, d = Images(noise), DenseD()
   objective = objectives.Objective(d={"adversarial": (1.0, terms.adversarial_d(losses.non_saturating))})
 
-  def sample_batch(key, pool):
+  def sample_batch(key, pool, _):
     x = pool[jax.random.randint(key, (12,), 0, len(pool))]
     return Batch(x[:0], jnp.zeros(0, jnp.int32), x, x, num_generated=12)
 

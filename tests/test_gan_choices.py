@@ -111,7 +111,7 @@ def two_steps(norm: str):
     for i, name in enumerate(("r1", "r2", "wgan_gp")):
       objective.d[name] = (lambda step, i=i: weights[i], penalties[name][1])
     step = steps.make_step(G, d, g_tx=TX, d_tx=TX, objective=objective)
-    return steps.make_multi_step(step, lambda key, batch: batch, max_steps=2)(state, batch, jnp.int32(2))
+    return steps.make_multi_step(step, lambda key, batch, i: batch, max_steps=2)(state, batch, jnp.int32(2))
 
   return lambda which, weights: (state, *multi_step(which, jnp.array(weights), state, batch))
 

@@ -69,7 +69,7 @@ def test_feature_matching_update_by_hand(make_tiny):
   tiny = make_tiny(tx=optax.sgd(0.1))
   state, batch = tiny.state(), tiny.batch()
   after, _ = jax.jit(tiny.step())(state, batch)
-  _, key = steps.step_keys(state)
+  _, key = steps.step_keys(state.key, state.step)
   key_z = jax.random.split(jax.random.split(key)[1], 6)[0]
   z = tiny.g.latents(key_z, len(batch.x_unl_g))
 
@@ -141,7 +141,7 @@ def test_many_steps_in_one_call_are_single_steps(make_tiny):
   step = jax.jit(tiny.step(augment=WEAK))
   expected, history = tiny.state(), []
   for _ in range(3):
-    key_batch, _ = steps.step_keys(expected)
+    key_batch, _ = steps.step_keys(expected.key, expected.step)
     expected, metrics = step(expected, tiny.sample_batch(key_batch, tiny.data))
     history.append(metrics["d/loss"])
   multi_step = jax.jit(steps.make_multi_step(tiny.step(augment=WEAK), tiny.sample_batch, max_steps=5))
@@ -298,7 +298,7 @@ def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
   """D's and G's adversarial terms of the first update, from the latents that the step draws."""
   tiny, _, (before, after, *_), (metrics, *_) = three_steps("conditional")
   batch = tiny.batch(1)
-  _, key = steps.step_keys(before)
+  _, key = steps.step_keys(before.key, before.step)
   key_d, key_g = jax.random.split(key)
 
   @jax.jit
@@ -589,7 +589,7 @@ def test_a_ring_of_gaussians_is_covered():
   objective = objectives.gan(penalty="r1", gamma=0.05)
   step = steps.make_step(G(), D(), g_tx=tx, d_tx=tx, objective=objective, ema_decay=0.99)
 
-  def sample_batch(key, data):
+  def sample_batch(key, data, i):
     key_mode, key_noise = jax.random.split(key)
     x = centres[jax.random.randint(key_mode, (128,), 0, 8)] + 0.01 * jax.random.normal(key_noise, (128, 2))
     x = x.reshape(-1, 1, 2, 1)

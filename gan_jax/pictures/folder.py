@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 from jaxtyping import UInt8
 
-from gan_jax.datasets import Dataset, write_quietly
+from gan_jax.datasets import Choice, Dataset, is_streamed, write_quietly
 from gan_jax.pictures.layout import Found, scan
 from gan_jax.pictures.reader import (
   GREY,
@@ -28,7 +28,9 @@ from gan_jax.report import cache_dir
 from gan_jax.types import InputError
 
 
-def load_folder(root: str | Path, *, image_size: int | None = None, fit: Fit = "crop") -> Dataset:
+def load_folder(
+  root: str | Path, *, image_size: int | None = None, fit: Fit = "crop", stream: Choice = "no"
+) -> Dataset:
   """Reads a folder of pictures; the decoded ones are kept in the user's cache.
 
   The labels come from one of three layouts:
@@ -42,6 +44,8 @@ def load_folder(root: str | Path, *, image_size: int | None = None, fit: Fit = "
     root: the folder; hidden files and what is no picture by its suffix are skipped.
     image_size: resizes to squares of this side; the name of the dataset then ends in `@` and the side.
     fit: how the aspect is kept, see `Reader`.
+    stream: whether the training pictures are left where they are, `stream.Pictures`. One that cannot be
+      decoded, unlike one whose head cannot be read, then shows when it is reached.
 
   Raises:
     InputError: no such layout, classes without pictures, several sizes without `image_size`, an unreadable
@@ -50,9 +54,9 @@ def load_folder(root: str | Path, *, image_size: int | None = None, fit: Fit = "
   found = scan(Path(root))
   _raise_first(found.problems)
   key = _cache_key(found, image_size, fit)
-  read = _from_cache(key, found)
+  read = None if stream == "yes" else _from_cache(key, found)
   if read is None:
-    read = _read_folder(found, image_size, fit)
+    read = _read_folder(found, image_size, fit, stream)
     _to_cache(key, read)
   unreadable = {*read.unreadable}
   train = [label for i, (_, label) in enumerate(found.train) if i not in unreadable]
@@ -79,6 +83,7 @@ class _Read(NamedTuple):
   """The pictures of a folder."""
 
   x_train: UInt8[np.ndarray, "n h w c"]
+  """Or `stream.Pictures`."""
   x_test: UInt8[np.ndarray, "m h w c"]
   reader: Reader
   unreadable: list[int]
@@ -91,7 +96,7 @@ def _raise_first(problems: Sequence[str]) -> None:
     raise InputError(problems[0])
 
 
-def _read_folder(found: Found, image_size: int | None, fit: Fit) -> _Read:
+def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice) -> _Read:
   paths = [path for path, _ in found.train]
   test = [path for path, _ in found.test]
   headers = for_all(Header.read, paths + test, "looking at the pictures")
@@ -124,14 +129,25 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit) -> _Read:
     white=white,
   )
   size = reader.size or mine[0].size
+  failed = {i: reason for i, reason in reasons.items() if i < len(paths)}
+  there = [path for i, path in enumerate(paths) if i not in failed]
+  shape = (*size, reader.channels)
+  lazy = is_streamed(stream, (len(there), *shape))
   hint = "choose a smaller --image-size" if reader.size else "resize them with --image-size N"
-  check_memory(len(paths + test), (*size, reader.channels), hint)
-  x_train, failed = _read_all(reader, paths, size)
-  _raise_first(unreadable_problems(found, failed))
-  if failed:
-    x_train = np.delete(x_train, [*failed], axis=0)
-  if reader.channels == 3 and _is_grey(x_train):
-    reader, x_train = replace(reader, channels=1), np.ascontiguousarray(x_train[..., :1])
+  check_memory(len(test if lazy else paths + test), shape, hint)
+  if lazy:
+    from gan_jax.stream import Pictures  # late, as it needs what is built from datasets
+
+    if reader.channels == 3 and _is_grey(Pictures(there, reader, size)):
+      reader = replace(reader, channels=1)
+    x_train: Any = Pictures(there, reader, size)
+  else:
+    x_train, failed = _read_all(reader, paths, size)
+    _raise_first(unreadable_problems(found, failed))
+    if failed:
+      x_train = np.delete(x_train, [*failed], axis=0)
+    if reader.channels == 3 and _is_grey(x_train):
+      reader, x_train = replace(reader, channels=1), np.ascontiguousarray(x_train[..., :1])
   x_test, failed_test = _read_all(reader, test, size)
   _raise_first(unreadable_problems(found, {len(paths) + i: reason for i, reason in failed_test.items()}))
   left = {label for i, (_, label) in enumerate(found.train) if i not in failed}
@@ -163,9 +179,9 @@ def _read_all(
   return x, {i: reason for i, reason in enumerate(results) if reason is not None}
 
 
-def _is_grey(x: UInt8[np.ndarray, "n h w c"]) -> bool:
-  """Whether all three channels are the same everywhere."""
-  rows = (x[i : i + 256] for i in range(0, len(x), 256))
+def _is_grey(x: Any) -> bool:
+  """Whether all three channels are the same everywhere; of a source as much is read as it takes to see."""
+  rows = (x[np.arange(i, min(i + 256, len(x)))] for i in range(0, len(x), 256))
   return all((a[..., :1] == a).all() for a in rows)
 
 
@@ -245,7 +261,7 @@ def _from_cache(key: str, found: Found) -> _Read | None:
 
 
 def _to_cache(key: str, read: _Read) -> None:
-  if read.x_train.nbytes + read.x_test.nbytes > _CACHE_BYTES:
+  if not isinstance(read.x_train, np.ndarray) or read.x_train.nbytes + read.x_test.nbytes > _CACHE_BYTES:
     return
   folder = cache_dir() / "pictures"
   about = {"reader": asdict(read.reader), "unreadable": read.unreadable, "notes": read.notes}

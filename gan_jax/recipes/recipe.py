@@ -77,7 +77,7 @@ class Recipe:
 
   def init_state(self, key: Key[Array, ""], images: data.DeviceData) -> TrainState:
     """A fresh state; consumes the key. Weight-normalised layers start from the first 500 images."""
-    x_init = data.to_float((images.x_unl if len(images.x_unl) else images.x_lab)[:500])
+    x_init = data.to_float((images.x_unl if len(images.x_unl) else images.x_lab)[: data.NUM_FIRST])
     aux = self.augment.init() if isinstance(self.augment, augment.Adaptive) else None
     return steps.init_state(key, self.g, self.d, g_tx=self.g_tx, d_tx=self.d_tx, x_init=x_init, aux=aux)
 

@@ -1,0 +1,216 @@
+"""Training images that do not fit: read from disk while a run trains, ahead of its steps.
+
+What a step draws is a function of the run's key and of the step, `data.draw_rows`, the same as in memory.
+So the step is the position in the stream: a run goes on bit for bit from any step, nothing of the stream is
+saved, and a streamed run is the run in memory. Grain reads and decodes ahead in threads.
+
+A source reads images by their positions: `source.shape`, `[N, H, W, C]`, `len(source)`, and `source[rows]`,
+bytes `[B, H, W, C]`, from several threads at once. An array is one.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from gan_jax import data, parallel, steps
+from gan_jax.pictures.reader import Reader, open_upright, reason_of
+from gan_jax.types import BatchSizes, InputError, TrainState
+
+DISPATCH_BYTES = 2**26
+"""The most that the images of one dispatch take. There are two at a time on the device, two on the host."""
+_BLOCK = 1000  # steps whose draws are computed together
+
+
+# --- Sources
+
+
+class Records:
+  """Images of a tfds data source."""
+
+  def __init__(self, source: Any, name: str):
+    self._source, self._name = source, name
+    first = self._read([0])[0]
+    self.shape, self.dtype = (len(source), *first.shape), first.dtype
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+    images = self._read(rows)
+    for image in images:
+      _check_shape(image, self.shape[1:], f"an image of {self._name}")
+    return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
+
+  def _read(self, rows: Any) -> list[np.ndarray]:
+    try:
+      return [example["image"] for example in self._source.__getitems__(np.asarray(rows).tolist())]
+    except Exception as error:  # whatever the reader of records and Pillow raise
+      raise InputError(f"records of {self._name} {reason_of(error)}") from error
+
+
+class Pictures:
+  """Files of pictures, all read alike."""
+
+  def __init__(self, paths: Sequence[Path], reader: Reader, size: tuple[int, int]):
+    self._paths, self._reader = paths, reader
+    self.shape = (len(paths), *size, reader.channels)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+    found = np.empty((len(rows), *self.shape[1:]), np.uint8)
+    for i, row in enumerate(rows):
+      path = self._paths[row]
+      try:
+        pixels = self._reader._pixels(open_upright(path))
+      except Exception as error:  # decoders raise whatever they like on a broken file
+        raise InputError(f"{path} {reason_of(error)}: mend it") from error
+      _check_shape(pixels, self.shape[1:], str(path))
+      found[i] = pixels
+    return found
+
+
+class Resized:
+  """Another source, resized when it is read."""
+
+  def __init__(self, source: Any, side: int, resize: Callable[[np.ndarray], np.ndarray]):
+    self._source, self._resize = source, resize
+    self.shape = (len(source), side, side, source.shape[-1])
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+    return self._resize(self._source[rows])
+
+
+def _check_shape(image: np.ndarray, shape: tuple[int, ...], name: str) -> None:
+  if image.shape != shape:
+    found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
+    raise InputError(f"{name} is {found} and the others are {others}: resize them first")
+
+
+# --- Ahead of the steps
+
+
+class Dispatches:
+  """The data of one dispatch after the other; where it is streamed, the next is read meanwhile.
+
+  A context manager: leaving it ends the threads.
+  """
+
+  def __init__(
+    self,
+    images: data.DeviceData,
+    sizes: BatchSizes,
+    state: TrainState,
+    *,
+    num_steps: int,
+    max_steps: int,
+    devices: Sequence[Any] = (),
+  ):
+    """Begins to read.
+
+    Args:
+      images: what is on the device, and the stream of the others, if there is one.
+      sizes: of a batch.
+      state: the one that training begins with, or goes on from.
+      num_steps: the last step of training.
+      max_steps: the most steps in one dispatch.
+      devices: those that share each step; each gets all images.
+    """
+    self.max_steps = max_steps
+    """The most steps in one dispatch: fewer where their images would take more than `DISPATCH_BYTES`."""
+    self.abstract = images
+    """What a step is to be compiled for: the data, or its shapes."""
+    self.seconds_idle = 0.0
+    """Spent waiting for images while the device had nothing to do."""
+    self._images, self._devices, self._batches = images, devices, None
+    stream, num = images.stream, sizes.unlabelled + sizes.generated
+    if stream is None or not num:
+      return
+    import grain  # late: it takes most of a second
+
+    shape = (num, *stream.source.shape[1:])
+    self.max_steps = max(1, min(max_steps, DISPATCH_BYTES // math.prod(shape)))
+    self._shape, sharding = (self.max_steps, *shape), self._put(np.zeros((), np.uint8)).sharding
+    self.abstract = images.replace(x_steps=jax.ShapeDtypeStruct(self._shape, np.uint8, sharding=sharding))
+    draws = _Draws(stream.rows, sizes, state, num_steps)
+    ahead = self.max_steps + stream.workers if stream.workers else 0
+    options = grain.ReadOptions(num_threads=stream.workers, prefetch_buffer_size=ahead)
+    self._batches = iter(
+      grain.MapDataset.source(draws).map(stream.source.__getitem__).to_iter_dataset(options)
+    )
+    self._batches.start_prefetch()
+
+  def __enter__(self) -> "Dispatches":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._batches is not None:
+      self._batches.close()
+
+  def take(self, num: int, running: Any) -> data.DeviceData:
+    """The data of the next `num` steps.
+
+    Args:
+      num: at most `max_steps`.
+      running: a result of the dispatch before. While it is not ready, the device is busy.
+
+    Raises:
+      InputError: images that cannot be read.
+    """
+    if self._batches is None:
+      return self._images
+    x = np.zeros(self._shape, np.uint8)
+    for i in range(num):
+      begin, idle = time.perf_counter(), running.is_ready()
+      x[i] = next(self._batches)
+      self.seconds_idle += idle * (time.perf_counter() - begin)
+    return self._images.replace(x_steps=self._put(x))
+
+  def _put(self, x: np.ndarray) -> Array:
+    return parallel.replicated(x, self._devices) if self._devices else jax.device_put(x)
+
+
+class _Draws:
+  """Which images of the source each step draws, from that of a state to the last."""
+
+  def __init__(self, rows: np.ndarray, sizes: BatchSizes, state: TrainState, num_steps: int):
+    self._first, self._num_steps = int(state.step), num_steps
+    key_data: Any
+    key_data, impl = np.asarray(jax.random.key_data(state.key)), jax.random.key_impl(state.key)
+
+    @jax.jit
+    @jax.vmap
+    def draw(step: Array) -> Array:
+      key, _ = steps.step_keys(jax.random.wrap_key_data(key_data, impl=impl), step)
+      _, unl, unl_g = data.draw_rows(key, sizes, 0, len(rows))
+      return jax.numpy.concatenate([unl, unl_g])
+
+    device = None
+    with contextlib.suppress(RuntimeError):  # there may be no processor among JAX's devices
+      device = jax.local_devices(backend="cpu")[0]
+
+    @lru_cache(maxsize=2)
+    def block(i: int) -> np.ndarray:
+      with jax.default_device(device):
+        return rows[np.asarray(draw(np.arange(i * _BLOCK, (i + 1) * _BLOCK, dtype=np.int32)))]
+
+    self._block = block
+
+  def __len__(self) -> int:
+    return self._num_steps - self._first
+
+  def __getitem__(self, index: int) -> Int[np.ndarray, "b"]:
+    i, row = divmod(self._first + index, _BLOCK)
+    return self._block(i)[row]
