@@ -153,10 +153,11 @@ def probes(rows: _runs.Rows) -> str:
 
 def tuning(rows: _runs.Rows) -> str:
   """A row an arm; lines whose splits or hyper-parameters are not those of the first are left out."""
-  free = "augmentation", "budgets", "methods"
+  free = "augmentation", "augment", "budgets", "methods"
   fixed = lambda row: {key: value for key, value in row["flags"].items() if key not in free}
   rows = [row for row in rows if fixed(row) == fixed(rows[0])]
-  found = {(row["method"], row["flags"]["augmentation"], row["budget"]): row for row in rows}
+  plain = lambda flags: flags.get("augment") == "none" or flags.get("augmentation") is False
+  found = {(row["method"], not plain(row["flags"]), row["budget"]): row for row in rows}
   columns = list(dict.fromkeys(key[1:] for key in found))
   lines = []
   for method in dict.fromkeys(row["method"] for row in rows):

@@ -32,9 +32,9 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import _study_tables
-from gan_jax import cli, data, datasets, evaluate, parallel, recipes, report, run_dir
+from gan_jax import cli, data, datasets, evaluate, networks, parallel, recipes, report, run_dir
 from gan_jax.datasets import Dataset
-from gan_jax.recipes import Recipe, study
+from gan_jax.recipes import Recipe, policies, ssgan, study
 from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
@@ -60,11 +60,13 @@ class Config:
   tune: bool = False
   """Hold out a third of the training images, at most 10,000, and report on them, not on the test set."""
   train: cli.TrainFlags = cli.TrainFlags()
-  network: Literal["conv", "mlp"] = "conv"
-  """The pair of networks of mnist_ssgan; for images below 16x16 conv is a smaller pair, conv_small."""
-  augmentation: bool = True
-  """Whether D sees augmented images. Else consistency and the averaged teacher ask for the same class under
-  D's own noise alone: the mlp has much of it, the conv pair none."""
+  network: ssgan.Tuned | None = None
+  """The pair of networks of mnist_ssgan; for images below 16x16 conv is a smaller pair, conv_small
+  (default: vgg for colour pictures from 32x32 on, else conv)."""
+  augment: policies.Name | None = None
+  """Augmentation of all that D sees, see mnist_ssgan. With none, consistency and the averaged teacher ask
+  for the same class under D's own noise alone: the mlp has much of it, the others none (default: photos or
+  objects for colour, digits for grey images)."""
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
   adversarial: float | None = None
@@ -113,7 +115,7 @@ def main(config: Config) -> Json:
     todo = [(b, m) for b in config.budgets for m in config.methods if (b, m) not in done]
     train = Study(dataset, seed=config.train.seed)
     for i, (budget, method) in enumerate(todo):
-      shared = {"budget": budget, "method": method, "network": config.network, **run.environment}
+      shared = {"budget": budget, "method": method, "network": network(config, dataset), **run.environment}
       found = [shared | row for row in train.cell(method, used.get(method), splits[budget])]
       rows += found
       with open(path, "ab") as file:
@@ -136,7 +138,7 @@ def main(config: Config) -> Json:
     report.label_curves(run.path / "study.png", curves, smallest=half_an_image, ylabel=f"{where}, %")
     result = {
       "interrupted": False,
-      "network": config.network,
+      "network": network(config, dataset),
       "steps": max((recipe.num_steps for recipe in used.values()), default=0),
       "recipes": {name: recipes.describe(recipe) for name, recipe in used.items()},
       "tune": config.tune,
@@ -177,11 +179,16 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method) -> Recip
     vat_epsilon=config.vat_epsilon * float(norm),
     **vars(config.weights),
   )
-  if not config.augmentation:
-    given |= {"strong": None, "weak": None}
-  side = min(dataset.image_shape[:2])
-  hparams = study.tuned(config.network, len(dataset.x_train), side, method)
+  shape = dataset.image_shape
+  policy = config.augment or policies.suited(shape, mirror=dataset.of_objects)
+  hparams = study.tuned(network(config, dataset), len(dataset.x_train), min(shape[:2]), method, policy)
   return study.build(dataclasses.replace(hparams, **given), dataset.image_shape, dataset.num_classes)
+
+
+def network(config: Config, dataset: Dataset) -> ssgan.Tuned:
+  """The pair that all methods share."""
+  suited = networks.suited(dataset.image_shape)
+  return config.network or ("vgg" if suited == "vgg" else "conv")
 
 
 def split_labels(dataset: Dataset, budget: int | str, seeds: Sequence[int]) -> list[LabelSplit]:

@@ -13,7 +13,7 @@ of training on two CPU cores; conv_fine 0.60, 428 s on one core.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from gan_jax import cli, data, evaluate, metrics, pictures, recipes, report, run_dir, train
 from gan_jax.datasets import Dataset
-from gan_jax.recipes import Recipe, gan
+from gan_jax.recipes import Recipe, gan, policies
 from gan_jax.types import InputError, Json
 
 FILES = (*run_dir.TRAINING_FILES, "samples", "learning_curves.png")
@@ -31,8 +31,9 @@ FILES = (*run_dir.TRAINING_FILES, "samples", "learning_curves.png")
 class GanFlags:
   """The GAN."""
 
-  network: Literal["article", "conv_fine"] = "conv_fine"
-  """article: the source article's networks and optimizer. conv_fine: a small convolutional pair."""
+  network: gan.Tuned = "conv_fine"
+  """article: the source article's networks and optimizer. conv_fine: a small convolutional pair. vgg and
+  resnet: a deeper and a residual pair, for colour pictures."""
   loss: gan.Loss = "non_saturating"
   """Adversarial loss."""
   penalty: gan.Penalty | None = None
@@ -109,7 +110,7 @@ def make_hparams(
   if dataset is not None:
     height, width, _ = dataset.image_shape
     given = {"rotation": float(dataset.of_objects and height == width), **given}
-    given["flip"] = dataset.of_objects
+    given |= {"flip": dataset.of_objects, "policy": policies.suited(dataset.image_shape)}
   tuned = gan.tuned(flags.network, flags.penalty)
   return dataclasses.replace(tuned, loss=flags.loss, real_label=flags.real_label, **given)
 

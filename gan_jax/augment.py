@@ -1,9 +1,8 @@
 """Random image transformations, differentiable in the image, one draw an image.
 
 All take `(key, x)` with `x` in [0, 1], `[B, H, W, C]`, consume the key and give the same shape and
-range. Pixels from outside the image are zero, the background of the digit data sets. Because they are
-differentiable, a GAN can put them before D on real and generated images alike: G then learns the images
-without them, as long as they can be undone on average.
+range. Because they are differentiable, a GAN can put them before D on real and generated images alike: G
+then learns the images without them, as long as they can be undone on average.
 
 References:
   Zhao et al., 2020, https://arxiv.org/abs/2006.10738 (DiffAugment).
@@ -11,6 +10,7 @@ References:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,18 @@ from jaxtyping import Array, Float, Int, Key
 
 from gan_jax.types import Augment
 
+Border = Literal["zero", "edge", "mirror"]
+"""What is outside an image: zeros, the background of digits, or its edge repeated, or its mirror image."""
 
-def affine(*, shift: float = 0.0, rotate: float = 0.0, scale: float = 0.0, shear: float = 0.0) -> Augment:
+
+def affine(
+  *,
+  shift: float = 0.0,
+  rotate: float = 0.0,
+  scale: float = 0.0,
+  shear: float = 0.0,
+  border: Border = "zero",
+) -> Augment:
   """Builds a random affine map with bilinear sampling, each parameter uniform in its range.
 
   Args:
@@ -27,6 +37,7 @@ def affine(*, shift: float = 0.0, rotate: float = 0.0, scale: float = 0.0, shear
     rotate: largest rotation either way, in degrees.
     scale: largest change of size: each axis by a factor in `[1 / (1 + scale), 1 + scale]`, log-uniform.
     shear: largest horizontal shear, as the tangent of its angle.
+    border: what is outside the image.
   """
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -40,16 +51,20 @@ def affine(*, shift: float = 0.0, rotate: float = 0.0, scale: float = 0.0, shear
     u = jnp.arange(width)[None, None, :] - (width - 1) / 2 - dx
     u, v = jnp.cos(angle) * u + jnp.sin(angle) * v, jnp.cos(angle) * v - jnp.sin(angle) * u
     u = u + shear * draws[5] * v
-    return sample(x, v / zoom_y + (height - 1) / 2, u / zoom_x + (width - 1) / 2)
+    return sample(x, v / zoom_y + (height - 1) / 2, u / zoom_x + (width - 1) / 2, border)
 
   return transform
 
 
 def sample(
-  x: Float[Array, "b h w c"], rows: Float[Array, "b i j"], columns: Float[Array, "b i j"]
+  x: Float[Array, "b h w c"],
+  rows: Float[Array, "b i j"],
+  columns: Float[Array, "b i j"],
+  border: Border = "zero",
 ) -> Float[Array, "b i j c"]:
-  """The image at fractional positions, bilinear between pixels; zero outside."""
+  """The image at fractional positions, bilinear between pixels."""
   batch, height, width, channels = x.shape
+  rows, columns = _inside(rows, height, border), _inside(columns, width, border)
   top, left = jnp.floor(rows), jnp.floor(columns)
   down, right = (rows - top)[..., None], (columns - left)[..., None]
   # A border of zeros, to which every position outside is clipped.
@@ -68,8 +83,18 @@ def sample(
   return (1 - down) * upper + down * lower
 
 
-def cutout(size: float) -> Augment:
-  """Builds a square hole of zeros of `size` times the shorter side, its centre anywhere.
+def _inside(position: Array, size: int, border: Border) -> Array:
+  """Positions along a side, those outside as the positions of the pixels that stand there."""
+  if border == "edge":
+    return jnp.clip(position, 0, size - 1)
+  if border == "mirror":
+    last = size - 1
+    return last - jnp.abs(position % (2 * max(1, last)) - last)  # the edge itself is there once
+  return position
+
+
+def cutout(size: float, *, fill: float = 0.0) -> Augment:
+  """Builds a square hole of value `fill`, `size` times the shorter side, its centre anywhere.
 
   References:
     DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552.
@@ -82,7 +107,7 @@ def cutout(size: float) -> Augment:
     v = jnp.arange(height)[None, :, None] + 0.5
     u = jnp.arange(width)[None, None, :] + 0.5
     hole = (jnp.abs(v - centre[0]) < half) & (jnp.abs(u - centre[1]) < half)
-    return jnp.where(hole[..., None], 0.0, x)
+    return jnp.where(hole[..., None], fill, x)
 
   return transform
 
@@ -98,8 +123,8 @@ def chain(*augments: Augment) -> Augment:
   return transform
 
 
-def translate(share: float) -> Augment:
-  """Builds a shift by whole pixels, up to `share` of the side along each axis; zeros move in."""
+def translate(share: float, *, border: Border = "zero") -> Augment:
+  """Builds a shift by whole pixels, up to `share` of the side along each axis: a crop of a padded image."""
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     batch, height, width, _ = x.shape
@@ -107,6 +132,7 @@ def translate(share: float) -> Augment:
     moved = jnp.round(jax.random.uniform(key, (2, batch), minval=-1.0, maxval=1.0) * most)
     rows = jnp.arange(height)[None, :] - moved[0].astype(jnp.int32)[:, None]
     columns = jnp.arange(width)[None, :] - moved[1].astype(jnp.int32)[:, None]
+    rows, columns = _inside(rows, height, border), _inside(columns, width, border)
     x = jnp.take_along_axis(x, jnp.clip(rows, 0, height - 1)[:, :, None, None], axis=1)
     x = jnp.take_along_axis(x, jnp.clip(columns, 0, width - 1)[:, None, :, None], axis=2)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
@@ -125,6 +151,42 @@ def brightness_contrast(*, brightness: float = 0.0, contrast: float = 0.0) -> Au
     draws = jax.random.uniform(key, (2, len(x), 1, 1, 1), minval=-1.0, maxval=1.0)
     mean = x.mean(axis=(1, 2, 3), keepdims=True)
     return jnp.clip((x - mean) * (1 + contrast * draws[0]) + mean + brightness * draws[1], 0.0, 1.0)
+
+  return transform
+
+
+def saturation(most: float) -> Augment:
+  """Builds `mean + (x - mean) s`, the mean of each pixel's colours, with `s` uniform in 1 +- `most`.
+
+  Hue and mean stay. Clipped to [0, 1]. Grey images stay as they are.
+  """
+
+  def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    draws = jax.random.uniform(key, (len(x), 1, 1, 1), minval=-1.0, maxval=1.0)
+    mean = x.mean(axis=3, keepdims=True)
+    return jnp.clip(mean + (x - mean) * (1 + most * draws), 0.0, 1.0) if x.shape[3] == 3 else x
+
+  return transform
+
+
+def hue(degrees: float) -> Augment:
+  """Builds a turn of the colours about the grey axis r = g = b, by an angle uniform in +-`degrees`.
+
+  A third of a turn takes red to green, as in every colour model. Linear in the pixels, so that grey, which
+  has no hue, has a gradient. Clipped to [0, 1]. Grey images stay as they are.
+
+  References:
+    Karras et al., 2020, https://arxiv.org/abs/2006.06676, appendix B (hue and saturation as linear maps).
+  """
+
+  def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    if x.shape[3] != 3:
+      return x
+    angle = jnp.deg2rad(degrees) * jax.random.uniform(key, (len(x), 1, 1, 1), minval=-1.0, maxval=1.0)
+    # Rodrigues' rotation: with the axis a = (1, 1, 1) / sqrt 3, a x v = (b - g, r - b, g - r) / sqrt 3.
+    mean = x.mean(axis=3, keepdims=True)
+    across = (jnp.roll(x, 1, axis=3) - jnp.roll(x, -1, axis=3)) / jnp.sqrt(3.0)
+    return jnp.clip(mean + (x - mean) * jnp.cos(angle) + across * jnp.sin(angle), 0.0, 1.0)
 
   return transform
 
@@ -150,6 +212,24 @@ def sometimes(augment: Augment, prob: Float[Array, ""] | float) -> Augment:
     key_apply, key_which = jax.random.split(key)
     which = jax.random.bernoulli(key_which, prob, (len(x), 1, 1, 1))
     return jnp.where(which, augment(key_apply, x), x)
+
+  return transform
+
+
+def some(num: int, *augments: Augment) -> Augment:
+  """Applies so many of these to each image, drawn for it alone, in their order.
+
+  References:
+    Cubuk et al., 2019, https://arxiv.org/abs/1909.13719 (RandAugment; strengths here are drawn as well).
+  """
+
+  def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    key_which, *keys = jax.random.split(key, 1 + len(augments))
+    draws = jax.random.uniform(key_which, (len(x), len(augments)))
+    drawn = (draws[:, :, None] > draws[:, None, :]).sum(axis=2) < num
+    for i, augment in enumerate(augments):
+      x = jnp.where(drawn[:, i].reshape(-1, 1, 1, 1), augment(keys[i], x), x)
+    return x
 
   return transform
 

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from gan_jax import (
   datasets,
   evaluate,
   metrics,
+  networks,
   page,
   recipes,
   report,
@@ -28,7 +28,7 @@ from gan_jax import (
 )
 from gan_jax.datasets import Dataset
 from gan_jax.evaluate import Evaluation
-from gan_jax.recipes import Recipe, ssgan
+from gan_jax.recipes import Recipe, policies, ssgan
 from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
@@ -45,9 +45,14 @@ class Config:
   images: cli.ImageFlags = cli.ImageFlags()
   labels: cli.LabelFlags = cli.LabelFlags()
   train: cli.TrainFlags = cli.TrainFlags()
-  network: Literal["conv", "mlp"] | None = None
-  """conv: small convolutional pair with augmentation and consistency. mlp: the pair of Improved GAN.
-  (Default: conv for images, mlp for vectors.)"""
+  network: ssgan.Tuned | None = None
+  """conv: small convolutional pair with augmentation and consistency. vgg: a deeper one. resnet: a wide
+  residual pair. mlp: the pair of Improved GAN. (Default: vgg for colour pictures from 32x32 on, conv for
+  other images, mlp for vectors.)"""
+  augment: policies.Name | None = None
+  """Augmentation of all that D sees. digits: affine maps with a black border. photos: crops, colours and
+  holes. objects: the same for things whose mirror image is of the same class. (Default: photos or objects
+  for colour, digits for grey images, none for mlp.)"""
   adversarial: float | None = None
   """Weight of D's adversarial loss; 0 trains without a generator (default: the recipe's)."""
   consistency: float | None = None
@@ -194,8 +199,11 @@ def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
     class_balance=config.class_balance,
     class_prior=data.class_prior(dataset.y_train[list(split.indices)], dataset.num_classes),
   )
-  network = config.network or ("mlp" if dataset.of_vectors else "conv")
-  hparams = dataclasses.replace(ssgan.tuned(network, len(split.images)), **given)
+  network = config.network or networks.suited(dataset.image_shape)
+  policy = config.augment
+  if policy is None and network != "mlp":
+    policy = policies.suited(dataset.image_shape, mirror=dataset.of_objects)
+  hparams = dataclasses.replace(ssgan.tuned(network, len(split.images), policy), **given)
   return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
 
 

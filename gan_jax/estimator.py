@@ -2,7 +2,7 @@
 
 import dataclasses
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from gan_jax import checkpoint, cli, data, networks, recipes, train
 from gan_jax.model import Model
 from gan_jax.pictures import Scaling, scaled
-from gan_jax.recipes import ssgan
+from gan_jax.recipes import policies, ssgan
 from gan_jax.types import InputError
 
 
@@ -31,13 +31,14 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
   and new images or vectors, of whatever type, are on the same scale.
 
   Args:
-    network: `conv`, `mlp`, any other of `networks.PAIRS`, or `auto`: conv for images from 8x8 up, else mlp.
+    network: any of `networks.PAIRS`, or `auto`: see `networks.suited`.
     image_shape: height, width and maybe channels of the images that the rows of a flat `X` hold.
     num_steps: steps of training; None: those that were tuned for so many images.
     learning_rate: peak learning rate of D; None: the tuned one.
     adversarial: weight of the GAN in D's loss, 0 trains without a generator; None: the tuned one.
     consistency: weight of consistency; None: the tuned one.
-    augmentation: whether D sees shifted, turned, scaled and sheared images, where the recipe has it.
+    augmentation: what D sees images through: a name of `recipes.policies.POLICIES`, True for what suits
+      the images, see `recipes.policies.suited`, where the recipe has augmentation, or False for none.
     random_state: of the initial parameters and all else that is random.
     verbose: whether to show the progress of training.
 
@@ -57,7 +58,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     learning_rate: float | None = None,
     adversarial: float | None = None,
     consistency: float | None = None,
-    augmentation: bool = True,
+    augmentation: bool | policies.Name = True,
     random_state: Any = None,
     verbose: bool = False,
   ):
@@ -165,7 +166,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
   def _recipe(self, x: np.ndarray, y_lab: np.ndarray) -> recipes.Recipe:
     network = self.network
     if network == "auto":
-      network = "conv" if min(x.shape[1:3]) >= 8 else "mlp"
+      network = networks.suited(x.shape[1:])
     if network not in networks.PAIRS:
       raise ValueError(f"there is no network {network}: there are auto, {', '.join(networks.PAIRS)}")
     if self.num_steps is not None and not (isinstance(self.num_steps, Integral) and self.num_steps >= 1):
@@ -176,9 +177,12 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       adversarial=self.adversarial,
       consistency=self.consistency,
     )
-    if not self.augmentation:
-      given |= {"strong": None, "weak": None}
-    tuned = ssgan.tuned("mlp" if network == "mlp" else "conv", len(x))
+    policy = self.augmentation or "none"
+    if policy is True:
+      policy = None if network == "mlp" else policies.suited(x.shape[1:])
+    elif policy not in policies.POLICIES:
+      raise ValueError(f"there is no augmentation {policy}: there are {', '.join(policies.POLICIES)}")
+    tuned = ssgan.tuned(network if network in get_args(ssgan.Tuned) else "conv", len(x), policy)  # pyright: ignore[reportArgumentType]
     prior = data.class_prior(y_lab, len(self.classes_))
     hparams = dataclasses.replace(tuned, network=network, class_prior=prior, **given)
     try:

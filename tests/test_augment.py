@@ -1,9 +1,12 @@
+import colorsys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gan_jax import augment
+from gan_jax.recipes import policies
 
 STRONG = augment.chain(augment.affine(shift=0.1, rotate=20, scale=0.2, shear=0.2), augment.cutout(0.3))
 
@@ -164,3 +167,105 @@ def test_adaptive_strength_zero_is_the_identity_and_one_is_the_chain(key):
   adaptive = augment.Adaptive((lambda key, x: x / 2, lambda key, x: x + 1))
   np.testing.assert_array_equal(adaptive.at(adaptive.init())(key, x), x)
   np.testing.assert_allclose(adaptive.at({"strength": jnp.float32(1)})(key, x), x / 2 + 1, rtol=1e-6)
+
+
+# --- Pictures
+
+
+@pytest.mark.parametrize(
+  ("border", "mode"), [("edge", "edge"), ("mirror", "reflect"), ("zero", "constant")]
+)
+def test_what_is_outside_an_image_is_what_numpy_pads_with(border, mode, key, monkeypatch):
+  """A map by whole pixels and a crop of the padded image, both to one side as far as they go."""
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.ones(shape))
+  x = np.arange(2 * 8 * 6 * 3, dtype=np.float32).reshape(2, 8, 6, 3) / 300
+  padded = np.pad(x, ((0, 0), (4, 0), (3, 0), (0, 0)), mode=mode)[:, :8, :6]
+  for fn in (augment.affine(shift=0.5, border=border), augment.translate(0.5, border=border)):
+    np.testing.assert_allclose(fn(key, jnp.asarray(x)), padded, atol=1e-5)
+
+
+def pixels(key):
+  """Colours far enough from black and white that nothing is clipped, one an image."""
+  return jax.random.uniform(key, (20, 1, 1, 3), minval=0.4, maxval=0.6)
+
+
+@pytest.mark.parametrize("turns", [1, -1])
+def test_a_third_of_a_turn_of_hue_is_that_of_colorsys(turns, key, monkeypatch):
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.full(shape, float(turns)))
+  x = np.linspace(0.05, 0.95, 60).reshape(20, 1, 1, 3).astype(np.float32)
+  x = np.random.default_rng(0).permuted(x, axis=3)
+  y = augment.hue(120.0)(key, jnp.asarray(x))
+  for before, after in zip(x[:, 0, 0], np.asarray(y)[:, 0, 0], strict=True):
+    h, s, v = colorsys.rgb_to_hsv(*before.tolist())
+    np.testing.assert_allclose(after, colorsys.hsv_to_rgb((h + turns / 3) % 1, s, v), atol=1e-5)
+
+
+def test_saturation_keeps_hue_and_mean_and_scales_the_chroma(key, monkeypatch):
+  x = np.asarray(pixels(key))
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.full(shape, 0.5))
+  y = np.asarray(augment.saturation(0.8)(key, jnp.asarray(x)))
+  for before, after in zip(x[:, 0, 0], y[:, 0, 0], strict=True):
+    (h, s, v), (h1, s1, v1) = (colorsys.rgb_to_hsv(*a.tolist()) for a in (before, after))
+    np.testing.assert_allclose([h1, s1 * v1, after.mean()], [h, 1.4 * s * v, before.mean()], atol=1e-4)
+
+
+def test_so_many_are_applied_to_each_image(key):
+  """Every pair of four is drawn about equally often, in their order."""
+  ops = [lambda key, x, k=k: 10 * x + k for k in range(1, 5)]
+  y = np.asarray(augment.some(2, *ops)(key, jnp.zeros((1200, 1, 1, 1)))).ravel()
+  pairs, counts = np.unique(y, return_counts=True)
+  assert pairs.tolist() == [12, 13, 14, 23, 24, 34]
+  assert all(within_six_standard_errors(count / 1200, 1 / 6, 1200) for count in counts)
+
+
+def test_ranges_of_zero_change_nothing(key):
+  x = jax.random.uniform(key, (4, 9, 7, 3))
+  assert policies.augments() == ()
+  zero = augment.chain(
+    augment.affine(border="mirror"),
+    augment.translate(0.0, border="edge"),
+    augment.brightness_contrast(),
+    augment.saturation(0.0),
+    augment.hue(0.0),
+    augment.cutout(0.0),
+  )
+  np.testing.assert_allclose(zero(key, x), x, atol=1e-5)
+  assert policies.build(None) is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["digits", "photos", "objects"])
+def test_policies_draw_for_each_image_and_have_gradients_at_grey(name, channels, key):
+  """Also those of R1 through them, at a grey image, black and white included, which has no hue."""
+  strong = policies.POLICIES[name].strong
+  fn = augment.chain(policies.build(strong), *policies.augments(**policies.POLICIES[name].generator))
+  ramp = jnp.linspace(0.0, 1.0, 12).reshape(1, 1, 12, 1)
+  x = jnp.broadcast_to(ramp, (8, 12, 12, channels))
+
+  @jax.jit
+  def run(x):
+    real = lambda x: jnp.square(fn(key, x)).sum(axis=(1, 2, 3))
+    r1 = lambda x: jnp.square(jax.grad(lambda x: real(x).sum())(x)).sum()
+    return fn(key, x), jax.grad(lambda x: real(x).sum())(x), jax.grad(r1)(x)
+
+  y, first, second = run(x)
+  assert y.shape == x.shape
+  assert 0 <= y.min() <= y.max() <= 1
+  assert len({image.tobytes() for image in np.asarray(y)}) == 8
+  for grads in (first, second):
+    assert np.isfinite(grads).all()
+    assert np.any(grads, axis=(1, 2, 3)).all()
+
+
+def test_each_image_has_its_own_policy(key):
+  """What happens to an image does not depend on the others."""
+  fn = policies.build(policies.POLICIES["objects"].strong)
+  x = jax.random.uniform(key, (6, 16, 16, 3))
+  y = fn(key, x)
+  np.testing.assert_allclose(fn(key, x.at[1:].set(0.0))[0], y[0], atol=1e-6)
+
+
+def test_the_policy_of_a_shape():
+  assert policies.suited((28, 28, 1)) == policies.suited((28, 28, 1), mirror=True) == "digits"
+  assert policies.suited((32, 32, 3)) == "photos"
+  assert policies.suited((96, 64, 3), mirror=True) == "objects"

@@ -201,3 +201,49 @@ def test_depth_to_space():
   for i, j, c in np.ndindex(6, 8, 2):
     channel = (i % 2) * 4 + (j % 2) * 2 + c
     np.testing.assert_array_equal(y[:, i, j, c], x[:, i // 2, j // 2, channel])
+
+
+# --- Colour pictures
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet"])
+@pytest.mark.parametrize("shape", [(48, 64, 3), (128, 128, 3)])
+def test_pairs_for_colour_at_every_size(name, shape, key):
+  """Layers are found at the top of the parameters; what is left is the heads."""
+  g, d = networks.make_pair(name, shape, num_logits=5, num_classes=2, num_aux=3)
+  z = jax.eval_shape(lambda: g.latents(key, 2))
+  x, _ = jax.eval_shape(lambda z: g.init_with_output(key, z, train=True), z)
+  assert x.shape == (2, *shape)
+  out, variables = jax.eval_shape(lambda x: d.init_with_output(key, x, train=True), x)
+  assert [a.shape for a in out] == [(2, 5), (2, out[1].shape[1]), (2, 3)]
+  assert {name for name in variables["params"] if "head" not in name} == set(d.layers(shape))
+
+
+def test_the_pair_of_a_shape():
+  found = [networks.suited(shape) for shape in ((32, 40, 3), (31, 40, 3), (64, 64, 1), (1, 9, 1))]
+  assert found == ["vgg", "conv", "conv", "mlp"]
+
+
+def test_a_residual_pair(key):
+  """Images are apart from each other, and gradient reaches every parameter."""
+  g = networks.ResNetGenerator((8, 8, 3), width=4, latent_size=4, num_classes=2)
+  d = networks.ResNetDiscriminator(3, width=4, depth=1)
+  z = g.latents(key, 3)
+  init = lambda: (g.init(key, z, train=True), d.init(key, jnp.zeros((1, 8, 8, 3)), train=True))
+  g_params, d_params = jax.jit(init)()
+
+  def loss(g_params, d_params, z):
+    x = g.apply(g_params, z, train=True)
+    logits, _ = d.apply(d_params, x, train=True)
+    return (logits * jnp.arange(9.0).reshape(3, 3)).sum(), (x, logits)
+
+  run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+  grads, (x, logits) = run(g_params, d_params, z)
+  dead = [jax.tree_util.keystr(p) for p, v in jax.tree_util.tree_leaves_with_path(grads) if not v.any()]
+  assert dead == []
+  assert x.shape == (3, 8, 8, 3)
+  assert 0 <= x.min() < x.max() <= 1
+  others = jax.tree.map(lambda a: a.at[1:].set(0), z)
+  _, (x_other, logits_other) = run(g_params, d_params, others)
+  np.testing.assert_allclose(x_other[0], x[0], atol=1e-5)
+  np.testing.assert_allclose(logits_other[0], logits[0], rtol=1e-4, atol=1e-5)

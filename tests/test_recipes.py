@@ -146,7 +146,7 @@ def test_each_method_of_the_study_is_another_objective_over_the_same_batches():
 
 def test_without_augmentation_consistency_compares_the_images_as_they_are(key):
   dataset = datasets.load("digits")
-  config = label_study.Config(network="mlp", augmentation=False)
+  config = label_study.Config(network="mlp", augment="none")
   x = np.float32(np.random.default_rng(0).uniform(size=(2, 4, 4, 1)))
   hparams = label_study.make_recipe(config, dataset, "fixmatch_ema").hparams
   assert (hparams.strong, hparams.weak) == (None, None)

@@ -18,9 +18,10 @@ from gan_jax.networks.layers import (
   leaky_relu,
 )
 from gan_jax.networks.mlp import MLPDiscriminator, MLPGenerator
+from gan_jax.networks.resnet import ResNetDiscriminator, ResNetGenerator
 from gan_jax.types import Discriminator, Generator
 
-Pair = Literal["conv", "conv_small", "conv_fine", "mlp", "article"]
+Pair = Literal["conv", "conv_small", "conv_fine", "vgg", "resnet", "mlp", "article"]
 """A pair of networks. The same name is the same pair in every recipe and experiment."""
 
 ImageShape = tuple[int, int, int]
@@ -39,8 +40,9 @@ def make_pair(
 
   Args:
     name: conv: classifies well from few labels. conv_small: half its width. conv_fine: the same
-      discriminator, a generator that draws finer images. mlp: Improved GAN's pair. article: the source
-      article's pair.
+      discriminator, a generator that draws finer images. vgg: deeper, for colour pictures from 32x32 on.
+      resnet: a wide residual pair for them, six times as slow. mlp: Improved GAN's pair. article: the
+      source article's pair.
     image_shape: height, width, channels.
     num_logits: K of the discriminator.
     num_classes: classes that the generator is asked for; 0: it is not asked.
@@ -71,6 +73,17 @@ def _conv_fine(image_shape: ImageShape, num_logits: int, num_classes: int):
   return g, ConvDiscriminator(num_logits)
 
 
+def _vgg(image_shape: ImageShape, num_logits: int, num_classes: int):
+  check_image_shape(image_shape)
+  g = ConvGenerator(image_shape, norm="layer", num_classes=num_classes, fine=True)
+  return g, ConvDiscriminator(num_logits, depth=2)
+
+
+def _resnet(image_shape: ImageShape, num_logits: int, num_classes: int):
+  check_image_shape(image_shape)
+  return ResNetGenerator(image_shape, num_classes=num_classes), ResNetDiscriminator(num_logits)
+
+
 def _mlp(image_shape: ImageShape, num_logits: int, num_classes: int):
   norm = "batch" if num_classes else "shift"
   return MLPGenerator(image_shape, norm=norm, num_classes=num_classes), MLPDiscriminator(num_logits)
@@ -91,10 +104,20 @@ def _article(image_shape: ImageShape, num_logits: int, num_classes: int):
   return g, d
 
 
+def suited(image_shape: ImageShape) -> Literal["conv", "vgg", "mlp"]:
+  """The pair for images of this shape: vgg for colour from 32x32 on, else conv, or mlp below 8x8."""
+  side = min(image_shape[:2])
+  if side < 8:
+    return "mlp"
+  return "vgg" if side >= 32 and image_shape[2] == 3 else "conv"
+
+
 PAIRS: dict[str, Callable] = {
   "conv": _conv,
   "conv_small": _conv_small,
   "conv_fine": _conv_fine,
+  "vgg": _vgg,
+  "resnet": _resnet,
   "mlp": _mlp,
   "article": _article,
 }
@@ -111,8 +134,11 @@ __all__ = [
   "MLPGenerator",
   "Norm",
   "Pair",
+  "ResNetDiscriminator",
+  "ResNetGenerator",
   "check_image_shape",
   "depth_to_space",
   "leaky_relu",
   "make_pair",
+  "suited",
 ]

@@ -27,13 +27,18 @@ class ConvDiscriminator(nn.Module):
   """A small convolutional discriminator for images from 8x8 up.
 
   Convolutions of stride 2 halve the image until its shorter side is at most 4; a dense layer gives the
-  features. Images below 16x16 begin with a convolution of stride 1. Layer normalisation by default,
-  because it does not mix the real and the generated images of a batch, and leaky ReLU.
+  features. Images below 16x16 begin with a convolution of stride 1. With `depth`, further convolutions
+  follow at each resolution, as in VGG. Layer normalisation by default, because it does not mix the real
+  and the generated images of a batch, and leaky ReLU.
   """
 
   num_classes: int
   width: int = 32
-  """Channels of the first layer; they double from layer to layer, up to four times as many."""
+  """Channels of the first layer; they grow from resolution to resolution, up to four times as many."""
+  growth: int = 2
+  """How many times as many channels the next resolution has."""
+  depth: int = 1
+  """Convolutions at each resolution."""
   num_features: int = 256
   dropout: float = 0.0
   """Share of the last convolution's outputs that the dense layer does without in training."""
@@ -52,7 +57,7 @@ class ConvDiscriminator(nn.Module):
     return tuple(strides)
 
   def layers(self, image_shape: Sequence[int]) -> tuple[str, ...]:
-    return tuple(f"Block_{i}" for i in range(len(self.strides(image_shape)) + 1))
+    return tuple(f"Block_{i}" for i in range(self.depth * len(self.strides(image_shape)) + 1))
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
@@ -61,7 +66,10 @@ class ConvDiscriminator(nn.Module):
     h = 2 * x - 1
     for i, stride in enumerate(self.strides(x.shape[1:])):
       kernel = 5 if i == 0 and stride == 2 else 3
-      h = block(min(2**i, 4) * self.width, kernel, stride)(h, train=train)
+      features = min(self.growth**i, 4) * self.width
+      h = block(features, kernel, stride)(h, train=train)
+      for _ in range(1, self.depth):
+        h = block(features, 3)(h, train=train)
     h = h.reshape(h.shape[0], -1)
     h = nn.Dropout(self.dropout, rng_collection="noise")(h, deterministic=not train)
     features = block(self.num_features)(h, train=train)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from gan_jax import kernels
 from gan_jax.types import ClassLatents, InputError, Latents
 
-Norm = Literal["none", "weight", "spectral", "layer", "batch", "shift"]
+Norm = Literal["none", "weight", "spectral", "layer", "group", "batch", "shift"]
 """How a layer is normalised: its weights (`weight`, `spectral`) or its outputs. See `Block`."""
 
 
@@ -117,8 +117,9 @@ class BatchNormShift(nn.Module):
 class Block(nn.Module):
   """A linear layer, normalised, then `activation`: what all networks here are built from.
 
-  Normalisation of the outputs: `layer` over the channels of each position, `batch` with running
-  averages for evaluation, `shift` as in `BatchNormShift`. A discriminator refuses `batch`, see `heads`.
+  Normalisation of the outputs: `layer` over the channels of each position, `group` over all positions of
+  each of 8 groups of channels, `batch` with running averages for evaluation, `shift` as in
+  `BatchNormShift`. A discriminator refuses `batch`, see `heads`.
   """
 
   features: int
@@ -144,6 +145,8 @@ class Block(nn.Module):
 def normalise(y: Array, norm: Norm, train: bool) -> Array:
   if norm == "layer":
     return nn.LayerNorm()(y)
+  if norm == "group":
+    return nn.GroupNorm(math.gcd(8, y.shape[-1]))(y)
   if norm == "batch":
     return nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
   return BatchNormShift()(y) if norm == "shift" else y

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from gan_jax.recipes import gan, ssgan, study
+from gan_jax.recipes import gan, policies, ssgan, study
 from gan_jax.recipes.recipe import (
   DERIVATIONS,
   Hparams,
@@ -81,6 +81,7 @@ __all__ = [
   "describe",
   "gan",
   "learning_rate",
+  "policies",
   "rebuild",
   "ssgan",
   "study",

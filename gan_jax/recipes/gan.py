@@ -7,18 +7,19 @@ unconditional part. With few labels, cross-entropy and consistency teach D the c
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import optax
 
 from gan_jax import augment, losses, networks, objectives
+from gan_jax.recipes import policies
 from gan_jax.recipes import recipe as base
 from gan_jax.recipes.recipe import Recipe
 from gan_jax.types import Augment, BatchSizes, InputError
 
 Loss = Literal["min_max", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"]
 Penalty = Literal["none", "r1", "r2", "r1_r2", "wgan_gp"]
-Norm = Literal["none", "weight", "spectral", "layer"]
+Norm = Literal["none", "weight", "spectral", "layer", "group"]
 Augmentation = Literal["none", "affine", "fixed", "adaptive"]
 
 LOSSES: dict[Loss, losses.Adversarial] = {
@@ -65,14 +66,22 @@ class Hparams(base.Hparams):
   augmentation: Augmentation = "none"
   """Of all that D sees: none, mild affine maps, a stronger policy always, or the same as often as D
   overfits (ADA)."""
+  policy: policies.Name = "digits"
+  """Whose transformations these are, see `policies`."""
   flip: bool = False
-  """Whether a mirror image has the same class: not for digits."""
+  """Whether a mirror image has the same class: not for digits. Adds mirror images to the policy."""
   rotation: float = 0.0
   """Weight of rotation prediction."""
 
 
-def tuned(network: Literal["conv_fine", "article"], penalty: Penalty | None = None) -> Hparams:
+Tuned = Literal["conv_fine", "vgg", "resnet", "article"]
+"""Pairs that `tuned` knows."""
+
+
+def tuned(network: Tuned, penalty: Penalty | None = None) -> Hparams:
   """The hyper-parameters of a pair: tuned for conv_fine, the source article's for its own.
+
+  vgg and resnet have those of conv_fine, resnet with group normalisation, without which it diverges.
 
   Args:
     network: the pair.
@@ -82,9 +91,14 @@ def tuned(network: Literal["conv_fine", "article"], penalty: Penalty | None = No
   Raises:
     InputError: another network, for which nothing was tuned.
   """
-  if network not in ("conv_fine", "article"):
-    raise InputError(f"nothing was tuned for the network {network}: start from conv_fine or article")
-  hparams = Hparams() if network == "conv_fine" else _article()
+  if network == "article":
+    hparams = _article()
+  elif network in ("conv_fine", "vgg", "resnet"):
+    hparams = Hparams(network=network, norm="group" if network == "resnet" else "none")
+  else:
+    raise InputError(
+      f"nothing was tuned for the network {network}: start from {', '.join(get_args(Tuned))}"
+    )
   if penalty is None:
     return hparams
   every_step = {"gamma": 10.0, "penalty_every": 1} if penalty == "wgan_gp" else {}
@@ -177,24 +191,18 @@ def _objective(h: Hparams) -> objectives.Objective:
   if h.labels == "all":
     return objectives.conditional_gan(loss, **penalty)
   ramp = optax.linear_schedule(0.0, 1.0, max(1, int(0.4 * h.num_steps)))  # early pseudo-labels are wrong
-  weak = augment.affine(shift=0.05, rotate=10, scale=0.05, shear=0.1)
+  weak = policies.build(policies.POLICIES[h.policy].weak)
   return objectives.conditional_gan(loss, consistency_weight=ramp, weak=weak, **penalty)
 
 
 def _augment(h: Hparams) -> Augment | augment.Adaptive | None:
-  affine = augment.affine(shift=0.06, rotate=12.5, scale=0.1, shear=0.15)
-  policy = (
-    *([augment.flip] if h.flip else []),
-    augment.translate(0.125),
-    affine,
-    augment.brightness_contrast(brightness=0.2, contrast=0.5),
-    augment.cutout(0.3),
-  )
+  policy = policies.POLICIES[h.policy]
   if h.augmentation == "none":
     return None
   if h.augmentation == "affine":
-    return affine
+    return policies.build(policy.strong)
+  found = policies.augments(**{"flip": h.flip, **(policy.generator or {})})
   if h.augmentation == "fixed":
-    return augment.chain(*policy)
+    return augment.chain(*found)
   # The probability may cross its whole range in a quarter of the run.
-  return augment.Adaptive(policy, num_images=max(1, h.num_steps * h.batch_size // 4))
+  return augment.Adaptive(found, num_images=max(1, h.num_steps * h.batch_size // 4))

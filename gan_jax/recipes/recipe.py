@@ -241,12 +241,3 @@ DERIVATIONS = {
   "with_unlabelled": with_unlabelled,
 }
 """By name, so that a stored run can be built again."""
-
-
-Ranges = dict[str, float]
-"""Ranges of random affine maps, see `augment.affine`."""
-
-
-def affine(ranges: Ranges | None) -> Augment | None:
-  """A random affine map with these ranges; None stays None."""
-  return augment.affine(**ranges) if ranges else None

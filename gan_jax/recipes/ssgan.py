@@ -12,20 +12,16 @@ from typing import Literal
 import optax
 
 from gan_jax import augment, networks, objectives
+from gan_jax.recipes import policies
 from gan_jax.recipes import recipe as base
-from gan_jax.recipes.recipe import Ranges, Recipe
+from gan_jax.recipes.policies import Ranges
+from gan_jax.recipes.recipe import Recipe
 from gan_jax.types import Augment, BatchSizes, InputError
 
+Tuned = Literal["conv", "vgg", "resnet", "mlp"]
+"""Pairs that `tuned` knows."""
 SMALL_DATA = 10_000
 """Training images below which `tuned` gives the hyper-parameters of small data."""
-
-
-def _weak() -> Ranges:
-  return {"shift": 0.05, "rotate": 10.0, "scale": 0.05, "shear": 0.1}
-
-
-def _strong() -> Ranges:
-  return {"shift": 0.06, "rotate": 12.5, "scale": 0.1, "shear": 0.15}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,33 +53,38 @@ class Hparams(base.Hparams):
   the class counts of single batches, which are chance."""
   class_prior: tuple[float, ...] | None = None
   """Frequencies of the classes that class balance holds the predictions to; None: equal ones."""
-  strong: Ranges | None = field(default_factory=_strong)
-  """Ranges of the affine augmentation of all images that D sees; None: no augmentation."""
-  weak: Ranges | None = field(default_factory=_weak)
-  """Ranges of the affine augmentation of the images that consistency takes its targets from."""
+  strong: Ranges | None = field(default_factory=lambda: policies.POLICIES["digits"].strong)
+  """Augmentation of all images that D sees, see `policies.augments`; None: no augmentation."""
+  weak: Ranges | None = field(default_factory=lambda: policies.POLICIES["digits"].weak)
+  """Augmentation of the images that consistency takes its targets from."""
   threshold: float = 0.95
   """Confidence from which a pseudo-label counts."""
   ramp: float = 0.4
   """Share of the steps over which consistency gains its weight, because early pseudo-labels are wrong."""
 
 
-def tuned(network: Literal["conv", "mlp"], num_images: int) -> Hparams:
+def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) -> Hparams:
   """The tuned hyper-parameters for this network and number of training images.
 
   conv: tuned on held-out training images, split seeds 100 to 105, of MNIST (weights, augmentation,
-  schedule) and of the digits (number of steps, class balance). mlp: the published recipe of Improved GAN,
-  for 12,000 steps where the paper has 180,000.
+  schedule) and of the digits (number of steps, class balance). vgg, resnet: those of conv. mlp: the
+  published recipe of Improved GAN, for 12,000 steps where the paper has 180,000.
+
+  Args:
+    network: the pair.
+    num_images: training images.
+    policy: of augmentation (default: digits, and none for mlp).
 
   Raises:
     InputError: another network, for which nothing was tuned.
   """
   small_data = num_images < SMALL_DATA
-  if network == "conv":
+  if network in ("conv", "vgg", "resnet"):
     small = {"num_steps": 1000, "class_balance": (1.0, 0.0), "ema_decay": 0.99}
-    return Hparams(**(small if small_data else {}))
+    return with_policy(Hparams(network=network, **(small if small_data else {})), policy or "digits")
   if network != "mlp":
-    raise InputError(f"nothing was tuned for the network {network}: start from conv or mlp")
-  return Hparams(
+    raise InputError(f"nothing was tuned for the network {network}: start from conv, vgg, resnet or mlp")
+  hparams = Hparams(
     network="mlp",
     num_steps=4000 if small_data else 12_000,
     num_labelled=100,
@@ -94,9 +95,14 @@ def tuned(network: Literal["conv", "mlp"], num_images: int) -> Hparams:
     ema_decay=0.9999,
     consistency=0.0,
     class_balance=(0.0, 0.0),
-    strong=None,
-    weak=None,
   )
+  return with_policy(hparams, policy or "none")
+
+
+def with_policy(hparams: Hparams, name: policies.Name) -> Hparams:
+  """The same with the augmentation of this name."""
+  policy = policies.POLICIES[name]
+  return dataclasses.replace(hparams, strong=policy.strong, weak=policy.weak)
 
 
 def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int) -> Recipe:
@@ -123,7 +129,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
     ),
     num_steps=h.num_steps,
     ema_decay=h.ema_decay,
-    augment=base.affine(h.strong),
+    augment=policies.build(h.strong),
     image_shape=image_shape,
     num_classes=num_classes,
     family="ssgan",
@@ -133,7 +139,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
 
 def weak(hparams: Hparams) -> Augment:
   """The augmentation of the images that consistency takes its targets from."""
-  return base.affine(hparams.weak) or augment.chain()
+  return policies.build(hparams.weak) or augment.chain()
 
 
 def ramped(hparams: Hparams, weight: float) -> float | optax.Schedule:

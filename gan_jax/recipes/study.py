@@ -12,8 +12,8 @@ from typing import Literal
 import optax
 
 from gan_jax import networks, objectives, terms
+from gan_jax.recipes import policies, ssgan
 from gan_jax.recipes import recipe as base
-from gan_jax.recipes import ssgan
 from gan_jax.recipes.recipe import Recipe
 from gan_jax.types import BatchSizes
 
@@ -77,17 +77,21 @@ class Hparams(Weights, ssgan.Hparams):
 
 
 def tuned(
-  network: Literal["conv", "mlp"], num_images: int, image_side: int, method: Method | First
+  network: ssgan.Tuned,
+  num_images: int,
+  image_side: int,
+  method: Method | First,
+  policy: policies.Name | None = None,
 ) -> Hparams:
   """The hyper-parameters for this network, number of training images, and shorter side of an image.
 
-  Augmentation, consistency and class balance are those of `ssgan.tuned("conv", ...)` for both networks. On
+  Augmentation, consistency and class balance are those of `ssgan.tuned("conv", ...)` for mlp too. On
   small data there are 800 steps, short averages, a smaller adversarial weight, and class balance that does
   not fall, as chosen on the digits. conv is conv_small for images below 16x16.
   """
-  start = ssgan.tuned(network, ssgan.SMALL_DATA)
+  start = ssgan.tuned(network, ssgan.SMALL_DATA, policy or "digits")
   conv = ssgan.Hparams()
-  changes = {name: getattr(conv, name) for name in ("strong", "weak", "consistency", "class_balance")}
+  changes = {name: getattr(conv, name) for name in ("consistency", "class_balance")}
   if network == "conv" and image_side < 16:
     changes["network"] = "conv_small"
   if num_images < ssgan.SMALL_DATA:

@@ -1,0 +1,132 @@
+"""A wide residual pair for colour pictures from 32x32 on."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gan_jax.networks.layers import (
+  Linear,
+  Norm,
+  check_image_shape,
+  embed,
+  heads,
+  latents,
+  leaky_relu,
+  normalise,
+)
+from gan_jax.types import Latents
+
+
+class ResidualBlock(nn.Module):
+  """`x + conv(act(norm(conv(act(norm(x))))))`, with a stride or, with `upsample`, at twice the size.
+
+  References:
+    He et al., 2016, https://arxiv.org/abs/1603.05027 (normalisation before each convolution).
+  """
+
+  features: int
+  strides: int = 1
+  upsample: bool = False
+  norm: Norm = "group"
+  activation: Callable[[Array], Array] = leaky_relu
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b oh ow f"]:
+    norm: Norm = self.norm if self.norm in ("weight", "spectral") else "none"
+    h = self.activation(normalise(x, self.norm, train))
+    if self.upsample:
+      h, x = (jnp.repeat(jnp.repeat(a, 2, axis=1), 2, axis=2) for a in (h, x))
+    h = Linear(self.features, 3, self.strides, norm)(h, train=train)
+    h = self.activation(normalise(h, self.norm, train))
+    h = Linear(self.features, 3, norm=norm)(h, train=train)
+    if x.shape != h.shape:
+      x = Linear(self.features, 1, self.strides, norm, use_bias=False)(x, train=train)
+    return x + h
+
+
+class Pool(nn.Module):
+  """The mean over positions, of normalised and activated inputs."""
+
+  norm: Norm = "group"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b c"]:
+    return leaky_relu(normalise(x, self.norm, train)).mean(axis=(1, 2))
+
+
+class ResNetDiscriminator(nn.Module):
+  """WRN-28-2 with group normalisation, which leaves the images of a batch apart.
+
+  A convolution, then three groups of residual blocks with 32, 64 and 128 channels at the image's side, a
+  half and a quarter of it; the mean over positions gives the features. Images of 64 pixels or more are
+  halved first, by blocks of 16 channels, until their shorter side is below 64.
+
+  References:
+    Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146 (WRN-28-2: depth 28, width 2).
+  """
+
+  num_classes: int
+  width: int = 32
+  """Channels of the first group; the second has twice, the third four times as many."""
+  depth: int = 4
+  """Residual blocks of a group."""
+  norm: Norm = "group"
+  num_aux: int = 0
+  """Logits of a further head, see `heads`."""
+
+  def blocks(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Channels and stride of each residual block."""
+    halvings = max(0, math.floor(math.log2(min(image_shape[:2]) / 32)))
+    out = [(self.width // 2, 2)] * halvings
+    for i in range(3):
+      out += [(2**i * self.width, 2 if i and not j else 1) for j in range(self.depth)]
+    return out
+
+  def layers(self, image_shape: Sequence[int]) -> tuple[str, ...]:
+    blocks = (f"ResidualBlock_{i}" for i in range(len(self.blocks(image_shape))))
+    return ("stem", *blocks, *(["Pool_0"] if self.norm in ("layer", "group") else []))
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
+    check_image_shape(x.shape[1:])
+    norm: Norm = self.norm if self.norm in ("weight", "spectral") else "none"
+    h = Linear(self.width // 2, 3, norm=norm, name="stem")(2 * x - 1, train=train)
+    for features, stride in self.blocks(x.shape[1:]):
+      h = ResidualBlock(features, stride, norm=self.norm)(h, train=train)
+    features = Pool(self.norm)(h, train=train)
+    return heads(self, features, features, train)
+
+
+class ResNetGenerator(nn.Module):
+  """A residual generator: z ~ N(0, I), a dense layer, a residual block a doubling, a last convolution.
+
+  Normalisation within each image, so an image depends on its latent alone.
+  """
+
+  image_shape: tuple[int, int, int]
+  width: int = 32
+  """Channels at the image's size; there are at most four times as many, at small sizes."""
+  latent_size: int = 64
+  latent = "normal"
+  norm: Norm = "group"
+  num_classes: int = 0
+  """Classes that it makes images of; 0: it is not asked for a class."""
+
+  latents = latents
+
+  @nn.compact
+  def __call__(self, z: Latents, *, train: bool) -> Float[Array, "n h w c"]:
+    check_image_shape(self.image_shape)
+    height, width, channels = self.image_shape
+    doublings = max(1, round(math.log2(min(height, width) / 4)))
+    base = [math.ceil(side / 2**doublings) for side in (height, width)]
+    features = [min(4, 2 ** (doublings - i)) * self.width for i in range(doublings + 1)]
+    h = Linear(math.prod(base) * features[0])(embed(self, z), train=train)
+    h = h.reshape(-1, *base, features[0])
+    for num in features[1:]:
+      h = ResidualBlock(num, upsample=True, norm=self.norm, activation=nn.relu)(h, train=train)
+    x = Linear(channels, 3)(nn.relu(normalise(h, self.norm, train)), train=train)
+    return nn.sigmoid(x[:, :height, :width])
