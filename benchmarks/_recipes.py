@@ -64,8 +64,8 @@ def penalty_every(recipe: Recipe) -> int:
   return getattr(recipe.hparams, "penalty_every", 1)
 
 
-def random_images(side: int) -> Dataset:
+def random_images(side: int, channels: int = 1) -> Dataset:
   """500 square images of ten classes, for what does not depend on the pixels."""
-  x = np.random.default_rng(0).integers(0, 256, (500, side, side, 1), dtype=np.uint8)
+  x = np.random.default_rng(0).integers(0, 256, (500, side, side, channels), dtype=np.uint8)
   y = np.arange(500) % 10
   return Dataset(f"random images of {side}x{side}", x, y, x[:0], y[:0], tuple("0123456789"))
