@@ -18,7 +18,7 @@ RECORDS = "benchmarks/results"
 
 ROOMS = {
   "core": "types losses penalties terms objectives steps augment networks kernels",
-  "recipes": "recipes recipes.ssgan recipes.gan recipes.study",
+  "recipes": "recipes recipes.ssgan recipes.gan recipes.study recipes.policies",
   "data": "datasets data stream pictures",
   "training": "train parallel checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",

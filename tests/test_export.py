@@ -196,7 +196,14 @@ def batches(shape):
 
 
 @pytest.mark.parametrize(
-  ("network", "shape"), [("conv", (20, 17, 3)), ("mlp", (8, 8, 1)), ("article", (8, 8, 1))]
+  ("network", "shape"),
+  [
+    ("conv", (20, 17, 3)),
+    ("vgg", (9, 12, 3)),
+    ("resnet", (9, 12, 3)),
+    ("mlp", (8, 8, 1)),
+    ("article", (8, 8, 1)),
+  ],
 )
 def test_onnx_gives_the_same_probabilities(network, shape, tmp_path):
   pytest.importorskip("jax2onnx")
