@@ -118,7 +118,7 @@ class Block(nn.Module):
   """A linear layer, normalised, then `activation`: what all networks here are built from.
 
   Normalisation of the outputs: `layer` over the channels of each position, `group` over all positions of
-  each of 8 groups of channels, `batch` with running averages for evaluation, `shift` as in
+  each group of 16 channels, `batch` with running averages for evaluation, `shift` as in
   `BatchNormShift`. A discriminator refuses `batch`, see `heads`.
   """
 
@@ -146,7 +146,7 @@ def normalise(y: Array, norm: Norm, train: bool) -> Array:
   if norm == "layer":
     return nn.LayerNorm()(y)
   if norm == "group":
-    return nn.GroupNorm(math.gcd(8, y.shape[-1]))(y)
+    return nn.GroupNorm(None, math.gcd(16, y.shape[-1]))(y)
   if norm == "batch":
     return nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
   return BatchNormShift()(y) if norm == "shift" else y

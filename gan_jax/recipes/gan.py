@@ -19,7 +19,7 @@ from gan_jax.types import Augment, BatchSizes, InputError
 
 Loss = Literal["min_max", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"]
 Penalty = Literal["none", "r1", "r2", "r1_r2", "wgan_gp"]
-Norm = Literal["none", "weight", "spectral", "layer", "group"]
+Norm = Literal["none", "weight", "spectral", "layer"]
 Augmentation = Literal["none", "affine", "fixed", "adaptive"]
 
 LOSSES: dict[Loss, losses.Adversarial] = {
@@ -81,7 +81,7 @@ Tuned = Literal["conv_fine", "vgg", "resnet", "article"]
 def tuned(network: Tuned, penalty: Penalty | None = None) -> Hparams:
   """The hyper-parameters of a pair: tuned for conv_fine, the source article's for its own.
 
-  vgg and resnet have those of conv_fine, resnet with group normalisation, without which it diverges.
+  vgg and resnet have those of conv_fine, resnet with layer normalisation: its sums would grow without.
 
   Args:
     network: the pair.
@@ -94,7 +94,7 @@ def tuned(network: Tuned, penalty: Penalty | None = None) -> Hparams:
   if network == "article":
     hparams = _article()
   elif network in ("conv_fine", "vgg", "resnet"):
-    hparams = Hparams(network=network, norm="group" if network == "resnet" else "none")
+    hparams = Hparams(network=network, norm="layer" if network == "resnet" else "none")
   else:
     raise InputError(
       f"nothing was tuned for the network {network}: start from {', '.join(get_args(Tuned))}"
