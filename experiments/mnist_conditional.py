@@ -49,7 +49,7 @@ class Config:
     """What the flags make of the tuned hyper-parameters."""
     few = self.labels.labels_per_class != "all" or (dataset is not None and (dataset.y_train < 0).any())
     # Layer normalisation gives the better classifier from few labels.
-    given = {"norm": "layer"} if few and self.gan_flags.network == "conv_fine" else {}
+    given = {"norm": "layer"} if few and self.gan_flags.network in ("conv_fine", "vgg") else {}
     augmentation = self.augment or ("affine" if few else "none")
     labels = "few" if few else "all"
     return mnist_gan.make_hparams(

@@ -122,6 +122,7 @@ BAD = [
   ({}, np.full(6, -1), "y has no label"),
   ({}, np.array(["a", "b", "-1", "-1", "-1", "-1"]), "y holds the text -1"),
   ({"network": "unet"}, np.arange(6), "there is no network unet"),
+  ({"augmentation": "signs"}, np.arange(6), "there is no augmentation signs"),
   ({"num_steps": 0}, np.arange(6), "num_steps must be a whole number of at least 1"),
   ({"image_shape": (3, 3)}, np.arange(6), r"does not hold images of shape \(3, 3\)"),
   ({"image_shape": 8}, np.arange(6), "does not hold images of shape 8"),

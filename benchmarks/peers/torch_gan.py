@@ -410,6 +410,8 @@ class Gan:
     """A random affine map an image."""
     if ranges is None:
       return x
+    if len(ranges) > 4:
+      raise NotImplementedError(f"the peer has affine maps with a black border alone, not {ranges}")
     return affine(x, ranges, torch.rand(6, len(x), device=x.device) * 2 - 1)
 
 

@@ -191,7 +191,7 @@ def _objective(h: Hparams) -> objectives.Objective:
   if h.labels == "all":
     return objectives.conditional_gan(loss, **penalty)
   ramp = optax.linear_schedule(0.0, 1.0, max(1, int(0.4 * h.num_steps)))  # early pseudo-labels are wrong
-  weak = policies.build(policies.POLICIES[h.policy].weak)
+  weak = policies.build(policies.POLICIES[h.policy].weak) or augment.chain()
   return objectives.conditional_gan(loss, consistency_weight=ramp, weak=weak, **penalty)
 
 
