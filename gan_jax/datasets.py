@@ -189,7 +189,7 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
 
   if dataset.scaling is not None:
     raise InputError("--image-size is for images, and these are vectors: leave it out")
-  num = len(dataset.x_train) + len(dataset.x_test)
+  num = len(dataset.x_test) + (len(dataset.x_train) if isinstance(dataset.x_train, np.ndarray) else 0)
   pictures.check_memory(num, (side, side, dataset.x_train.shape[-1]), "choose a smaller --image-size")
 
   def resize(x: np.ndarray) -> np.ndarray:
