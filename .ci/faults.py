@@ -8,6 +8,7 @@ Each line says what was sent, when, what the process said last, and how far the 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -90,7 +91,7 @@ def faults() -> None:
   """Kills the run and compares."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--kills", type=int, default=2)
-  parser.add_argument("--signals", type=int, default=1, help="of SIGTERM, SIGHUP and SIGINT, each")
+  parser.add_argument("--signals", type=int, default=1, help="SIGTERM, SIGHUP, SIGINT, and again")
   parser.add_argument("--seed", type=int, default=0)
   flags = parser.parse_args()
   rng, folder = random.Random(flags.seed), Path(tempfile.mkdtemp())
@@ -101,7 +102,8 @@ def faults() -> None:
     seconds = time.monotonic() - begin - result["seconds_compile"]  # the others read JAX's cache
     step, checksums = expected
     assert step == 60
-    sent = [signal.SIGKILL] * flags.kills + [signal.SIGTERM, signal.SIGHUP, signal.SIGINT] * flags.signals
+    asked = itertools.cycle([signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+    sent = [signal.SIGKILL] * flags.kills + list(itertools.islice(asked, flags.signals))
     for i, signum in enumerate(sent):
       path = folder / "killed"
       if saved(path)[0] == step:  # it was quicker than the signal
