@@ -23,7 +23,8 @@ class Policy(NamedTuple):
 
 _DIGITS = {"shift": 0.06, "rotate": 12.5, "scale": 0.1, "shear": 0.15}
 _PHOTOS = {"shift": 0.1, "rotate": 15.0, "scale": 0.2, "shear": 0.15, "border": "mirror"}
-_PHOTOS |= {"brightness": 0.2, "contrast": 0.4, "saturation": 0.5, "hue": 20.0, "cutout": 0.3}
+_PHOTOS |= {"brightness": 0.2, "contrast": 0.4, "saturation": 0.5, "hue": 20.0}
+_PHOTOS |= {"num_colours": 2, "cutout": 0.3}
 _CROP = {"shift": 0.06, "rotate": 5.0, "scale": 0.05, "border": "mirror"}
 _COLOUR = {"brightness": 0.2, "contrast": 0.5, "saturation": 0.5, "cutout": 0.3, "border": "mirror"}
 POLICIES: dict[Name, Policy] = {
