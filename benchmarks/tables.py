@@ -151,13 +151,17 @@ def probes(rows: _runs.Rows) -> str:
   return "\n".join(_study_tables.table(found))
 
 
+def _is_plain(row: Json) -> bool:
+  flags = row["flags"]
+  return flags.get("augment") == "none" or flags.get("augmentation") is False
+
+
 def tuning(rows: _runs.Rows) -> str:
   """A row an arm; lines whose splits or hyper-parameters are not those of the first are left out."""
   free = "augmentation", "augment", "budgets", "methods"
   fixed = lambda row: {key: value for key, value in row["flags"].items() if key not in free}
   rows = [row for row in rows if fixed(row) == fixed(rows[0])]
-  plain = lambda flags: flags.get("augment") == "none" or flags.get("augmentation") is False
-  found = {(row["method"], not plain(row["flags"]), row["budget"]): row for row in rows}
+  found = {(row["method"], not _is_plain(row), row["budget"]): row for row in rows}
   columns = list(dict.fromkeys(key[1:] for key in found))
   lines = []
   for method in dict.fromkeys(row["method"] for row in rows):
@@ -186,7 +190,7 @@ WEIGHTS = {
 
 def weights(rows: _runs.Rows) -> str:
   """A row an arm, weight and number of steps, with augmentation."""
-  rows = [row for row in rows if row["method"] in WEIGHTS and row["flags"]["augmentation"]]
+  rows = [row for row in rows if row["method"] in WEIGHTS and not _is_plain(row)]
   value_of = lambda row: row["flags"][WEIGHTS[row["method"]]]
   found = {(row["method"], value_of(row), row["steps"], row["budget"]): row for row in rows}
   budgets, lines = sorted({key[-1] for key in found}), []
