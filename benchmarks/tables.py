@@ -310,7 +310,10 @@ def other_figures(
       lines.append(
         [name + _runs.mark(row), f"{row['step_mb']:.0f} MB, beside a state of {row['state_mb']:.0f} MB"]
       )
-    else:
+    elif "mflop_each" in row:
+      name = f"a step of {row['recipe']} shared by devices: {row['split_over']}{_runs.mark(row)}"
+      lines.append([name, f"each {row['mflop_each']:.0f} MFLOP and {row['step_mb_each']:.0f} MB"])
+    elif "devices" in row:
       name = f"8 replicates of {row['recipe']} on virtual devices: {row['devices']}"
       lines.append([name + _runs.mark(row), f"{row['steps_per_second']:.1f} steps/s together"])
   rows = [*accuracy, *starts, *replicates, *scaling]

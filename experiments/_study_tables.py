@@ -10,7 +10,7 @@ CLASSIFIER = "classifier"
 """The reading of a discriminator that is its own classes; the others are probes on its layers."""
 REFERENCES = ("supervised_augmented", "fixmatch_ema", "fixmatch_ema@matched")
 """What every method is compared with, split by split: labels alone, and all images without a GAN, at the
-same number of images and at the same arithmetic."""
+same number of images and at the same arithmetic. A method `@bfloat16` also with itself in float32."""
 
 
 # --- Statistics
@@ -30,11 +30,11 @@ def summarise(rows: Sequence[Json]) -> list[Json]:
   for (budget, method, reading), row in by_name.items():
     against = {
       name: compare(row["errors"], by_name[budget, name, CLASSIFIER]["errors"])
-      for name in REFERENCES
+      for name in _references_of(method)
       if (method, reading) != (name, CLASSIFIER) and (budget, name, CLASSIFIER) in by_name
     }
     cells.append({**row, **_json(metrics.summarise(row["errors"])), "against": against})
-  for name in REFERENCES:
+  for name in _references(cells):
     correct([c["against"][name] for c in cells if name in c["against"] and c["reading"] == CLASSIFIER])
   return cells
 
@@ -140,8 +140,14 @@ def difference(found: Json | None) -> str:
   return f"{found['mean']:+.2f}{within}: {verdict}{before}"
 
 
+def _references_of(method: str) -> list[str]:
+  name, _, precision = method.partition("@")
+  return list(dict.fromkeys((*REFERENCES, *([name] if precision == "bfloat16" else []))))
+
+
 def _references(cells: Sequence[Json]) -> list[str]:
-  return [name for name in REFERENCES if any(name in cell["against"] for cell in cells)]
+  names = (name for cell in cells for name in _references_of(cell["method"]))
+  return [name for name in dict.fromkeys(names) if any(name in cell["against"] for cell in cells)]
 
 
 def _name(cell: Json) -> str:

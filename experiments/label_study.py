@@ -2,6 +2,7 @@
 
   python -m experiments.label_study --dataset digits                  four budgets, ten splits, all methods
   python -m experiments.label_study --dataset mnist --budgets 100     10 labels a class of MNIST
+  python -m experiments.label_study --dataset digits --methods gan_consistency gan_consistency@bfloat16
   python -m experiments.label_study --dataset digits --tune --splits 100 101 102 --vat 0.5
 
 All methods share the discriminator, the optimizer, the batches, the number of steps and, for each split,
@@ -9,8 +10,10 @@ the initial parameters and the batches' keys; all but `supervised` the augmentat
 unlabelled images class balance or, in AdaMatch, distribution alignment. They differ in the rest of their
 objective, see `gan_jax.recipes.study`. Arms named `@matched` are methods without a generator with so many
 unlabelled images per step that the step costs what one of `gan_consistency` costs, by the compiled
-programs' own counts, which stand beside the errors. `gan_augmented` trains its generator first, for as
-many steps again, on all images. `label_spreading` and `self_training` are scikit-learn's, on pixels.
+programs' own counts, which stand beside the errors. Arms named `@bfloat16`, none by default, have their
+products and convolutions in bfloat16, and are compared with themselves in float32. `gan_augmented` trains
+its generator first, for as many steps again, on all images. `label_spreading` and `self_training` are
+scikit-learn's, on pixels.
 
 All splits of one method and budget are trained together in one compiled program. The unlabelled images
 are all training images, labelled ones included. The averaged parameters of the last step are evaluated on
@@ -41,7 +44,8 @@ from gan_jax.types import InputError, Json, LabelSplit, TrainState
 FILES = ("splits", "study.jsonl", "study.md", "study.png")
 Pixels = Literal["label_spreading", "self_training"]
 Matched = Literal["fixmatch_ema@matched", "adamatch@matched", "vat@matched"]
-Arm = study.Method | Matched | Pixels
+Rounded = Literal["gan_consistency@bfloat16", "fixmatch_ema@bfloat16", "supervised_augmented@bfloat16"]
+Arm = study.Method | Matched | Pixels | Rounded
 ARMS: tuple[Arm, ...] = (*get_args(study.Method), *get_args(Matched), *get_args(Pixels))
 TUNING = Path(__file__).parent.parent / "benchmarks" / "results" / "tuning"
 
@@ -154,24 +158,29 @@ def main(config: Config) -> Json:
 
 
 def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
-  """The recipes of the methods that have one; those `@matched` cost what `gan_consistency` costs."""
+  """The recipes of the methods that have one.
+
+  Those `@matched` cost what `gan_consistency` costs; those `@bfloat16` have that precision.
+  """
   arms: dict[str, Recipe] = {}
   for name in config.methods:
     if name not in get_args(Pixels):
-      method, _, matched = name.partition("@")
-      arms[name] = make_recipe(config, dataset, method)  # pyright: ignore[reportArgumentType]
-      if matched:
+      method, _, change = name.partition("@")
+      given = {"precision": change} if change in get_args(networks.Precision) else {}
+      arms[name] = make_recipe(config, dataset, method, **given)  # pyright: ignore[reportArgumentType]
+      if change == "matched":
         gan = make_recipe(config, dataset, "gan_consistency")
         arms[name] = recipes.with_arithmetic_of(arms[name], gan)
   return arms
 
 
-def make_recipe(config: Config, dataset: Dataset, method: study.Method) -> Recipe:
-  """The recipe of a method, with the flags that were given."""
+def make_recipe(config: Config, dataset: Dataset, method: study.Method, **changes: Any) -> Recipe:
+  """The recipe of a method, with the flags that were given and these changes of its hyper-parameters."""
   norm = np.linalg.norm(dataset.x_train.reshape(len(dataset.x_train), -1) / 255, axis=-1).mean()
   given: dict[str, Any] = cli.given(
     num_steps=config.train.steps,
     num_unlabelled=config.train.batch_size,
+    precision=config.train.precision,
     d_learning_rate=config.learning_rate,
     adversarial=config.adversarial,
     consistency=config.consistency,
@@ -179,6 +188,7 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method) -> Recip
     vat_epsilon=config.vat_epsilon * float(norm),
     **vars(config.weights),
   )
+  given |= changes
   shape = dataset.image_shape
   policy = config.augment or policies.suited(shape, mirror=dataset.of_objects)
   hparams = study.tuned(network(config, dataset), len(dataset.x_train), min(shape[:2]), method, policy)
@@ -223,7 +233,7 @@ class Study:
     self._dataset, self._seed = dataset, seed
     self._programs: dict[tuple[str, int], Any] = {}
     self._flops: dict[str, float] = {}
-    self._evaluate: dict[bool, Callable] = {}
+    self._evaluate: dict[tuple[str, bool], Callable] = {}
 
   def cell(self, method: str, recipe: Recipe | None, splits: Sequence[LabelSplit]) -> list[Json]:
     """Trains on all splits; a row a reading of the discriminator, the classifier's the last."""
@@ -303,14 +313,15 @@ class Study:
     self, recipe: Recipe, states: TrainState, splits: Sequence[LabelSplit], *, every_layer: bool
   ) -> dict[str, list[float]]:
     """Errors of each replicate under each reading, in percent; the classifier's are the last."""
-    if every_layer not in self._evaluate:  # the methods have the same discriminator
-      self._evaluate[every_layer] = evaluate.make_evaluate(recipe, every_layer=every_layer)
+    case = recipe.hparams.precision, every_layer  # else the methods have the same discriminator
+    if case not in self._evaluate:
+      self._evaluate[case] = evaluate.make_evaluate(recipe, every_layer=every_layer)
     labelled = [
       (self._dataset.x_train[list(split.indices)], self._dataset.y_train[list(split.indices)])
       for split in splits
     ]
     replicates = [parallel.pick(states, i) for i in range(len(splits))]
-    found = self._evaluate[every_layer](self._dataset, replicates, labelled)
+    found = self._evaluate[case](self._dataset, replicates, labelled)
     readings: dict[str, list[float]] = {}
     if every_layer:
       for layer in found[0].linear:

@@ -103,6 +103,7 @@ def make_hparams(
   given |= cli.given(
     num_steps=train.steps,
     batch_size=train.batch_size,
+    precision=train.precision,
     gamma=flags.gamma,
     norm=flags.norm,
     rotation=flags.rotation,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gan_jax import report
+from gan_jax import parallel, report
 from gan_jax.types import InputError, Json, NetState, TrainState
 
 
@@ -56,7 +56,7 @@ class Checkpoints:
       InputError: the disk is full; here or, because it is written meanwhile, by a later call.
     """
     step, packed = int(state.step), _pack(state)
-    if step != self.latest_step:
+    if not parallel.largest(step == self.latest_step):  # of several processes, all or none save
       beside = {"checksums": _checksums(packed), "extra": extra or {}}
       with self._writing():
         self._checkpointer = self._checkpointer or self._open()
@@ -178,6 +178,8 @@ class Checkpoints:
 
   def _lay_aside(self, step: int) -> None:
     """Not removed: what cannot be read today perhaps can be tomorrow."""
+    if not parallel.writes():  # the first of several processes does it
+      return
     folder = self.directory / str(step)
     shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
     folder.rename(folder.with_suffix(".damaged"))
@@ -262,7 +264,7 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
     InputError: no checkpoint, a damaged one, or one of other networks.
   """
   wanted = averages(like)
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = {
     path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     for path, leaf in _leaves(wanted).items()

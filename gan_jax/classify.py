@@ -21,6 +21,7 @@ from gan_jax import (
   metrics,
   networks,
   page,
+  parallel,
   recipes,
   report,
   run_dir,
@@ -69,6 +70,7 @@ class Config:
   """Also measure the Frechet distance of generated images to the test set."""
   transfer: cli.TransferFlags = cli.TransferFlags()
   loop: cli.LoopFlags = cli.LoopFlags()
+  processes: cli.ProcessFlags = cli.ProcessFlags()
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
@@ -113,6 +115,8 @@ def main(config: Config, *, name: str = "train") -> Json:
       devices=devices,
       **logged,
     )
+    if not parallel.writes():  # the first process does the rest
+      return {"interrupted": fit.interrupted}
     fits = [fit]
     if not fit.interrupted:
       fits.append(_fit_control(run, control, images, logged))
@@ -193,6 +197,7 @@ def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
   given = cli.given(
     num_steps=config.train.steps,
     num_unlabelled=config.train.batch_size,
+    precision=config.train.precision,
     d_learning_rate=config.learning_rate,
     adversarial=config.adversarial,
     consistency=config.consistency,
@@ -245,9 +250,10 @@ def cross_validate(
 
 
 def _fit_control(run: run_dir.Run, control: Recipe, images: data.DeviceData, logged: Json) -> train.Fit:
-  """Trains the control, once: a resumed run takes the end that it kept."""
+  """Trains the control, once: a resumed run of one process takes the end that it kept."""
   with checkpoint.Checkpoints(run.path / "supervised") as kept:
-    done = kept.latest_step is not None
+    alone = jax.process_count() == 1  # Orbax saves with all processes, and here is but the first
+    done = alone and kept.latest_step is not None
     fit = train.fit(
       control,
       images,
@@ -257,7 +263,7 @@ def _fit_control(run: run_dir.Run, control: Recipe, images: data.DeviceData, log
       start=kept.restore if done else None,
       **logged,
     )
-    if not (done or fit.interrupted):
+    if alone and not (done or fit.interrupted):
       kept.save(fit.state)
   return fit
 

@@ -13,11 +13,12 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
 import jax
 import typeguard
@@ -25,6 +26,7 @@ import tyro
 from rich.markup import escape
 
 from gan_jax import data, datasets, parallel, pictures
+from gan_jax.networks import Precision
 from gan_jax.recipes import Recipe
 from gan_jax.report import cache_dir, console, say
 from gan_jax.types import InputError, Json, LabelSplit, Stopped
@@ -118,6 +120,8 @@ class TrainFlags:
   """Unlabelled images per step, in experiments with generators all real ones (default: the recipe's)."""
   seed: int = 0
   """Seed of everything random but the label split."""
+  precision: Precision | None = None
+  """Of the networks' products and convolutions; all else is float32 (default: the recipe's, float32)."""
 
   def check(self) -> None:
     at_least_one(self, "steps", "batch_size")
@@ -140,6 +144,38 @@ class LoopFlags:
 
   def check(self) -> None:
     at_least_one(self, "checkpoint_every", "devices")
+
+
+@dataclass(frozen=True)
+class ProcessFlags:
+  """Several processes, on one machine or many, that train together: the same command for each but for
+  --process-id."""
+
+  coordinator: str | None = None
+  """HOST:PORT at which the first process listens for the others, or auto: as Slurm, Open MPI, Kubernetes or
+  a Cloud TPU says."""
+  num_processes: int | None = None
+  """How many processes there are (default: as the cluster says)."""
+  process_id: int | None = None
+  """Which of them this is, from 0 on (default: as the cluster says). Process 0 alone writes."""
+
+  def check(self) -> None:
+    at_least_one(self, "num_processes")
+    not_negative(self, "process_id")
+    if self.coordinator is None:
+      if self.num_processes is not None or self.process_id is not None:
+        raise InputError("--num-processes and --process-id need --coordinator HOST:PORT")
+      return
+    i, num = self.process_id, self.num_processes
+    if i is not None and num is not None and i >= num:
+      raise InputError(f"--process-id {i} is not one of {num} processes, which are counted from 0")
+
+  def start(self) -> None:
+    """Joins the other processes, where there are any; only the first then prints what it does."""
+    if self.coordinator is not None:
+      parallel.initialize(self.coordinator, self.num_processes, self.process_id)
+      say(f"process {jax.process_index()} of {jax.process_count()}, {len(jax.devices())} devices in all")
+      console.quiet = not parallel.writes()
 
 
 @dataclass(frozen=True)
@@ -260,16 +296,24 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
   # Activations and gradients take more than these 64 bytes a value, but how much depends on the networks.
   hint = "choose a smaller --batch-size"
   pictures.check_memory(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
-  there = jax.devices()
+  there, processes = jax.devices(), jax.process_count()
   if num is None:
-    num = 1 if there[0].platform == "cpu" else parallel.most_devices(recipe.batch, len(there))
+    one = there[0].platform == "cpu" and processes == 1
+    num = 1 if one else parallel.most_devices(recipe.batch, len(there))
   if num > len(there):
     more = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num} makes them of one processor"
     raise InputError(f"--devices {num}: there {'is' if len(there) == 1 else 'are'} {len(there)}{more}")
+  if num % processes:
+    raise InputError(
+      f"{num} devices cannot be shared by {processes} processes evenly: choose --devices and --batch-size"
+      " as multiples of them"
+    )
+  taken = [[d for d in there if d.process_index == i][: num // processes] for i in range(processes)]
+  devices = [device for those in taken for device in those]
   if num > 1:
-    parallel.over_devices(recipe, there[:num])  # so that a batch that cannot be split is told at once
+    parallel.over_devices(recipe, devices)  # so that a batch that cannot be split is told at once
     say(f"{num} of {len(there)} devices share each step")
-  return there[:num] if num > 1 else []
+  return devices if num > 1 else []
 
 
 # --- Configurations: dataclasses of groups and of an experiment's own flags
@@ -277,6 +321,7 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
 Config = TypeVar("Config")
 
 # These say where a run finds and puts things, not what it computes.
+PROCESSES = {field.name for field in dataclasses.fields(ProcessFlags)}
 NOT_RECIPE = {
   "data_dir",
   "manual_dir",
@@ -288,6 +333,7 @@ NOT_RECIPE = {
   "tensorboard",
   "devices",
   "on_nonfinite",
+  *PROCESSES,
 }
 
 
@@ -325,11 +371,11 @@ def flags_of_recipe(config: Any) -> Json:
 def command(program: str, config: Any) -> str:
   """The command that repeats a run elsewhere: `program` and the flags that are not at their defaults.
 
-  Without those of the directory: the command neither resumes nor replaces the run.
+  Without those of the directory and of the processes: the command neither resumes nor replaces the run.
   """
   defaults, words = flags_of(type(config)()), []
   for name, value in flags_of(config).items():
-    if value == defaults[name] or name in ("workdir", "resume", "overwrite"):
+    if value == defaults[name] or name in ("workdir", "resume", "overwrite", *PROCESSES):
       continue
     if isinstance(value, bool):
       words.append(flag(name) if value else flag(f"no_{name}"))
@@ -445,23 +491,40 @@ def run(
     check(config)
     _quiet()
     enable_compilation_cache()
+    if hasattr(config, "processes"):
+      config.processes.start()
     result = main(config)
   except InputError as error:
+    console.quiet = False
     console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-    sys.exit(2)
+    _leave(2)
   except KeyboardInterrupt:  # outside of training, or for the second time
     say("stopped at once")
-    sys.exit(130)
+    _leave(130)
   except Stopped as stopped:
     go_on = f"; to go on: {stopped.resume}" if stopped.resume else ""
     say(f"stopped by {signal.Signals(stopped.signum).name}{go_on}")
-    raise
+    _leave(128 + stopped.signum)
   except OSError as error:
     if error.errno not in _CLOSED_OR_FULL:
       raise
     say(f"error: {error.filename or 'a file'} cannot be used: {error.strerror}")
-    sys.exit(2)
+    _leave(2)
+  except Exception as error:
+    if not jax.distributed.is_initialized():
+      raise
+    console.quiet = False
+    say(f"error: {parallel.LOST}" if parallel.is_lost(error) else traceback.format_exc())
+    _leave(1)
   sys.exit(130 if result.get("interrupted") else 0)
+
+
+def _leave(code: int) -> NoReturn:
+  """Ends the process; where it is one of several, at once: they wait for each other when they are done."""
+  if jax.distributed.is_initialized():
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Config:
@@ -469,7 +532,8 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
   try:
     fields = json.loads((path / "config.json").read_text())["config"]
     stored = with_flags(config_cls(), **{name: _tuples(value) for name, value in fields.items()})
-    stored = with_flags(stored, overwrite=False)  # that was about the run before
+    then = {"overwrite": False} | dict.fromkeys(PROCESSES & fields.keys())
+    stored = with_flags(stored, **then)  # those were about the run before
     _check_types(stored)
   except FileNotFoundError as error:
     raise InputError(f"{path} holds no run to resume: it has no config.json") from error

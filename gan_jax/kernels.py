@@ -5,15 +5,33 @@ On every other backend they are JAX's own. Both give what JAX's own give, up to 
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
-# --- Convolution
+# --- Products and convolutions
+
+Precision = Literal["float32", "bfloat16"]
+"""In what products and convolutions are computed; everything else is float32."""
+
+
+def in_precision(product: Callable[..., Array], precision: Precision) -> Callable[..., Array]:
+  """`product(x, w, ...)` of float32 arrays with a float32 result, computed in this precision.
+
+  With bfloat16, inputs and result are rounded to it, forward and backward, which leaves a relative error of
+  `2^-9` each; devices with units for it sum in float32.
+  """
+  if precision == "float32":
+    return product
+
+  def rounded(x: Array, w: Array, *args: Any, **kwargs: Any) -> Array:
+    return product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), *args, **kwargs).astype(jnp.float32)
+
+  return rounded
 
 
 def conv(
@@ -48,7 +66,8 @@ def _product_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
     ups, lefts = ([(k - 1) // 2 - i for i in range(k)] for k in (kh, kw))
     shifts = [((0, 0, 0), (up, -up, 0), (left, -left, 0), (0, 0, 0)) for up in ups for left in lefts]
     terms = jax.lax.split(terms, [f] * (kh * kw), axis=3)
-    shifted = [jax.lax.pad(term, 0.0, shift) for term, shift in zip(terms, shifts, strict=True)]
+    zero = jnp.zeros((), terms[0].dtype)
+    shifted = [jax.lax.pad(term, zero, shift) for term, shift in zip(terms, shifts, strict=True)]
     return functools.reduce(jnp.add, shifted)
   out = [-(-size // stride) for size, stride in zip((height, width), strides, strict=True)]
   patches = jnp.concatenate(_patches(x, (kh, kw), strides, out), axis=-1).reshape(-1, kh * kw * c)

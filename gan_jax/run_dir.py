@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gan_jax
-from gan_jax import checkpoint, cli, page, recipes, report, train
+from gan_jax import checkpoint, cli, page, parallel, recipes, report, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
@@ -74,9 +74,9 @@ def open_run(
 ) -> Iterator[Run]:
   """Opens the directory of a run, which is locked meanwhile.
 
-  Everything that can be checked before should have been: from here on the directory is written to. A run
-  that --overwrite replaces comes back where the new one ends by an exception before its first row of
-  metrics, or was killed before it: then the next call puts it back.
+  Everything that can be checked before should have been: from here on the directory is written to, of
+  several processes by the first. A run that --overwrite replaces comes back where the new one ends by an
+  exception before its first row of metrics, or was killed before it: then the next call puts it back.
 
   Args:
     experiment: its name.
@@ -93,6 +93,12 @@ def open_run(
   values = cli.flags_of(config)
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(flags.workdir or Path("runs") / experiment / stamp)
+  if not parallel.writes():
+    parallel.wait("open")
+    if not (path / "config.json").exists():
+      raise InputError(f"--workdir {path} must be a folder that all processes see, and process 0's is not")
+    yield Run(path, experiment, flags, dataset, split, values["seed"], False, {}, time.time(), "")
+    return
   _check_folder(path)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
@@ -128,6 +134,7 @@ def open_run(
       if not flags.resume:
         report.write_json(path / "labels.json", labels)
         report.write_json(path / "config.json", described)
+      parallel.wait("open")
       begin = time.time()
       yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, begin, command)
       complete = True

@@ -120,6 +120,8 @@ def fit(
     snapshot: called with the state about ten times, for pictures on the way.
     verbose: whether to show progress.
     devices: those that share each step, see `parallel.over_devices`; without any, JAX's default device.
+      With several processes, those of all: each calls this with the same arguments, all see `workdir`, and
+      the first alone logs and calls `snapshot`.
     on_nonfinite: whether a metric that is not finite is an error, or training goes back to the last
       checkpoint, or to its beginning, at half the learning rates; three times, then it is an error.
     rollbacks: those there were, so that the learning rates are halved as often; a run that is resumed
@@ -128,11 +130,17 @@ def fit(
   Raises:
     Stopped: SIGTERM or SIGHUP; what was reached has been saved.
     InputError: a metric is not finite; nothing from then on has been saved. Or `workdir` holds checkpoints
-      and is not to be resumed, or the batch cannot be split over so many devices. Or a streamed image
-      cannot be read; what was reached has been saved.
+      and is not to be resumed, the batch cannot be split over so many devices, or the processes differ in
+      their images or arguments. Or a streamed image cannot be read; what was reached has been saved.
   """
   split = parallel.over_devices(recipe, devices) if devices else recipe
   state = recipe.init_state(key, images)
+  together = bool(devices) and jax.process_count() > 1
+  if together:
+    if images.stream is not None:
+      raise InputError("several processes need the training images in memory: pass --stream no")
+    lengths = [steps_per_dispatch, checkpoint_every, diagnose, snapshot is None]
+    parallel.check_same([recipes.describe(recipe), recipe.num_steps, *lengths], images)
   if devices:
     state, images = parallel.replicated((state, images), devices)
   with contextlib.ExitStack() as stack:
@@ -172,11 +180,13 @@ def fit(
     observe_every, snapshot_every = max(1, num_steps // 20), max(1, num_steps // 10)
     done = first = int(state.step)
     pending, first_step_at, unreadable = None, None, None
-    log = stack.enter_context(_MetricsLog(workdir, phase, first, num_steps, class_names, tensorboard))
+    logged = workdir if parallel.writes() else None
+    log = stack.enter_context(_MetricsLog(logged, phase, first, num_steps, class_names, tensorboard))
     log.rollbacks = rollbacks
     show = stack.enter_context(_progress(phase, first, num_steps)) if verbose else lambda row: None
     with _stop_on_interrupt() as stop:
-      while done < num_steps and not stop.is_set:
+      # A signal to one process stops all, at the same step.
+      while done < num_steps and not (parallel.largest(stop.signum) if together else stop.is_set):
         # The very first step goes alone: it tells when the run began to move.
         num = 1 if done == 0 else min(steps_per_dispatch - done % steps_per_dispatch, num_steps - done)
         num = min(num, every - done % every)
@@ -191,10 +201,10 @@ def fit(
           break
         state, metrics = compiled(state, drawn, np.int32(num))
         done += num
-        if snapshot and done % snapshot_every == 0:
-          snapshot(state)
+        if snapshot and done % snapshot_every == 0 and parallel.writes():
+          snapshot(parallel.local(state))
         if observe and done % observe_every == 0:
-          metrics |= observe(state, images)
+          metrics |= observe(*parallel.local((state, images)))
         if pending is not None:
           show(log.write(*pending))
         pending = (done, num, metrics)
@@ -212,15 +222,16 @@ def fit(
     if unreadable is not None:
       saved = "" if checkpoints is None else f"; step {done:,} is saved, and --resume goes on from there"
       raise InputError(f"{unreadable}{saved}")
-    if stop.signum in (signal.SIGTERM, signal.SIGHUP):
-      raise Stopped(stop.signum)
+    signum = parallel.largest(stop.signum) if together else stop.signum
+    if signum in (signal.SIGTERM, signal.SIGHUP):
+      raise Stopped(signum)
     idle = dispatches.seconds_idle
     if verbose and idle > 0.05 * log.seconds:
       report.say(
         f"{phase}: reading images did not keep up: the device waited {idle / log.seconds:.0%} of the time"
       )
     return Fit(
-      state,
+      parallel.local(state),
       log.seconds,
       seconds_compile,
       first_step_at,

@@ -311,5 +311,5 @@ def test_what_a_run_starts_from_is_one_of_its_flags(tmp_path):
 
 def test_the_groups_are_frozen_values():
   groups = [value for value in vars(mnist_ssgan.Config()).values() if dataclasses.is_dataclass(value)]
-  assert len(groups) == 8
+  assert len(groups) == 9
   assert len(set(groups)) == len(groups)  # hashed, and none is another

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +194,44 @@ def test_batch_statistics_would_take_the_class_away(key):
   ):
     with pytest.raises(InputError, match="norm='batch'"):
       g.init(key, g.latents(key, 2), train=True)
+
+
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+def test_bfloat16_is_of_products_and_convolutions_alone(kind, key):
+  """Forward and backward, but not in the head; what goes in and comes out is float32, and near the same."""
+  if kind == "conv":
+    g = networks.ConvGenerator((8, 8, 1), width=8)
+    d = networks.ConvDiscriminator(5, width=8, num_features=8)
+  else:
+    g, d = networks.MLPGenerator((8, 8, 1), widths=(8,)), networks.MLPDiscriminator(5, widths=(8, 8))
+  z = g.latents(key, 6)
+
+  @jax.jit
+  def init():
+    g_variables = g.init(key, z, train=True)
+    x = g.apply(g_variables, z, train=True)
+    return g_variables, d.init({"params": key, "noise": key}, x, train=True)
+
+  def loss(variables, g, d):
+    x = g.apply(variables[0], z, train=True)
+    logits, _ = d.apply(variables[1], x, train=False)
+    return (logits.sum(axis=-1) ** 2).sum()
+
+  variables, found = init(), {}
+  for precision in ("float32", "bfloat16"):
+    nets = g.clone(precision=precision), d.clone(precision=precision)
+    lowered = jax.jit(jax.value_and_grad(lambda v, nets=nets: loss(v, *nets))).lower(variables)
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*: \((.*)\) -> ", lowered.as_text())
+    found[precision] = lowered.compile()(variables), products
+  (expected, products), (value, rounded) = found["float32"], found["bfloat16"]
+  assert len(rounded) == len(products)
+  assert not any("bf16" in types for types in products)
+  whole = [types for types in rounded if "bf16" not in types]
+  assert len(whole) == 3  # the head's product and its two derivatives
+  assert {a.dtype for a in jax.tree.leaves((variables, value))} == {jnp.dtype("float32")}
+  assert not np.array_equal(*map(np.asarray, (value[0], expected[0])))
+  a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (value, expected))
+  assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
 
 
 def test_depth_to_space():

@@ -1,13 +1,21 @@
 import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
 from importlib import metadata
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from conftest import leaves_equal
 
-from gan_jax import augment, data, losses, networks, objectives, parallel, steps, train
+from gan_jax import augment, cli, data, losses, networks, objectives, parallel, steps, train
 from gan_jax.types import BatchSizes, InputError
 
 # Bit for bit where XLA fuses as it does outside of the tests, see conftest.py.
@@ -39,34 +47,177 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_eight_devices_compute_what_one_does(case, make_tiny):
-  """With SGD, because Adam hides a constant factor in the gradient; to rounding."""
+  """A mesh, and pmap. With SGD, because Adam hides a constant factor in the gradient; to rounding."""
   changes = dict(CASES[case])
   tiny = make_tiny(tx=optax.sgd(0.05), network=changes.pop("network", "conv"))
   sizes = BatchSizes(8, 8 if changes["objective"] is RELATIVISTIC else 16, 8)  # pairs need as many
   recipe = tiny.recipe(batch=sizes, **changes)
   start = recipe.init_state(jax.random.key(0), tiny.data)
   devices = jax.devices()
-  split = parallel.over_devices(recipe, devices)
-  programs = []
-  for each, arguments in (
-    (recipe, (start, tiny.data)),
-    (split, parallel.replicated((start, tiny.data), devices)),
-  ):
-    compiled = jax.jit(each.make_multi_step(3)).lower(*arguments, np.int32(0)).compile()
-    programs.append((compiled.cost_analysis()["flops"], *compiled(*arguments, np.int32(3))))
-  (flops, expected, metrics), (flops_each, found, metrics_found) = programs
-  assert len(devices) == 8
-  assert flops_each < flops / 4  # each device does a part
-  for _before, a, b in zip(*map(jax.tree.leaves, (start, expected, found)), strict=True):
-    if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-      np.testing.assert_allclose(b, a, atol=1e-6)
-  moved = [
-    not np.array_equal(a, b)
-    for a, b in zip(*map(jax.tree.leaves, (start.d.params, found.d.params)), strict=True)
+  args, num = (start, tiny.data), np.int32(3)
+  compiled = jax.jit(recipe.make_multi_step(3)).lower(*args, num).compile()
+  flops, (expected, metrics) = compiled.cost_analysis()["flops"], compiled(*args, num)
+  mesh = jax.jit(parallel.over_devices(recipe, devices).make_multi_step(3))
+  pmap = jax.pmap(parallel.over_axis(recipe).make_multi_step(3), parallel.AXIS, in_axes=(0, 0, None))
+  each = tuple(parallel.stack([tree] * 8) for tree in args)
+  for program, arguments in ((mesh, parallel.replicated(args, devices)), (pmap, each)):
+    lowered = program.lower(*arguments, num)
+    compiled = lowered.compile()
+    found, metrics_found = compiled(*arguments, num)
+    if program is pmap:
+      for leaf in jax.tree.leaves((found.g.params, found.d.params, metrics_found)):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+      found, metrics_found = parallel.pick((found, metrics_found), 0)
+    assert len(devices) == 8
+    if program is mesh:
+      assert compiled.cost_analysis()["flops"] < flops / 4  # each device does a part
+    else:
+      assert "all_gather" in lowered.as_text()
+    for _before, a, b in zip(*map(jax.tree.leaves, (start, expected, found)), strict=True):
+      if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        np.testing.assert_allclose(b, a, atol=1e-6)
+    moved = [
+      not np.array_equal(a, b)
+      for a, b in zip(*map(jax.tree.leaves, (start.d.params, found.d.params)), strict=True)
+    ]
+    assert np.mean(moved) > 0.9
+    for name in metrics:
+      np.testing.assert_allclose(metrics_found[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+  """A network of one layer."""
+
+  axis_name: str | None = None
+
+  def apply(self, variables, x):
+    return jnp.tanh(x @ variables["params"])
+
+
+def test_a_mean_for_each_device_is_another_loss():
+  """The square of a mean, and a penalty: what the classic pmap gets wrong, ours gets right."""
+  w, x = jax.random.normal(jax.random.key(0), (3,)), jax.random.normal(jax.random.key(1), (8, 3))
+
+  def loss(w, x, net):
+    slopes = jax.grad(lambda x: net.apply({"params": w}, x).sum())(x)
+    return jnp.square(net.apply({"params": w}, x).mean()) + jnp.square(slopes).sum(axis=-1).mean()
+
+  expected = jax.grad(loss)(w, x, Toy())
+  pmap = lambda fn, x: jax.pmap(fn, parallel.AXIS)(jnp.broadcast_to(w, (8, 3)), x)
+  ours = pmap(lambda w, x: jax.grad(loss)(w, x, parallel._Part(Toy())), jnp.broadcast_to(x, (8, 8, 3)))
+  classic = pmap(lambda w, x: jax.lax.pmean(jax.grad(loss)(w, x, Toy()), parallel.AXIS), x.reshape(8, 1, 3))
+  np.testing.assert_allclose(ours, np.broadcast_to(expected, (8, 3)), rtol=1e-5)
+  assert not np.allclose(classic[0], expected, rtol=0.1)
+
+
+def test_what_pmap_cannot_split(tiny):
+  args = tuple(parallel.stack([tree] * 8) for tree in (tiny.state(), tiny.data))
+  recipe = parallel.over_axis(tiny.recipe())
+  multi_step = jax.pmap(recipe.make_multi_step(1), parallel.AXIS, in_axes=(0, 0, None))
+  with pytest.raises(InputError, match="6 images cannot be split over 8 devices"):
+    jax.eval_shape(multi_step, *args, 1)
+  with pytest.raises(InputError, match="object has no axis_name"):
+    parallel.over_axis(tiny.recipe(g=object()))
+
+
+WORKER = """
+import dataclasses, sys
+from pathlib import Path
+import conftest, jax
+from gan_jax import cli, train
+
+jax.config.update("jax_num_cpu_devices", 1)
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  folder: str = ""
+  processes: cli.ProcessFlags = cli.ProcessFlags()
+
+def main(config):
+  tiny = conftest.Tiny(network="mlp")
+  for num_steps, name in ((4, "done"), (10**9, "killed")):
+    recipe, key = tiny.recipe(num_steps=num_steps), jax.random.key(0)
+    devices = cli.devices(None, recipe)
+    folder = Path(config.folder) / name
+    train.fit(recipe, tiny.data, key, workdir=folder, checkpoint_every=50, devices=devices)
+
+cli.run(main, Config)
+"""
+
+
+def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(make_tiny, tmp_path):
+  """Over loopback. What was saved goes on with one process, on two devices."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+  flags = ["--folder", str(tmp_path), "--coordinator", f"localhost:{port}", "--num-processes", "2"]
+  for name in ("done", "killed"):
+    (tmp_path / name).mkdir()
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", WORKER, *flags, "--process-id", str(i)],
+      env=env,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
   ]
-  assert np.mean(moved) > 0.9
-  for name in metrics:
-    np.testing.assert_allclose(metrics_found[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+  tiny = make_tiny(network="mlp")
+  fit = lambda num_steps, **kwargs: train.fit(
+    tiny.recipe(num_steps=num_steps), tiny.data, jax.random.key(0), verbose=False, **kwargs
+  )
+  try:
+    expected = fit(4).state
+    end = time.monotonic() + 120
+    while len(list((tmp_path / "killed" / "checkpoints").glob("*0"))) < 2 and time.monotonic() < end:
+      assert processes[0].poll() is None, processes[0].communicate()[1]
+      time.sleep(0.1)
+    processes[1].kill()
+    _, said = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
+    assert f"error: {parallel.LOST}" in said
+    assert "process 0 of 2, 2 devices in all" in said
+    _, said = processes[1].communicate()
+    assert "train 4/4" not in said  # the first process alone speaks
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+  rows = (tmp_path / "done" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(row)["step"] for row in rows] == [1, 4]
+  saved = fit(4, workdir=tmp_path / "done", resume=True)
+  assert saved.first_step_at is None  # all steps were there
+  for a, b in zip(jax.tree.leaves(expected.ema), jax.tree.leaves(saved.state.ema), strict=True):
+    np.testing.assert_allclose(b, a, atol=1e-5)
+  last = max(int(path.name) for path in (tmp_path / "killed" / "checkpoints").glob("*0"))
+  more = fit(last + 2, workdir=tmp_path / "killed", resume=True, devices=jax.devices()[:2])
+  assert int(more.state.step) == last + 2
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ({"process_id": 0}, "need --coordinator"),
+    ({"coordinator": "auto", "num_processes": 2, "process_id": 2}, "2 is not one of 2 processes"),
+    ({"coordinator": "auto", "num_processes": 0}, "--num-processes must be at least 1"),
+  ],
+)
+def test_flags_of_no_processes(flags, words):
+  with pytest.raises(InputError, match=words):
+    cli.ProcessFlags(**flags).check()
+
+
+def test_a_coordinator_that_cannot_be_used():
+  with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as busy:
+    address = f"localhost:{busy.getsockname()[1]}"
+    with pytest.raises(InputError, match="the port cannot be used: Address already in use"):
+      parallel.initialize(address, 2, 0)
+  with pytest.raises(InputError, match="no answer in 1 s: Connection refused"):
+    parallel.initialize(address, 2, 1, timeout=1)
+  with pytest.raises(InputError, match="here must be HOST:PORT or auto"):
+    parallel.initialize("here", 2, 0)
 
 
 def test_fit_over_devices_saves_what_one_device_goes_on_with(tiny, tmp_path):

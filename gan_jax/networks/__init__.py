@@ -7,6 +7,7 @@ written in `gan_jax.types`. `train=True` needs the random stream "noise" where a
 from collections.abc import Callable
 from typing import Literal
 
+from gan_jax.kernels import Precision
 from gan_jax.networks.conv import ConvDiscriminator, ConvGenerator
 from gan_jax.networks.layers import (
   BatchNormShift,
@@ -35,6 +36,7 @@ def make_pair(
   num_classes: int = 0,
   num_aux: int = 0,
   norm: Norm | None = None,
+  precision: Precision = "float32",
 ) -> tuple[Generator, Discriminator]:
   """The generator and the discriminator of this name.
 
@@ -48,12 +50,14 @@ def make_pair(
     num_classes: classes that the generator is asked for; 0: it is not asked.
     num_aux: logits of the discriminator's further head.
     norm: of the discriminator (default: the pair's).
+    precision: of products and convolutions but those of the discriminator's heads.
 
   Raises:
     InputError: images that the networks cannot take.
   """
   g, d = PAIRS[name](image_shape, num_logits, num_classes)
-  return g, d.clone(num_aux=num_aux, **({} if norm is None else {"norm": norm}))
+  shared = {} if precision == "float32" else {"precision": precision}  # a network may have but one
+  return g.clone(**shared), d.clone(num_aux=num_aux, **({} if norm is None else {"norm": norm}), **shared)
 
 
 def _conv(image_shape: ImageShape, num_logits: int, num_classes: int, *, scale: int = 1):
@@ -134,6 +138,7 @@ __all__ = [
   "MLPGenerator",
   "Norm",
   "Pair",
+  "Precision",
   "ResNetDiscriminator",
   "ResNetGenerator",
   "check_image_shape",

@@ -8,6 +8,7 @@ from typing import Literal
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from gan_jax.kernels import Precision
 from gan_jax.networks.layers import (
   Block,
   Linear,
@@ -20,7 +21,7 @@ from gan_jax.networks.layers import (
   leaky_relu,
   normalise,
 )
-from gan_jax.types import Latents
+from gan_jax.types import InputError, Latents
 
 
 class ConvDiscriminator(nn.Module):
@@ -45,6 +46,10 @@ class ConvDiscriminator(nn.Module):
   norm: Norm = "layer"
   num_aux: int = 0
   """Logits of a further head, see `heads`."""
+  precision: Precision = "float32"
+  """Of all products and convolutions but those of the heads."""
+  axis_name: str | None = None
+  """Of the devices that the batch is split over, see `parallel.over_axis`: not with dropout."""
 
   def strides(self, image_shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of the convolutions."""
@@ -62,7 +67,7 @@ class ConvDiscriminator(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
     check_image_shape(x.shape[1:])
-    block = partial(Block, norm=self.norm, activation=leaky_relu)
+    block = partial(Block, norm=self.norm, activation=leaky_relu, precision=self.precision)
     h = 2 * x - 1
     for i, stride in enumerate(self.strides(x.shape[1:])):
       kernel = 5 if i == 0 and stride == 2 else 3
@@ -71,6 +76,8 @@ class ConvDiscriminator(nn.Module):
       for _ in range(1, self.depth):
         h = block(features, 3)(h, train=train)
     h = h.reshape(h.shape[0], -1)
+    if self.dropout and self.axis_name:
+      raise InputError("under jax.pmap each device would drop the same outputs: use dropout=0 or a mesh")
     h = nn.Dropout(self.dropout, rng_collection="noise")(h, deterministic=not train)
     features = block(self.num_features)(h, train=train)
     return heads(self, features, features, train)
@@ -93,6 +100,10 @@ class ConvGenerator(nn.Module):
   num_classes: int = 0
   """Classes that it makes images of, with any `norm` but "shift"; 0: it is not asked for a class."""
   fine: bool = False
+  precision: Precision = "float32"
+  """Of all products and convolutions."""
+  axis_name: str | None = None
+  """Of the devices that the batch is split over, see `parallel.over_axis`."""
 
   latents = latents
 
@@ -102,14 +113,16 @@ class ConvGenerator(nn.Module):
     height, width, channels = self.image_shape
     doublings = max(0, math.ceil(math.log2(max(height, width) / 32)))
     base = [math.ceil(side / (4 * 2**doublings)) for side in (height, width)]
-    block = partial(Block, self.width, norm=self.norm)
-    h = Linear(math.prod(base) * self.width, use_bias=self.norm == "none")(embed(self, z), train=train)
-    h = nn.relu(normalise(h.reshape(-1, *base, self.width), self.norm, train))
+    shared = {"precision": self.precision, "axis_name": self.axis_name}
+    block = partial(Block, self.width, norm=self.norm, **shared)
+    linear = partial(Linear, precision=self.precision)
+    h = linear(math.prod(base) * self.width, use_bias=self.norm == "none")(embed(self, z), train=train)
+    h = nn.relu(normalise(h.reshape(-1, *base, self.width), self.norm, train, self.axis_name))
     for _ in range(doublings):
       h = block(3, depth_to_space=2)(h, train=train)
     h = block(3)(h, train=train)
     if self.fine:
       h = block(3, depth_to_space=2)(h, train=train)
     shuffle = 2 if self.fine else 4
-    x = depth_to_space(Linear(shuffle**2 * channels, 3)(h, train=train), shuffle)
+    x = depth_to_space(linear(shuffle**2 * channels, 3)(h, train=train), shuffle)
     return nn.sigmoid(x[:, :height, :width])

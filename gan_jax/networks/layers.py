@@ -40,13 +40,18 @@ class Linear(nn.Module):
   train_scale: bool = False
   """Whether the optimizer moves the scale of the weight norm."""
   init_from_data: bool = True
+  precision: kernels.Precision = "float32"
+  """Of the product or convolution; parameters, bias and `y` are float32."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "b *dims c"], *, train: bool) -> Float[Array, "b *odims features"]:
     if self.norm == "weight":
       return self._weight_norm(x)
     if self.kernel is None:
-      layer: nn.Module = nn.Dense(self.features, self.use_bias, kernel_init=self.kernel_init)
+      product = kernels.in_precision(jax.lax.dot_general, self.precision)
+      layer: nn.Module = nn.Dense(
+        self.features, self.use_bias, kernel_init=self.kernel_init, dot_general=product
+      )
     else:
       layer = nn.Conv(
         self.features,
@@ -54,7 +59,7 @@ class Linear(nn.Module):
         self.strides,
         use_bias=self.use_bias,
         kernel_init=_as_matrix(self.kernel_init),
-        conv_general_dilated=kernels.conv,
+        conv_general_dilated=kernels.in_precision(kernels.conv, self.precision),
       )
     return nn.SpectralNorm(layer)(x, update_stats=train) if self.norm == "spectral" else layer(x)
 
@@ -64,7 +69,10 @@ class Linear(nn.Module):
       shape = (self.kernel, self.kernel, *shape)
     v = self.param("kernel", nn.initializers.normal(0.1), shape)
     # The columns of the product are scaled and not those of v, which in a dense layer is much larger.
-    y = x @ v if self.kernel is None else kernels.conv(x, v, (self.strides, self.strides))
+    if self.kernel is None:
+      y = kernels.in_precision(jnp.matmul, self.precision)(x, v)
+    else:
+      y = kernels.in_precision(kernels.conv, self.precision)(x, v, (self.strides, self.strides))
     axes = tuple(range(y.ndim - 1))
 
     def each(value: Array) -> Array:
@@ -101,11 +109,18 @@ class BatchNormShift(nn.Module):
   `steps.with_statistics`; where that is mutable, it puts those of the batch there.
   """
 
+  axis_name: str | None = None
+  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "b *dims c"]) -> Float[Array, "b *dims c"]:
     axes = tuple(range(x.ndim - 1))
     shift = self.param("shift", nn.initializers.zeros, (x.shape[-1],))
-    mean, var = x.mean(axis=axes, keepdims=True), x.var(axis=axes, keepdims=True)
+    if self.axis_name is None or self.is_initializing():
+      mean, var = x.mean(axis=axes, keepdims=True), x.var(axis=axes, keepdims=True)
+    else:
+      mean = jax.lax.pmean(x.mean(axis=axes, keepdims=True), self.axis_name)
+      var = jax.lax.pmean(jnp.square(x - mean).mean(axis=axes, keepdims=True), self.axis_name)
     if self.has_variable("statistics", "mean"):
       mean, var = (self.get_variable("statistics", name) for name in ("mean", "var"))
     elif self.is_mutable_collection("statistics") and not self.is_initializing():  # init would keep them
@@ -130,26 +145,36 @@ class Block(nn.Module):
   kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
   depth_to_space: int = 1
   """A convolution then has `depth_to_space ** 2` times the channels, and the image grows by this factor."""
+  precision: kernels.Precision = "float32"
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "b *dims c"], *, train: bool) -> Float[Array, "b *odims features"]:
     bias = self.norm in ("none", "spectral")
     features = self.features * self.depth_to_space**2
-    linear = Linear(features, self.kernel, self.strides, self.norm, bias, self.kernel_init)
+    linear = Linear(
+      features,
+      self.kernel,
+      self.strides,
+      self.norm,
+      bias,
+      self.kernel_init,
+      precision=self.precision,
+    )
     y = linear(x, train=train)
     if self.depth_to_space > 1:
       y = depth_to_space(y, self.depth_to_space)
-    return self.activation(normalise(y, self.norm, train))
+    return self.activation(normalise(y, self.norm, train, self.axis_name))
 
 
-def normalise(y: Array, norm: Norm, train: bool) -> Array:
+def normalise(y: Array, norm: Norm, train: bool, axis_name: str | None = None) -> Array:
   if norm == "layer":
     return nn.LayerNorm()(y)
   if norm == "group":
     return nn.GroupNorm(None, math.gcd(16, y.shape[-1]))(y)
   if norm == "batch":
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
-  return BatchNormShift()(y) if norm == "shift" else y
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=axis_name)(y)
+  return BatchNormShift(axis_name)(y) if norm == "shift" else y
 
 
 def leaky_relu(x: Array) -> Array:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float
 
 from gan_jax import kernels
@@ -31,6 +33,10 @@ class MLPDiscriminator(nn.Module):
   activation: Callable[[Array], Array] = nn.relu
   num_aux: int = 0
   """Logits of a further head, see `heads`."""
+  precision: kernels.Precision = "float32"
+  """Of all products but those of the heads."""
+  axis_name: str | None = None
+  """Of the devices that the batch is split over, see `parallel.over_axis`."""
 
   def layers(self, image_shape: Sequence[int]) -> tuple[str, ...]:
     del image_shape
@@ -39,12 +45,21 @@ class MLPDiscriminator(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
     def noisy(x: Array, std: float) -> Array:
-      return x + std * kernels.normal(self.make_rng("noise"), x.shape) if train and std else x
+      if not train or not std:
+        return x
+      if self.axis_name is None or self.is_initializing():
+        return x + std * kernels.normal(self.make_rng("noise"), x.shape)
+      # The noise of the whole batch, and this device's part of it.
+      num = x.shape[0] * jax.lax.axis_size(self.axis_name)
+      noise = kernels.normal(self.make_rng("noise"), (num, *x.shape[1:]))
+      first = jax.lax.axis_index(self.axis_name) * x.shape[0]
+      return x + std * jax.lax.dynamic_slice_in_dim(noise, first, x.shape[0])
 
     features = x.reshape(x.shape[0], -1)
     h = noisy(features, self.noise_in)
+    block = partial(Block, norm=self.norm, activation=self.activation, precision=self.precision)
     for width in self.widths:
-      features = Block(width, norm=self.norm, activation=self.activation)(h, train=train)
+      features = block(width)(h, train=train)
       h = noisy(features, self.noise_hidden)
     return heads(self, h, features, train)
 
@@ -64,15 +79,22 @@ class MLPGenerator(nn.Module):
   activation: Callable[[Array], Array] = nn.softplus
   num_classes: int = 0
   """Classes that it makes images of, with any `norm` but "shift"; 0: it is not asked for a class."""
+  precision: kernels.Precision = "float32"
+  """Of all products."""
+  axis_name: str | None = None
+  """Of the devices that the batch is split over, see `parallel.over_axis`."""
 
   latents = latents
 
   @nn.compact
   def __call__(self, z: Latents, *, train: bool) -> Float[Array, "n h w c"]:
     h, published = embed(self, z), self.norm == "shift"
+    shared = {"precision": self.precision, "axis_name": self.axis_name}
+    block = partial(Block, norm=self.norm, activation=self.activation, **shared)
     for width in self.widths:
       init = nn.initializers.normal(0.05) if published else nn.linear.default_kernel_init
-      h = Block(width, norm=self.norm, activation=self.activation, kernel_init=init)(h, train=train)
+      h = block(width, kernel_init=init)(h, train=train)
     out_norm: Norm = "weight" if published else "none"
-    out = Linear(math.prod(self.image_shape), norm=out_norm, train_scale=True, init_from_data=False)
+    size, linear = math.prod(self.image_shape), partial(Linear, precision=self.precision)
+    out = linear(size, norm=out_norm, train_scale=True, init_from_data=False)
     return nn.sigmoid(out(h, train=train)).reshape(-1, *self.image_shape)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gan_jax.kernels import Precision
 from gan_jax.networks.layers import (
   Linear,
   Norm,
@@ -32,18 +34,21 @@ class ResidualBlock(nn.Module):
   upsample: bool = False
   norm: Norm = "group"
   activation: Callable[[Array], Array] = leaky_relu
+  precision: Precision = "float32"
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b oh ow f"]:
     norm: Norm = self.norm if self.norm in ("weight", "spectral") else "none"
-    h = self.activation(normalise(x, self.norm, train))
+    linear = partial(Linear, precision=self.precision)
+    h = self.activation(normalise(x, self.norm, train, self.axis_name))
     if self.upsample:
       h, x = (jnp.repeat(jnp.repeat(a, 2, axis=1), 2, axis=2) for a in (h, x))
-    h = Linear(self.features, 3, self.strides, norm)(h, train=train)
-    h = self.activation(normalise(h, self.norm, train))
-    h = Linear(self.features, 3, norm=norm)(h, train=train)
+    h = linear(self.features, 3, self.strides, norm)(h, train=train)
+    h = self.activation(normalise(h, self.norm, train, self.axis_name))
+    h = linear(self.features, 3, norm=norm)(h, train=train)
     if x.shape != h.shape:
-      x = Linear(self.features, 1, self.strides, norm, use_bias=False)(x, train=train)
+      x = linear(self.features, 1, self.strides, norm, use_bias=False)(x, train=train)
     return x + h
 
 
@@ -76,6 +81,10 @@ class ResNetDiscriminator(nn.Module):
   norm: Norm = "group"
   num_aux: int = 0
   """Logits of a further head, see `heads`."""
+  precision: Precision = "float32"
+  """Of all products and convolutions but those of the heads."""
+  axis_name: str | None = None
+  """Of the devices that the batch is split over, see `parallel.over_axis`."""
 
   def blocks(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
     """Channels and stride of each residual block."""
@@ -93,9 +102,10 @@ class ResNetDiscriminator(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> tuple[Array, ...]:
     check_image_shape(x.shape[1:])
     norm: Norm = self.norm if self.norm in ("weight", "spectral") else "none"
-    h = Linear(self.width // 2, 3, norm=norm, name="stem")(2 * x - 1, train=train)
+    stem = Linear(self.width // 2, 3, norm=norm, precision=self.precision, name="stem")
+    h = stem(2 * x - 1, train=train)
     for features, stride in self.blocks(x.shape[1:]):
-      h = ResidualBlock(features, stride, norm=self.norm)(h, train=train)
+      h = ResidualBlock(features, stride, norm=self.norm, precision=self.precision)(h, train=train)
     features = Pool(self.norm)(h, train=train)
     return heads(self, features, features, train)
 
@@ -114,6 +124,10 @@ class ResNetGenerator(nn.Module):
   norm: Norm = "group"
   num_classes: int = 0
   """Classes that it makes images of; 0: it is not asked for a class."""
+  precision: Precision = "float32"
+  """Of all products and convolutions."""
+  axis_name: str | None = None
+  """Of the devices that the batch is split over, see `parallel.over_axis`."""
 
   latents = latents
 
@@ -124,9 +138,11 @@ class ResNetGenerator(nn.Module):
     doublings = max(1, round(math.log2(min(height, width) / 4)))
     base = [math.ceil(side / 2**doublings) for side in (height, width)]
     features = [min(4, 2 ** (doublings - i)) * self.width for i in range(doublings + 1)]
-    h = Linear(math.prod(base) * features[0])(embed(self, z), train=train)
+    linear = partial(Linear, precision=self.precision)
+    block = partial(ResidualBlock, precision=self.precision, axis_name=self.axis_name)
+    h = linear(math.prod(base) * features[0])(embed(self, z), train=train)
     h = h.reshape(-1, *base, features[0])
     for num in features[1:]:
-      h = ResidualBlock(num, upsample=True, norm=self.norm, activation=nn.relu)(h, train=train)
-    x = Linear(channels, 3)(nn.relu(normalise(h, self.norm, train)), train=train)
+      h = block(num, upsample=True, norm=self.norm, activation=nn.relu)(h, train=train)
+    x = linear(channels, 3)(nn.relu(normalise(h, self.norm, train, self.axis_name)), train=train)
     return nn.sigmoid(x[:, :height, :width])

@@ -162,6 +162,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
     num_classes=num_classes if conditional else 0,
     num_aux=4 if h.rotation else 0,
     norm=h.norm,
+    precision=h.precision,
   )
   num_labelled = {"none": 0, "few": h.batch_size // 4, "all": h.batch_size}[h.labels]
   return Recipe(

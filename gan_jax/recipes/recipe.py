@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Key
 
 from gan_jax import augment, data, objectives, steps
-from gan_jax.networks import Pair
+from gan_jax.networks import Pair, Precision
 from gan_jax.objectives import Objective
 from gan_jax.types import (
   Augment,
@@ -44,6 +44,8 @@ class Hparams:
   """Adam's updates are `m / (sqrt(v + eps_root) + eps)`."""
   ema_decay: float
   """Decay of the parameter averages, from which everything is read."""
+  precision: Precision = "float32"
+  """Of the networks' products and convolutions."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def with_policy(hparams: Hparams, name: policies.Name) -> Hparams:
 def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int) -> Recipe:
   """The recipe for images of this shape: height, width, channels."""
   h = hparams
-  g, d = networks.make_pair(h.network, image_shape, num_logits=num_classes)
+  g, d = networks.make_pair(h.network, image_shape, num_logits=num_classes, precision=h.precision)
   objective = objectives.semi_supervised_gan(
     adversarial=h.adversarial,
     consistency_weight=ramped(h, h.consistency),

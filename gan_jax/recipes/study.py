@@ -239,7 +239,11 @@ def _with_objective(recipe: Recipe, h: Hparams, objective: objectives.Objective)
 def _class_conditional(recipe: Recipe, h: Hparams) -> Recipe:
   """The same with a generator that is asked for classes."""
   g, _ = networks.make_pair(
-    h.network, recipe.image_shape, num_logits=recipe.num_classes, num_classes=recipe.num_classes
+    h.network,
+    recipe.image_shape,
+    num_logits=recipe.num_classes,
+    num_classes=recipe.num_classes,
+    precision=h.precision,
   )
   return dataclasses.replace(recipe, g=g)
 
