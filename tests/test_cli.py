@@ -114,7 +114,7 @@ def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
     ),
     (("--dataset", "nope"), "error: unknown dataset 'nope'"),
     (("--dataset", "cifar10"), 'pip install "gan-jax[tf]"'),
-    (("--dataset", "digits", "--image-size", "4", "--steps", "1"), "images of 4x4 are too small"),
+    (("--dataset", "digits", "--image-size", "4", "--network", "conv"), "images of 4x4 are too small"),
   ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(flags, sentence, monkeypatch, capsys, tmp_path):

@@ -134,7 +134,7 @@ def test_num_images_choose_the_recipe(run, monkeypatch):
   """Also through `main`, where the whole set counts as large."""
   monkeypatch.setattr(recipes.ssgan, "SMALL_DATA", 200)
   seen = []
-  monkeypatch.setattr(recipes.ssgan, "tuned", lambda network, num: seen.append(num) or 1 / 0)
+  monkeypatch.setattr(recipes.ssgan, "tuned", lambda network, num, policy: seen.append(num) or 1 / 0)
   with pytest.raises(ZeroDivisionError):
     run(mnist_ssgan, num_images=150)
   assert seen == [150]

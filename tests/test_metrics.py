@@ -302,5 +302,5 @@ if REAL:
 
 
 def test_a_place_that_cannot_be_a_file_is_refused_before_training(tmp_path):
-  with pytest.raises(InputError, match="cannot be a file"):
+  with pytest.raises(InputError, match="is a folder: name a file"):
     experiment.Config(out=tmp_path).check()
