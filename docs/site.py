@@ -20,7 +20,7 @@ ROOMS = {
   "core": "types losses penalties terms objectives steps augment networks kernels",
   "recipes": "recipes recipes.ssgan recipes.gan recipes.study recipes.policies",
   "data": "datasets data stream pictures",
-  "training": "train parallel checkpoint",
+  "training": "train parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
   "use": "model estimator export classify cli run_dir report page",
 }

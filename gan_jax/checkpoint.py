@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gan_jax import parallel, report
+from gan_jax import processes, report
 from gan_jax.types import InputError, Json, NetState, TrainState
 
 
@@ -56,7 +56,7 @@ class Checkpoints:
       InputError: the disk is full; here or, because it is written meanwhile, by a later call.
     """
     step, packed = int(state.step), _pack(state)
-    if not parallel.largest(step == self.latest_step):  # of several processes, all or none save
+    if not processes.largest(step == self.latest_step):  # of several processes, all or none save
       beside = {"checksums": _checksums(packed), "extra": extra or {}}
       with self._writing():
         self._checkpointer = self._checkpointer or self._open()
@@ -178,7 +178,7 @@ class Checkpoints:
 
   def _lay_aside(self, step: int) -> None:
     """Not removed: what cannot be read today perhaps can be tomorrow."""
-    if not parallel.writes():  # the first of several processes does it
+    if not processes.writes():  # the first of several processes does it
       return
     folder = self.directory / str(step)
     shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)

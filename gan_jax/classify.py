@@ -21,7 +21,7 @@ from gan_jax import (
   metrics,
   networks,
   page,
-  parallel,
+  processes,
   recipes,
   report,
   run_dir,
@@ -115,7 +115,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       devices=devices,
       **logged,
     )
-    if not parallel.writes():  # the first process does the rest
+    if not processes.writes():  # the first process does the rest
       return {"interrupted": fit.interrupted}
     fits = [fit]
     if not fit.interrupted:

@@ -25,7 +25,7 @@ import typeguard
 import tyro
 from rich.markup import escape
 
-from gan_jax import data, datasets, parallel, pictures
+from gan_jax import data, datasets, parallel, pictures, processes
 from gan_jax.networks import Precision
 from gan_jax.recipes import Recipe
 from gan_jax.report import cache_dir, console, say
@@ -173,9 +173,9 @@ class ProcessFlags:
   def start(self) -> None:
     """Joins the other processes, where there are any; only the first then prints what it does."""
     if self.coordinator is not None:
-      parallel.initialize(self.coordinator, self.num_processes, self.process_id)
+      processes.initialize(self.coordinator, self.num_processes, self.process_id)
       say(f"process {jax.process_index()} of {jax.process_count()}, {len(jax.devices())} devices in all")
-      console.quiet = not parallel.writes()
+      console.quiet = not processes.writes()
 
 
 @dataclass(frozen=True)
@@ -296,19 +296,19 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
   # Activations and gradients take more than these 64 bytes a value, but how much depends on the networks.
   hint = "choose a smaller --batch-size"
   pictures.check_memory(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
-  there, processes = jax.devices(), jax.process_count()
+  there, num_processes = jax.devices(), jax.process_count()
   if num is None:
-    one = there[0].platform == "cpu" and processes == 1
+    one = there[0].platform == "cpu" and num_processes == 1
     num = 1 if one else parallel.most_devices(recipe.batch, len(there))
   if num > len(there):
     more = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num} makes them of one processor"
     raise InputError(f"--devices {num}: there {'is' if len(there) == 1 else 'are'} {len(there)}{more}")
-  if num % processes:
+  if num % num_processes:
     raise InputError(
-      f"{num} devices cannot be shared by {processes} processes evenly: choose --devices and --batch-size"
-      " as multiples of them"
+      f"{num} devices cannot be shared by {num_processes} processes evenly: choose --devices and"
+      " --batch-size as multiples of them"
     )
-  taken = [[d for d in there if d.process_index == i][: num // processes] for i in range(processes)]
+  taken = [[d for d in there if d.process_index == i][: num // num_processes] for i in range(num_processes)]
   devices = [device for those in taken for device in those]
   if num > 1:
     parallel.over_devices(recipe, devices)  # so that a batch that cannot be split is told at once
@@ -514,7 +514,7 @@ def run(
     if not jax.distributed.is_initialized():
       raise
     console.quiet = False
-    say(f"error: {parallel.LOST}" if parallel.is_lost(error) else traceback.format_exc())
+    say(f"error: {processes.LOST}" if processes.is_lost(error) else traceback.format_exc())
     _leave(1)
   sys.exit(130 if result.get("interrupted") else 0)
 

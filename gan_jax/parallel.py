@@ -1,12 +1,9 @@
 """More than one device: the images of a step split over them, or replicates of a run spread over them.
 
-**Processes**, `initialize`: the devices may belong to several processes, on one machine or many. Each runs
-the same program on the same data, and the first alone writes.
-
 **One run**, `over_devices`: on each device the networks see a part of each batch, and everything else is as
 on one device. The step stays one function of the whole batch, so losses that compare images of a batch, its
-statistics, and ADA's signal are those of the whole batch by construction. `over_axis` is the same for code
-that uses `jax.pmap`.
+statistics, and ADA's signal are those of the whole batch by construction. The devices may be those of
+several `processes`. `over_axis` is the same for code that uses `jax.pmap`.
 
 **Replicates**, `replicate`: a replicate is a run of its own, a label split and a seed. States and
 labelled sets carry a leading axis `[S]`; the unlabelled images are there once. Nothing is averaged over
@@ -15,14 +12,7 @@ replicate is its single run bit for bit; elsewhere the compiled program is anoth
 rounding.
 """
 
-import ctypes
 import dataclasses
-import json
-import os
-import signal
-import socket
-import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -40,138 +29,6 @@ from gan_jax.types import BatchSizes, InputError, TrainState
 
 if TYPE_CHECKING:
   from gan_jax.recipes import Recipe
-
-# --- Processes
-
-LOST = (
-  "another process of this run has ended or cannot be reached: see what it said, and go on from the last"
-  " checkpoint with --resume, on any number of processes"
-)
-
-
-def initialize(
-  coordinator: str,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-  *,
-  timeout: int = 300,
-  heartbeat: int = 30,
-) -> None:
-  """Joins this process to those that train together, by `jax.distributed`. Before any array is made.
-
-  Should another one end, this one ends with `LOST` and exit code 1, within `heartbeat` seconds or so.
-
-  Args:
-    coordinator: `host:port` at which the first process listens, or `auto` where JAX knows the cluster
-      (Slurm, Open MPI, Kubernetes, Cloud TPU).
-    num_processes: how many there are; None: as the cluster says.
-    process_id: which of them this is, from 0 on; None likewise.
-    timeout: seconds to wait for the others.
-    heartbeat: seconds without a sign of life after which a process counts as ended.
-
-  Raises:
-    InputError: the cluster is unknown, the port is in use, or the coordinator does not answer.
-  """
-  address = None if coordinator == "auto" else coordinator
-  if address and process_id is not None:
-    _check_reachable(address, listens=process_id == 0, timeout=timeout)
-  _end_with_a_sentence()
-  try:
-    jax.distributed.initialize(
-      address,
-      num_processes,
-      process_id,
-      initialization_timeout=timeout,
-      heartbeat_timeout_seconds=heartbeat,
-      # The first process evaluates alone; should it end meanwhile, there is no heartbeat.
-      shutdown_timeout_seconds=7 * 24 * 3600,
-    )
-  except ValueError as error:
-    raise InputError(
-      "this is no cluster that JAX knows: pass --coordinator HOST:PORT, --num-processes and --process-id"
-    ) from error
-  except (RuntimeError, OSError) as error:
-    raise InputError(f"--coordinator {coordinator} cannot be used: {error}") from error
-
-
-def _check_reachable(address: str, *, listens: bool, timeout: int) -> None:
-  """What JAX ends the process for: a port in use, and a coordinator that nobody hears."""
-  host, _, port = address.rpartition(":")
-  if not host or not port.isdigit():
-    raise InputError(f"--coordinator {address} must be HOST:PORT or auto")
-  if listens:
-    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
-      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      try:
-        probe.bind(("", int(port)))
-      except OSError as error:
-        raise InputError(f"--coordinator {address}: the port cannot be used: {error.strerror}") from error
-    return
-  end, reason = time.monotonic() + timeout, ""
-  while time.monotonic() < end:
-    try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-      return
-    except OSError as error:
-      reason = error.strerror or str(error)
-    time.sleep(0.2)
-  raise InputError(f"--coordinator {address}: no answer in {timeout} s: {reason}")
-
-
-def _end_with_a_sentence() -> None:
-  """JAX aborts a process whose run has lost another one; a handler of Python's would not be called."""
-
-  @ctypes.CFUNCTYPE(None, ctypes.c_int)
-  def ended(signum: int) -> None:
-    del signum
-    os.write(2, f"\nerror: {LOST}\n".encode())
-    os._exit(1)
-
-  _end_with_a_sentence.kept = ended  # pyright: ignore[reportFunctionMemberAccess]
-  ctypes.CDLL(None).signal(signal.SIGABRT, ended)
-
-
-def is_lost(error: BaseException) -> bool:
-  """Whether this came of another process that ended, as each transport words it."""
-  return any(word in str(error) for word in ("Gloo", "NCCL", "oordination service", "UNAVAILABLE"))
-
-
-def writes() -> bool:
-  """Whether this process is the one that writes: the first."""
-  return jax.process_index() == 0
-
-
-def wait(what: str) -> None:
-  """Until every process has come here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
-
-
-def largest(value: int) -> int:
-  """The largest value of all processes; each must ask at the same point."""
-  if jax.process_count() == 1:
-    return value
-  return int(multihost_utils.process_allgather(np.int32(value)).max())
-
-
-def check_same(what: Any, arrays: Any) -> None:
-  """Raises `InputError` unless all processes have the same arrays and the same `what`, which is JSON."""
-  if jax.process_count() == 1:
-    return
-  digest = zlib.crc32(json.dumps(what, sort_keys=True).encode())
-  for leaf in jax.tree.leaves(arrays):
-    digest = zlib.crc32(np.asarray(leaf).tobytes(), digest)
-  found = np.asarray(multihost_utils.process_allgather(np.uint32(digest))).ravel()
-  if other := np.flatnonzero(found != found[0]).tolist():
-    raise InputError(
-      f"process {other[0]} has other flags or other images than process 0: give all the same"
-    )
-
-
-def local(tree: Any) -> Any:
-  """What this process has of arrays that are the same on all devices; its own arrays as they are."""
-  return jax.tree.map(lambda a: a if a.is_fully_addressable else a.addressable_data(0), tree)
-
 
 # --- One run
 

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gan_jax
-from gan_jax import checkpoint, cli, page, parallel, recipes, report, train
+from gan_jax import checkpoint, cli, page, processes, recipes, report, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
@@ -93,8 +93,8 @@ def open_run(
   values = cli.flags_of(config)
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(flags.workdir or Path("runs") / experiment / stamp)
-  if not parallel.writes():
-    parallel.wait("open")
+  if not processes.writes():
+    processes.wait("open")
     if not (path / "config.json").exists():
       raise InputError(f"--workdir {path} must be a folder that all processes see, and process 0's is not")
     yield Run(path, experiment, flags, dataset, split, values["seed"], False, {}, time.time(), "")
@@ -134,7 +134,7 @@ def open_run(
       if not flags.resume:
         report.write_json(path / "labels.json", labels)
         report.write_json(path / "config.json", described)
-      parallel.wait("open")
+      processes.wait("open")
       begin = time.time()
       yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, begin, command)
       complete = True

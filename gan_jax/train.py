@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gan_jax import checkpoint, data, diagnostics, parallel, recipes, report, stream
+from gan_jax import checkpoint, data, diagnostics, parallel, processes, recipes, report, stream
 from gan_jax.recipes import Recipe
 from gan_jax.report import console
 from gan_jax.types import InputError, Json, Stopped, TrainState
@@ -140,7 +140,7 @@ def fit(
     if images.stream is not None:
       raise InputError("several processes need the training images in memory: pass --stream no")
     lengths = [steps_per_dispatch, checkpoint_every, diagnose, snapshot is None]
-    parallel.check_same([recipes.describe(recipe), recipe.num_steps, *lengths], images)
+    processes.check_same([recipes.describe(recipe), recipe.num_steps, *lengths], images)
   if devices:
     state, images = parallel.replicated((state, images), devices)
   with contextlib.ExitStack() as stack:
@@ -180,13 +180,13 @@ def fit(
     observe_every, snapshot_every = max(1, num_steps // 20), max(1, num_steps // 10)
     done = first = int(state.step)
     pending, first_step_at, unreadable = None, None, None
-    logged = workdir if parallel.writes() else None
+    logged = workdir if processes.writes() else None
     log = stack.enter_context(_MetricsLog(logged, phase, first, num_steps, class_names, tensorboard))
     log.rollbacks = rollbacks
     show = stack.enter_context(_progress(phase, first, num_steps)) if verbose else lambda row: None
     with _stop_on_interrupt() as stop:
       # A signal to one process stops all, at the same step.
-      while done < num_steps and not (parallel.largest(stop.signum) if together else stop.is_set):
+      while done < num_steps and not (processes.largest(stop.signum) if together else stop.is_set):
         # The very first step goes alone: it tells when the run began to move.
         num = 1 if done == 0 else min(steps_per_dispatch - done % steps_per_dispatch, num_steps - done)
         num = min(num, every - done % every)
@@ -201,10 +201,10 @@ def fit(
           break
         state, metrics = compiled(state, drawn, np.int32(num))
         done += num
-        if snapshot and done % snapshot_every == 0 and parallel.writes():
-          snapshot(parallel.local(state))
+        if snapshot and done % snapshot_every == 0 and processes.writes():
+          snapshot(processes.local(state))
         if observe and done % observe_every == 0:
-          metrics |= observe(*parallel.local((state, images)))
+          metrics |= observe(*processes.local((state, images)))
         if pending is not None:
           show(log.write(*pending))
         pending = (done, num, metrics)
@@ -222,7 +222,7 @@ def fit(
     if unreadable is not None:
       saved = "" if checkpoints is None else f"; step {done:,} is saved, and --resume goes on from there"
       raise InputError(f"{unreadable}{saved}")
-    signum = parallel.largest(stop.signum) if together else stop.signum
+    signum = processes.largest(stop.signum) if together else stop.signum
     if signum in (signal.SIGTERM, signal.SIGHUP):
       raise Stopped(signum)
     idle = dispatches.seconds_idle
@@ -231,7 +231,7 @@ def fit(
         f"{phase}: reading images did not keep up: the device waited {idle / log.seconds:.0%} of the time"
       )
     return Fit(
-      parallel.local(state),
+      processes.local(state),
       log.seconds,
       seconds_compile,
       first_step_at,

@@ -15,7 +15,7 @@ import optax
 import pytest
 from conftest import leaves_equal
 
-from gan_jax import augment, cli, data, losses, networks, objectives, parallel, steps, train
+from gan_jax import augment, cli, data, losses, networks, objectives, parallel, processes, steps, train
 from gan_jax.types import BatchSizes, InputError
 
 # Bit for bit where XLA fuses as it does outside of the tests, see conftest.py.
@@ -177,7 +177,7 @@ def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(mak
     processes[1].kill()
     _, said = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 1
-    assert f"error: {parallel.LOST}" in said
+    assert f"error: {processes.LOST}" in said
     assert "process 0 of 2, 2 devices in all" in said
     _, said = processes[1].communicate()
     assert "train 4/4" not in said  # the first process alone speaks
@@ -213,11 +213,11 @@ def test_a_coordinator_that_cannot_be_used():
   with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as busy:
     address = f"localhost:{busy.getsockname()[1]}"
     with pytest.raises(InputError, match="the port cannot be used: Address already in use"):
-      parallel.initialize(address, 2, 0)
+      processes.initialize(address, 2, 0)
   with pytest.raises(InputError, match="no answer in 1 s: Connection refused"):
-    parallel.initialize(address, 2, 1, timeout=1)
+    processes.initialize(address, 2, 1, timeout=1)
   with pytest.raises(InputError, match="here must be HOST:PORT or auto"):
-    parallel.initialize("here", 2, 0)
+    processes.initialize("here", 2, 0)
 
 
 def test_fit_over_devices_saves_what_one_device_goes_on_with(tiny, tmp_path):
