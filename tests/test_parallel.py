@@ -155,7 +155,7 @@ def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(mak
   flags = ["--folder", str(tmp_path), "--coordinator", f"localhost:{port}", "--num-processes", "2"]
   for name in ("done", "killed"):
     (tmp_path / name).mkdir()
-  processes = [
+  both = [
     subprocess.Popen(
       [sys.executable, "-c", WORKER, *flags, "--process-id", str(i)],
       env=env,
@@ -172,17 +172,17 @@ def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(mak
     expected = fit(4).state
     end = time.monotonic() + 120
     while len(list((tmp_path / "killed" / "checkpoints").glob("*0"))) < 2 and time.monotonic() < end:
-      assert processes[0].poll() is None, processes[0].communicate()[1]
+      assert both[0].poll() is None, both[0].communicate()[1]
       time.sleep(0.1)
-    processes[1].kill()
-    _, said = processes[0].communicate(timeout=60)
-    assert processes[0].returncode == 1
+    both[1].kill()
+    _, said = both[0].communicate(timeout=60)
+    assert both[0].returncode == 1
     assert f"error: {processes.LOST}" in said
     assert "process 0 of 2, 2 devices in all" in said
-    _, said = processes[1].communicate()
+    _, said = both[1].communicate()
     assert "train 4/4" not in said  # the first process alone speaks
   finally:
-    for process in processes:
+    for process in both:
       process.kill()
       process.wait()
   rows = (tmp_path / "done" / "metrics.jsonl").read_text().splitlines()
