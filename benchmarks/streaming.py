@@ -214,14 +214,13 @@ def table(results: Sequence[dict]) -> str:
   waits = [(*cells, share(line["waits"])) for cells, line in zip(waits, of("wait"), strict=True)]
   held = [(line["before_mb"], _runs.listed(line["mb"]), share(line["waits"])) for line in of("memory")]
   first = results[0]
-  return "\n\n".join(
-    [
-      _runs.markdown(("threads", "images/s, reading alone"), rates),
-      _runs.markdown(("width", "threads", "images/s in memory", "streamed", "the device waits"), waits),
-      _runs.markdown(("MB before", "most in each of ten epochs", "the device waits"), held),
-      f"{first['num_images']:,} images, {first['decoded_mb']:,} MB decoded; {_runs.environment(first)}",
-    ]
-  )
+  tables = [
+    _runs.markdown(("threads", "images/s, reading alone"), rates),
+    _runs.markdown(("width", "threads", "images/s in memory", "streamed", "the device waits"), waits),
+    _runs.markdown(("MB before", "most in each of ten epochs", "the device waits"), held),
+  ]
+  note = f"{first['num_images']:,} images, {first['decoded_mb']:,} MB decoded."
+  return _runs.with_environment("\n\n".join(tables), results, note)
 
 
 if __name__ == "__main__":
