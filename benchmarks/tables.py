@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import _gan_map, _runs, generators, novelty, splits
+from benchmarks import _gan_map, _runs, generators, networks, novelty, splits, streaming
 from experiments import _study_tables
 from gan_jax.types import InputError, Json
 
@@ -204,6 +204,18 @@ def weights(rows: _runs.Rows) -> str:
   return _runs.with_environment(_runs.markdown(head, lines), rows, note)
 
 
+def photographs_tuning(rows: _runs.Rows) -> str:
+  """A row a pair of networks, a column a policy of augmentation."""
+  pairs, policies = (dict.fromkeys(row["flags"][name] for row in rows) for name in ("network", "augment"))
+  found = {(row["flags"]["network"], row["flags"]["augment"]): row for row in rows}
+  lines = [
+    [f"`{pair}`", *(_runs.mean_std(found[pair, policy]["errors"]) for policy in policies)] for pair in pairs
+  ]
+  head = "labels alone", *(f"augmented as {policy}" for policy in policies)
+  note = f"{rows[0]['steps']} steps, splits {_runs.listed(rows[0]['splits'])}."
+  return _runs.with_environment(_runs.markdown(head, lines), rows, note)
+
+
 # --- Generators
 
 FRECHET = "frechet_mnist-5e89338e_n10000"
@@ -346,11 +358,16 @@ TABLES: dict[str, Callable[[], str]] = {
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
   "weights": lambda: weights(_lines("tuning/digits.jsonl", "tuning/digits-weights.jsonl")),
   "foreign": lambda: novelty.table(_lines("novelty.jsonl")),
-  "photographs": lambda: study(_lines("sign_digits-100.jsonl")),
+  "photographs": lambda: study(_lines("sign_digits-100-vgg.jsonl")),
+  "photographs-conv": lambda: study(_lines("sign_digits-100.jsonl")),
+  "photographs-tuning": lambda: photographs_tuning(_lines("tuning/sign_digits.jsonl")),
+  "bfloat16": lambda: study(_lines("bfloat16-digits.jsonl")),
   "digits": lambda: study(_lines("label_study-digits.jsonl")),
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
   "generators": lambda: mnist_generators(_lines("generators.jsonl"), *_lines("article-2-cores.json")),
   "few-images": lambda: few_images(*_lines("mnist_low_data.json")),
+  "networks": lambda: networks.table(_lines("networks.jsonl")),
+  "streaming": lambda: streaming.table(_lines("streaming.jsonl")),
   "peers": lambda: peers(_lines("step_time.jsonl")),
   "batch-sizes": lambda: batch_sizes(_lines("batch_sizes.jsonl")),
   "other-figures": lambda: other_figures(
