@@ -107,6 +107,7 @@ def _pair(config: Config) -> mnist_ssgan.Config:
   """Fine-tuning and its control: without GAN, consistency and class balance the one phase trains D on the
   labels alone, and the other does the same from scratch."""
   return mnist_ssgan.Config(
+    network="conv",  # its discriminator is the one that was trained
     data=config.data,
     images=config.images,
     labels=config.labels,

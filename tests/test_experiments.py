@@ -20,6 +20,7 @@ from experiments import (
   transfer,
 )
 from gan_jax import classify, cli, data, evaluate, recipes, run_dir
+from gan_jax.datasets import Dataset
 from gan_jax.types import InputError
 
 CONTRACT = {
@@ -202,6 +203,20 @@ def test_what_can_be_known_is_told_before_any_training(module, flags, sentence, 
   with pytest.raises(InputError, match=sentence):
     run(module, **flags)
   assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3)])
+def test_transfer_fine_tunes_the_discriminator_that_it_trains(shape):
+  """Also in colour, where another pair is the default: all layers are of one shape."""
+  x, y = np.zeros((20, *shape), np.uint8), np.arange(20) % 2
+  dataset = Dataset("made", x, y, x, y, ("a", "b"))
+  flags = mnist_gan.GanFlags(norm="layer")
+  source = recipes.gan.build(mnist_gan.make_hparams(flags, cli.TrainFlags(), dataset), shape, 2)
+  pair = classify.make_recipe(transfer._pair(transfer.Config()), dataset, data.split_labels(y, 2, 0))
+  of = lambda recipe: {
+    name: jax.tree.map(jnp.shape, recipe.abstract_state().d.params[name]) for name in recipe.d.layers(shape)
+  }
+  assert of(pair) == of(source)
 
 
 def test_transfer_gains_where_it_lowers_the_error():
