@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt8
 
 from gan_jax import data, parallel, steps
-from gan_jax.pictures.reader import Reader, open_upright, reason_of
+from gan_jax.pictures.reader import Reader, reason_of
 from gan_jax.types import BatchSizes, InputError, TrainState
 
 DISPATCH_BYTES = 2**26
@@ -69,12 +69,11 @@ class Pictures:
   def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
     found = np.empty((len(rows), *self.shape[1:]), np.uint8)
     for i, row in enumerate(rows):
-      path = self._paths[row]
       try:
-        pixels = self._reader._pixels(open_upright(path))
-      except Exception as error:  # decoders raise whatever they like on a broken file
-        raise InputError(f"{path} {reason_of(error)}: mend it") from error
-      _check_shape(pixels, self.shape[1:], str(path))
+        pixels = self._reader.read(self._paths[row])
+      except InputError as error:
+        raise InputError(f"{error}: mend it") from error
+      _check_shape(pixels, self.shape[1:], str(self._paths[row]))
       found[i] = pixels
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import make_builder
 
 from gan_jax import classify, datasets, metrics
 from gan_jax.types import InputError
@@ -162,29 +162,8 @@ def test_bad_manual_folders(small_mnist, tmp_path):
 
 @pytest.mark.filterwarnings("default")
 def test_any_prepared_image_classification_dataset(monkeypatch, tmp_path):
-  import tensorflow_datasets as tfds
-
-  class Pets(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-      features = {
-        "image": tfds.features.Image(shape=(12, 10, 3)),
-        "label": tfds.features.ClassLabel(num_classes=4),
-      }
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-      return {"train": self._examples(8), "validation": self._examples(4)}
-
-    def _generate_examples(self):
-      raise AssertionError
-
-    def _examples(self, n):
-      for i in range(n):
-        image = Image.fromarray(np.full((12, 10, 3), i, np.uint8))
-        yield i, {"image": image, "label": i % 4}
-
+  images = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((12, 10, 3), np.uint8)
+  Pets = make_builder("Pets", {"train": images, "validation": images[:4]})
   with pytest.raises(InputError, match="pets is not prepared"):
     datasets.load("pets", data_dir=str(tmp_path))
   builder = Pets(data_dir=tmp_path, file_format="array_record")

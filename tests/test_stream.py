@@ -8,7 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import Tiny, leaves_equal
+from conftest import Tiny, leaves_equal, make_builder
 from PIL import Image
 
 from gan_jax import checkpoint, data, datasets, report, steps, stream, train
@@ -162,26 +162,8 @@ def test_a_folder_streamed_is_the_folder_in_memory(tmp_path, image_size):
 
 @pytest.mark.filterwarnings("default")  # tfds's own
 def test_records_streamed_are_the_records_in_memory(tmp_path):
-  import tensorflow_datasets as tfds
-
-  class Birds(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-      features = {
-        "image": tfds.features.Image(shape=(12, 10, 3)),
-        "label": tfds.features.ClassLabel(num_classes=4),
-      }
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-      return {"train": self._generate_examples(12), "test": self._generate_examples(4)}
-
-    def _generate_examples(self, n):  # pyright: ignore
-      rng = np.random.default_rng(n)
-      for i in range(n):
-        yield i, {"image": Image.fromarray(rng.integers(0, 255, (12, 10, 3), np.uint8)), "label": i % 4}
-
+  of = lambda n: np.random.default_rng(n).integers(0, 255, (n, 12, 10, 3), np.uint8)
+  Birds = make_builder("Birds", {"train": of(12), "test": of(4)})
   Birds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
   load = lambda **kwargs: datasets.load("birds", data_dir=str(tmp_path), **kwargs)
   rows = np.array([11, 0, 0, 5])
