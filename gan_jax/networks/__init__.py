@@ -43,8 +43,8 @@ def make_pair(
   Args:
     name: conv: classifies well from few labels. conv_small: half its width. conv_fine: the same
       discriminator, a generator that draws finer images. vgg: deeper, for colour pictures from 32x32 on.
-      resnet: a wide residual pair for them, six times as slow. mlp: Improved GAN's pair. article: the
-      source article's pair.
+      resnet: a wide residual pair for them, for accelerators. mlp: Improved GAN's pair. article: the source
+      article's pair.
     image_shape: height, width, channels.
     num_logits: K of the discriminator.
     num_classes: classes that the generator is asked for; 0: it is not asked.
