@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from gan_jax import cli, data, run_dir, train
+from gan_jax import cli, data, program, run_dir, train
 from gan_jax.recipes import ssgan
 from gan_jax.types import Json
 
@@ -135,6 +135,6 @@ def faults() -> None:
 
 if __name__ == "__main__":
   if sys.argv[1:2] == ["run"]:
-    cli.run(main, Config, flags=sys.argv[2:])
+    program.run(main, Config, flags=sys.argv[2:])
   else:
     faults()

@@ -22,7 +22,7 @@ ROOMS = {
   "data": "datasets data stream pictures",
   "training": "train parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
-  "use": "model estimator export classify cli run_dir report page",
+  "use": "model estimator export classify cli program run_dir report page",
 }
 """Pages of docstrings, and the modules on each."""
 

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gan_jax import cli, evaluate, metrics, report
+from gan_jax import cli, evaluate, metrics, program, report
 from gan_jax.metrics import feature_extractor
 from gan_jax.types import Json
 
@@ -62,4 +62,4 @@ def main(config: Config) -> Json:
 
 
 if __name__ == "__main__":
-  cli.run(main, Config)
+  program.run(main, Config)

@@ -35,7 +35,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import _study_tables
-from gan_jax import cli, data, datasets, evaluate, networks, parallel, recipes, report, run_dir
+from gan_jax import cli, data, datasets, evaluate, networks, parallel, program, recipes, report, run_dir
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, policies, ssgan, study
 from gan_jax.report import say
@@ -350,4 +350,4 @@ def pixel_error(name: str, dataset: Dataset, split: LabelSplit) -> float:
 if __name__ == "__main__":
   # A device a core: on CPU small networks train faster beside each other than on all cores in turn.
   jax.config.update("jax_num_cpu_devices", cli.num_cores())
-  cli.run(main, Config)
+  program.run(main, Config)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments import mnist_gan
-from gan_jax import cli, data, evaluate, metrics, recipes, report, run_dir
+from gan_jax import cli, data, evaluate, metrics, program, recipes, report, run_dir
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import gan
 from gan_jax.types import Json
@@ -85,4 +85,4 @@ def main(config: Config) -> Json:
 
 
 if __name__ == "__main__":
-  cli.run(main, Config)
+  program.run(main, Config)

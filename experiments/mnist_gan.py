@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from gan_jax import cli, data, evaluate, metrics, pictures, recipes, report, run_dir, train
+from gan_jax import cli, data, evaluate, metrics, pictures, program, recipes, report, run_dir, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan, policies
 from gan_jax.types import InputError, Json
@@ -203,4 +203,4 @@ def finish(
 
 
 if __name__ == "__main__":
-  cli.run(main, Config)
+  program.run(main, Config)

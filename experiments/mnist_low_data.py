@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments import mnist_gan
-from gan_jax import cli, run_dir
+from gan_jax import cli, program, run_dir
 from gan_jax.recipes import gan
 from gan_jax.types import InputError, Json
 
@@ -113,4 +113,4 @@ def main(config: Config) -> Json:
 
 
 if __name__ == "__main__":
-  cli.run(main, Config)
+  program.run(main, Config)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments import mnist_gan, mnist_ssgan
-from gan_jax import classify, cli, recipes, run_dir
+from gan_jax import classify, cli, program, recipes, run_dir
 from gan_jax.types import InputError, Json
 
 
@@ -132,4 +132,4 @@ def _mean_std(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main, Config)
+  program.run(main, Config)

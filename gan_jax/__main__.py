@@ -13,7 +13,7 @@ import numpy as np
 from tyro.conf import Positional
 
 import gan_jax
-from gan_jax import cli, report
+from gan_jax import cli, program, report
 from gan_jax.report import say
 from gan_jax.types import InputError, Json
 
@@ -293,12 +293,11 @@ def main() -> None:
     usage = f"{complaint}usage: gan-jax COMMAND [--help]\n{known}"
     print(usage) if asked else say(usage)
     sys.exit(0 if asked else 2)
-  program = f"gan-jax {name}"
   if name == "train":
     classify = importlib.import_module("gan_jax.classify")  # late: predict need not wait for it
-    cli.run(classify.main, classify.Config, flags=flags, program=program)
+    program.run(classify.main, classify.Config, flags=flags, name=f"gan-jax {name}")
   command, config_cls = CONFIGS[name]
-  cli.run(command, config_cls, flags=flags, program=program, description=command.__doc__)
+  program.run(command, config_cls, flags=flags, name=f"gan-jax {name}", description=command.__doc__)
 
 
 if __name__ == "__main__":

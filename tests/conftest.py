@@ -47,7 +47,7 @@ def _isolated(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
-  monkeypatch.setattr("gan_jax.cli.enable_compilation_cache", lambda: None)
+  monkeypatch.setattr("gan_jax.program.enable_compilation_cache", lambda: None)
 
 
 # One object for all tests: `init_state` is compiled once for each optimizer that it is given.

@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import mnist_low_data, mnist_ssgan
-from gan_jax import cli, report
+from gan_jax import cli, program, report
 from gan_jax.types import InputError
 
 BAD = [
@@ -95,7 +95,7 @@ def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
   """The command line in this process; its exit code."""
   monkeypatch.setattr(sys, "argv", ["test", *flags])
   with pytest.raises(SystemExit) as stopped:
-    cli.run(module.main, module.Config)
+    program.run(module.main, module.Config)
   return stopped.value.code  # pyright: ignore
 
 
@@ -164,7 +164,7 @@ def main_of(monkeypatch, capsys):
     before = {signum: signal.signal(signum, handler) for signum, handler in chosen.items()}
     try:
       with pytest.raises(SystemExit) as stopped:
-        cli.run(main, mnist_ssgan.Config)
+        program.run(main, mnist_ssgan.Config)
       assert {signum: signal.getsignal(signum) for signum in chosen} == chosen
     finally:
       for signum, handler in before.items():
@@ -226,7 +226,7 @@ def test_a_damaged_compile_cache_is_made_again(tmp_path):
     path = compiled()
     content = path.read_bytes()
     with warnings.catch_warnings():
-      cli.replace_damaged(tmp_path / "xla")
+      program.replace_damaged(tmp_path / "xla")
       for damaged in (b"", content[:-9], content[:60] + b"XX" + content[62:], bytes(len(content))):
         path.write_bytes(damaged)
         assert len(compiled().read_bytes()) > 100
@@ -245,7 +245,7 @@ def test_a_closed_folder_or_a_full_disk_is_a_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["test"])
     with pytest.raises(SystemExit if told else OSError) as stopped:
-      cli.run(main, mnist_ssgan.Config)
+      program.run(main, mnist_ssgan.Config)
     assert getattr(stopped.value, "code", None) == told
   said = capsys.readouterr().err.splitlines()
   assert said == [
@@ -258,8 +258,8 @@ def test_a_reader_who_leaves_early_sees_no_traceback():
   """As `| head` does: for the help, and for what a command writes at once."""
   write = "lambda config: print('x' * 10**6) or {}"
   for main, flags in (("mnist_ssgan.main", "['--help']"), (write, "[]")):
-    code = f"from experiments import mnist_ssgan; from gan_jax import cli\nmain = {main}\n"
-    code += f"cli.run(main, mnist_ssgan.Config, flags={flags}, description='x')"
+    code = f"from experiments import mnist_ssgan; from gan_jax import program\nmain = {main}\n"
+    code += f"program.run(main, mnist_ssgan.Config, flags={flags}, description='x')"
     pipe, root = subprocess.PIPE, Path(cli.__file__).parents[1]
     with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, cwd=root) as process:
       process.stdout.close()

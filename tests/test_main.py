@@ -42,7 +42,7 @@ def made(tmp_path_factory):
       Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{k}-{i}.png")
   flags = "--network", "mlp", "--steps", 30, "--folds", 2, "--workdir", root / "run"
   with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr("gan_jax.cli.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("gan_jax.program.enable_compilation_cache", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / ".cache"))
     use_small_mlp(monkeypatch)
     train_it = "train", "--dataset", f"folder:{root / 'pictures'}", *flags

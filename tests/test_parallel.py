@@ -125,7 +125,7 @@ WORKER = """
 import dataclasses, sys
 from pathlib import Path
 import conftest, jax
-from gan_jax import cli, train
+from gan_jax import cli, program, train
 
 jax.config.update("jax_num_cpu_devices", 1)
 
@@ -142,7 +142,7 @@ def main(config):
     folder = Path(config.folder) / name
     train.fit(recipe, tiny.data, key, workdir=folder, checkpoint_every=50, devices=devices)
 
-cli.run(main, Config)
+program.run(main, Config)
 """
 
 
