@@ -414,8 +414,8 @@ def parse(config_cls: type[Config], flags: Sequence[str], **about: Any) -> Confi
     InputError: what does not parse, or is refused.
   """
   config = _parse(config_cls, flags, **about)
-  run: RunFlags | None = getattr(config, "run", None)
-  if run is not None and run.resume:
+  run = getattr(config, "run", None)  # some commands have a flag of this name
+  if isinstance(run, RunFlags) and run.resume:
     run.check()
     config = resumed(config_cls, Path(run.workdir or ""), flags)
   check(config)
