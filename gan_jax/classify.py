@@ -96,39 +96,19 @@ def main(config: Config, *, name: str = "train") -> Json:
       say("the folds start afresh, not from --init-from: that run may know the labels that they leave out")
     extractor = evaluate.load_feature_extractor(dataset, say=say) if config.frechet else None
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
-    logged = {
-      "workdir": run.path,
-      "tensorboard": config.loop.tensorboard,
-      "on_nonfinite": config.loop.on_nonfinite,
-    }
-    fit = train.fit(
-      recipe,
-      images,
-      jax.random.key(config.train.seed),
-      phase="semi-supervised",
-      resume=config.run.resume,
-      checkpoint_every=config.loop.checkpoint_every,
-      start=run_dir.start_from(config.transfer, recipe),
-      diagnose=recipe.batch.generated > 0,
-      class_names=dataset.class_names,
-      snapshot=_snapshot(run, recipe) if recipe.batch.generated and not dataset.of_vectors else None,
-      devices=devices,
-      **logged,
-    )
+    fits = _fit(run, config, recipe, control, images, devices)
     if not processes.writes():  # the first process does the rest
-      return {"interrupted": fit.interrupted}
-    fits = [fit]
-    if not fit.interrupted:
-      fits.append(_fit_control(run, control, images, logged))
-    if len(dataset.x_test):
-      states = [fit.state, *(control.state for control in fits[1:] if not control.interrupted)]
-      labelled = [(images.x_lab, images.y_lab)] * len(states)
-      found = evaluate.make_evaluate(recipe, of_input=dataset.of_vectors)(dataset, states, labelled)
-    else:
-      stopped = any(each.interrupted for each in fits)
+      return {"interrupted": fits[0].interrupted}
+    if folds:
+      stopped = any(fit.interrupted for fit in fits)
       found = [] if stopped else cross_validate(config, dataset, (afresh, control), folds, run.path)
-    measured_on = f"labelled images, each left out once in {len(folds)} folds" if folds else "test images"
-
+      measured_on = f"labelled images, each left out once in {len(folds)} folds"
+    else:
+      found, measured_on = _read_test_set(recipe, dataset, fits, images), "test images"
+    quality = {}
+    if extractor is not None:
+      x_fake = evaluate.sample(recipe, fits[0].state, 10_000, seed=run.seed, purpose="frechet")
+      quality = metrics.generator_quality(extractor, x_fake)
     errors = {
       "test_error": found[0].error if found else None,
       "supervised_test_error": found[1].error if found[1:] else None,
@@ -136,60 +116,41 @@ def main(config: Config, *, name: str = "train") -> Json:
     }
     if found and dataset.of_vectors:
       errors["input_probe_test_error"] = found[0].linear["input"]
-    measured = evaluate.describe(found[0], dataset.class_names) if found else {}
-    pictures, sections = [], []
-    if not dataset.of_vectors:
-      x_fake = evaluate.sample(recipe, fit.state, 100, seed=config.train.seed)
-      report.sample_grid(run.path / "samples" / "last.png", x_fake)
-      pictures.append(("Generated images", "samples/last.png"))
-    if found:
-      assert found[0].confusion is not None  # D has the classes
-      report.confusion(run.path / "confusion.png", found[0].confusion, dataset.class_names)
-      report.reliability_diagram(
-        run.path / "reliability.png", metrics.reliability(found[0].probs, found[0].y)
-      )
-      sections = page.of_classifier(
-        run.path, found[0], dataset.class_names, images.x_lab, images.y_lab, measured_on=measured_on
-      )
-    sections += _on_the_way(run)
-    report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
-    curves = [page.Picture(run.path / "learning_curves.png")]
-    sections.append(page.Section("Learning curves", pictures=curves))
-    quality = {}
-    if extractor is not None:
-      x_fake = evaluate.sample(recipe, fit.state, 10_000, seed=config.train.seed, purpose="frechet")
-      quality = metrics.generator_quality(extractor, x_fake)
-
     result = {
-      **run_dir.training(fit),
-      "interrupted": any(each.interrupted for each in fits),
-      "rollbacks": [found for each in fits for found in each.rollbacks],
+      **run_dir.training(fits[0]),
+      "interrupted": any(fit.interrupted for fit in fits),
+      "rollbacks": [rollback for fit in fits for rollback in fit.rollbacks],
       "network": recipe.hparams.network,
       "recipe": recipes.describe(recipe),
-      "supervised_seconds_train": round(fits[1].seconds_train, 1) if len(fits) > 1 else None,
+      "supervised_seconds_train": round(fits[1].seconds_train, 1) if fits[1:] else None,
       **errors,
       "error_from": measured_on if found else None,
-      **measured,
+      **(evaluate.describe(found[0], dataset.class_names) if found else {}),
       **quality,
     }
-    names = {
-      "test_error": "semi-supervised: few labels and all images",
-      "supervised_test_error": "supervised: the same labels, no other images",
-      "probe_test_error": "linear probe on the discriminator's features",
-      "input_probe_test_error": "linear probe on the vectors themselves",
-    }
-    table = [
-      (f"test error, {names[key]}", "not measured" if error is None else f"{error:.2f} %")
-      for key, error in errors.items()
-    ]
+    table = [(f"test error, {NAMES[key]}", _percent(error)) for key, error in errors.items()]
     table += [("measured on", measured_on)] if folds else []
     table += [
       (f"{key}: distance to the test set", f"{value:.2f}")
       for key, value in quality.items()
       if "frechet" in key
     ]
-    table += [("alarm", alarm) for alarm in fit.alarms]
+    table += [("alarm", alarm) for alarm in fits[0].alarms]
+    pictures, sections = _pictures(run, recipe, fits[0].state, found, images, measured_on)
     return run_dir.finish(run, result, table=table, pictures=pictures, sections=sections)
+
+
+NAMES = {
+  "test_error": "semi-supervised: few labels and all images",
+  "supervised_test_error": "supervised: the same labels, no other images",
+  "probe_test_error": "linear probe on the discriminator's features",
+  "input_probe_test_error": "linear probe on the vectors themselves",
+}
+"""What each error of `result.json` is of."""
+
+
+def _percent(error: float | None) -> str:
+  return "not measured" if error is None else f"{error:.2f} %"
 
 
 def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
@@ -249,6 +210,51 @@ def cross_validate(
   return [evaluate.pooled(found, [out for _, out in folds]) for found in zip(*parts, strict=True)]
 
 
+def _fit(
+  run: run_dir.Run,
+  config: Config,
+  recipe: Recipe,
+  control: Recipe,
+  images: data.DeviceData,
+  devices: Sequence[jax.Device],
+) -> list[train.Fit]:
+  """Trains the recipe and, in the first process, unless that was interrupted, the control."""
+  of_images = recipe.batch.generated > 0 and not run.dataset.of_vectors
+  logged = {
+    "workdir": run.path,
+    "tensorboard": config.loop.tensorboard,
+    "on_nonfinite": config.loop.on_nonfinite,
+  }
+  fit = train.fit(
+    recipe,
+    images,
+    jax.random.key(run.seed),
+    phase="semi-supervised",
+    resume=config.run.resume,
+    checkpoint_every=config.loop.checkpoint_every,
+    start=run_dir.start_from(config.transfer, recipe),
+    diagnose=recipe.batch.generated > 0,
+    class_names=run.dataset.class_names,
+    snapshot=_snapshot(run, recipe) if of_images else None,
+    devices=devices,
+    **logged,
+  )
+  if fit.interrupted or not processes.writes():
+    return [fit]
+  return [fit, _fit_control(run, control, images, logged)]
+
+
+def _read_test_set(
+  recipe: Recipe, dataset: Dataset, fits: Sequence[train.Fit], images: data.DeviceData
+) -> list[Evaluation]:
+  """Of the recipe and of the control, as far as that was trained; none where there are no test images."""
+  if not len(dataset.x_test):
+    return []
+  states = [fits[0].state, *(control.state for control in fits[1:] if not control.interrupted)]
+  labelled = [(images.x_lab, images.y_lab)] * len(states)
+  return evaluate.make_evaluate(recipe, of_input=dataset.of_vectors)(dataset, states, labelled)
+
+
 def _fit_control(run: run_dir.Run, control: Recipe, images: data.DeviceData, logged: Json) -> train.Fit:
   """Trains the control, once: a resumed run of one process takes the end that it kept."""
   with checkpoint.Checkpoints(run.path / "supervised") as kept:
@@ -284,6 +290,34 @@ def _on_the_way(run: run_dir.Run) -> list[page.Section]:
   pictures = [page.Picture(path, f"step {int(path.stem.removeprefix('step-')):,}") for path in paths]
   text = "The same ten latents at ten times of the training."
   return [page.Section("The generator on the way", text=text, pictures=pictures)] if pictures else []
+
+
+def _pictures(
+  run: run_dir.Run,
+  recipe: Recipe,
+  state: TrainState,
+  found: Sequence[Evaluation],
+  images: data.DeviceData,
+  measured_on: str,
+) -> tuple[list[tuple[str, str]], list[page.Section]]:
+  """Writes the pictures of a run; those at the head of its page, and the page's sections."""
+  pictures, sections = [], []
+  if not run.dataset.of_vectors:
+    x_fake = evaluate.sample(recipe, state, 100, seed=run.seed)
+    report.sample_grid(run.path / "samples" / "last.png", x_fake)
+    pictures.append(("Generated images", "samples/last.png"))
+  if found:
+    first, names = found[0], run.dataset.class_names
+    assert first.confusion is not None  # D has the classes
+    report.confusion(run.path / "confusion.png", first.confusion, names)
+    report.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
+    sections = page.of_classifier(
+      run.path, first, names, images.x_lab, images.y_lab, measured_on=measured_on
+    )
+  sections += _on_the_way(run)
+  report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
+  curves = [page.Picture(run.path / "learning_curves.png")]
+  return pictures, [*sections, page.Section("Learning curves", pictures=curves)]
 
 
 def _stored_fold(path: Path, left_out: Dataset) -> list[Evaluation] | None:

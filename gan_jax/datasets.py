@@ -368,6 +368,8 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
     where = f"{manual_dir}/{file}" if manual_dir else f"the downloaded {file}"
     raise InputError(f"{where} is not the original file of {name}: its checksum is wrong") from error
   except (tfds.core.download.DownloadError, OSError) as error:
+    if isinstance(error, OSError) and error.strerror and error.filename:  # of the disk, not of the network
+      raise InputError(f"{name} cannot be prepared: {error.filename}: {error.strerror}") from error
     raise InputError(f"{name} could not be prepared ({str(error).splitlines()[0]}): {ways_out}") from error
   return builder
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Int
 
 from gan_jax.data import DeviceData
 from gan_jax.steps import MultiStep
@@ -77,7 +77,7 @@ def over_devices(recipe: "Recipe", devices: Sequence[Any]) -> "Recipe":
       f"{num} {name} images per step cannot be split over {len(devices)} devices: take a multiple, or"
       f" {most_devices(recipe.batch, len(devices))} of the devices"
     )
-  mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+  mesh = _batch_mesh(devices)
   return dataclasses.replace(recipe, g=_Split(recipe.g, mesh), d=_Split(recipe.d, mesh))
 
 
@@ -88,8 +88,7 @@ def most_devices(sizes: BatchSizes, num: int) -> int:
 
 def replicated(tree: Any, devices: Sequence[Any]) -> Any:
   """The same arrays on each of these devices; of several processes, each gives its copy of them."""
-  mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
-  whole = NamedSharding(mesh, PartitionSpec())
+  whole = NamedSharding(_batch_mesh(devices), PartitionSpec())
   if jax.process_count() == 1:
     return jax.device_put(tree, whole)
 
@@ -99,6 +98,23 @@ def replicated(tree: Any, devices: Sequence[Any]) -> Any:
     return jax.make_array_from_process_local_data(whole, np.asarray(a))
 
   return jax.tree.map(put, tree)
+
+
+def batch_sharding(devices: Sequence[Any], axis: int) -> Sharding:
+  """Of images that these devices share by this axis; without any, all are on JAX's default device."""
+  if not devices:
+    return jnp.zeros(()).sharding
+  return NamedSharding(_batch_mesh(devices), PartitionSpec(*[None] * axis, "batch"))
+
+
+def rows_here(sharding: Sharding, shape: Sequence[int], axis: int) -> Int[np.ndarray, "n"]:
+  """Which rows of an array's axis the devices of this process have, in order."""
+  slices = (index[axis] for index in sharding.addressable_devices_indices_map(tuple(shape)).values())
+  return np.unique(np.concatenate([np.arange(shape[axis])[each] for each in slices]))
+
+
+def _batch_mesh(devices: Sequence[Any]) -> Mesh:
+  return jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 # --- One run, under jax.pmap

@@ -125,7 +125,8 @@ class Dispatches:
       state: the one that training begins with, or goes on from.
       num_steps: the last step of training.
       max_steps: the most steps in one dispatch.
-      devices: those that share each step; each gets all images.
+      devices: those that share each step. Each gets its part of the images, and a process reads those of
+        its own devices.
     """
     self.max_steps = max_steps
     """The most steps in one dispatch: fewer where their images would take more than `DISPATCH_BYTES`."""
@@ -133,7 +134,7 @@ class Dispatches:
     """What a step is to be compiled for: the data, or its shapes."""
     self.seconds_idle = 0.0
     """Spent waiting for images while the device had nothing to do."""
-    self._images, self._devices, self._batches = images, devices, None
+    self._images, self._batches = images, None
     stream, num = images.stream, sizes.unlabelled + sizes.generated
     if stream is None or not num:
       return
@@ -141,9 +142,12 @@ class Dispatches:
 
     shape = (num, *stream.source.shape[1:])
     self.max_steps = max(1, min(max_steps, DISPATCH_BYTES // math.prod(shape)))
-    self._shape, sharding = (self.max_steps, *shape), self._put(np.zeros((), np.uint8)).sharding
-    self.abstract = images.replace(x_steps=jax.ShapeDtypeStruct(self._shape, np.uint8, sharding=sharding))
-    draws = _Draws(stream.rows, sizes, state, num_steps)
+    self._sharding = parallel.batch_sharding(devices, axis=1)
+    x_steps = jax.ShapeDtypeStruct((self.max_steps, *shape), np.uint8, sharding=self._sharding)
+    self.abstract = images.replace(x_steps=x_steps)
+    here = parallel.rows_here(self._sharding, x_steps.shape, axis=1)
+    self._shape = (self.max_steps, len(here), *shape[1:])
+    draws = _Draws(stream.rows, sizes, state, num_steps, here)
     ahead = self.max_steps + stream.workers if stream.workers else 0
     options = grain.ReadOptions(num_threads=stream.workers, prefetch_buffer_size=ahead)
     self._batches = iter(
@@ -175,16 +179,16 @@ class Dispatches:
       begin, idle = time.perf_counter(), running.is_ready()
       x[i] = next(self._batches)
       self.seconds_idle += idle * (time.perf_counter() - begin)
-    return self._images.replace(x_steps=self._put(x))
-
-  def _put(self, x: np.ndarray) -> Array:
-    return parallel.replicated(x, self._devices) if self._devices else jax.device_put(x)
+    return self._images.replace(x_steps=jax.make_array_from_process_local_data(self._sharding, x))
 
 
 class _Draws:
-  """Which images of the source each step draws, from that of a state to the last."""
+  """Which images of the source each step draws, from that of a state to the last: those at the places
+  `here` of its batch."""
 
-  def __init__(self, rows: np.ndarray, sizes: BatchSizes, state: TrainState, num_steps: int):
+  def __init__(
+    self, rows: np.ndarray, sizes: BatchSizes, state: TrainState, num_steps: int, here: np.ndarray
+  ):
     self._first, self._num_steps = int(state.step), num_steps
     key_data: Any
     key_data, impl = np.asarray(jax.random.key_data(state.key)), jax.random.key_impl(state.key)
@@ -203,7 +207,8 @@ class _Draws:
     @lru_cache(maxsize=2)
     def block(i: int) -> np.ndarray:
       with jax.default_device(device):
-        return rows[np.asarray(draw(np.arange(i * _BLOCK, (i + 1) * _BLOCK, dtype=np.int32)))]
+        drawn = draw(np.arange(i * _BLOCK, (i + 1) * _BLOCK, dtype=np.int32))
+        return rows[np.asarray(drawn)[:, here]]
 
     self._block = block
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import threading
@@ -15,12 +14,10 @@ from typing import Any, Literal, ParamSpec
 import jax
 import numpy as np
 from jaxtyping import Array, Key
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gan_jax import checkpoint, data, diagnostics, parallel, processes, recipes, report, stream
+from gan_jax import checkpoint, data, diagnostics, log, parallel, processes, recipes, report, stream
 from gan_jax.recipes import Recipe
-from gan_jax.report import console
-from gan_jax.types import InputError, Json, Stopped, TrainState
+from gan_jax.types import InputError, Stopped, TrainState
 
 Params = ParamSpec("Params")
 
@@ -47,15 +44,6 @@ class Fit:
 MAX_ROLLBACKS = 3
 
 
-class NonFiniteError(InputError):
-  """A metric is not finite."""
-
-  def __init__(self, found: str, before: Sequence[str]):
-    after = f" after {len(before)} rollbacks" if before else ""
-    super().__init__(f"{found}{after}: lower the learning rate")
-    self.rollbacks = (*before, found)
-
-
 def _with_rollbacks(fit: Callable[Params, Fit]) -> Callable[Params, Fit]:
   """For `on_nonfinite="rollback"`: a rollback is a resumption at half the learning rates."""
 
@@ -64,7 +52,7 @@ def _with_rollbacks(fit: Callable[Params, Fit]) -> Callable[Params, Fit]:
     while True:
       try:
         return fit(*args, **kwargs)
-      except NonFiniteError as error:
+      except log.NonFiniteError as error:
         if kwargs.get("on_nonfinite") != "rollback" or len(error.rollbacks) > MAX_ROLLBACKS:
           raise
         rollbacks = error.rollbacks
@@ -133,196 +121,148 @@ def fit(
       and is not to be resumed, the batch cannot be split over so many devices, or the processes differ in
       their images or arguments. Or a streamed image cannot be read; what was reached has been saved.
   """
-  split = parallel.over_devices(recipe, devices) if devices else recipe
-  state = recipe.init_state(key, images)
   together = bool(devices) and jax.process_count() > 1
   if together:
-    if images.stream is not None:
-      raise InputError("several processes need the training images in memory: pass --stream no")
-    lengths = [steps_per_dispatch, checkpoint_every, diagnose, snapshot is None]
-    processes.check_same([recipes.describe(recipe), recipe.num_steps, *lengths], images)
+    flags = [steps_per_dispatch, checkpoint_every, diagnose, snapshot is None]
+    rows = None if images.stream is None else images.stream.rows
+    processes.check_same([recipes.describe(recipe), recipe.num_steps, *flags], (images, rows))
+  largest = processes.largest if together else lambda value: value
+  state, num_steps = recipe.init_state(key, images), recipe.num_steps
+  split = parallel.over_devices(recipe, devices) if devices else recipe
   if devices:
     state, images = parallel.replicated((state, images), devices)
   with contextlib.ExitStack() as stack:
-    checkpoints = None
+    saved = None
     if workdir is not None and checkpoint_every is not None:
-      checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
-    if checkpoints is not None and checkpoints.latest_step is not None:
-      if not resume:
-        raise InputError(f"{workdir} holds checkpoints: pass resume=True to go on, or name another folder")
-      state = checkpoints.restore(state)
-      rollbacks = max(rollbacks, checkpoints.extra.get("rollbacks", ()), key=len)
-      report.say(f"{phase}: going on from step {int(state.step):,}")
-    else:
-      if checkpoints is not None and resume:
-        report.say(f"{phase}: there is no checkpoint to go on from, so it begins anew")
-      state = state if start is None else start(state)
+      saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
+    state, rollbacks = _begin(state, saved, phase, resume=resume, start=start, rollbacks=rollbacks)
     if rollbacks:
       split = recipes.with_learning_rates(split, 0.5 ** len(rollbacks))
-    dispatches = stream.Dispatches(
-      images, recipe.batch, state, num_steps=recipe.num_steps, max_steps=steps_per_dispatch, devices=devices
+    dispatches = stack.enter_context(
+      stream.Dispatches(
+        images, recipe.batch, state, num_steps=num_steps, max_steps=steps_per_dispatch, devices=devices
+      )
     )
-    stack.enter_context(dispatches)
-    steps_per_dispatch = dispatches.max_steps
-    multi_step = jax.jit(split.make_multi_step(steps_per_dispatch), donate_argnums=0)
     if verbose:
       report.say(f"{phase}: compiling")
     begin = time.perf_counter()
-    compiled = multi_step.lower(state, dispatches.abstract, np.int32(0)).compile()
+    multi_step = jax.jit(split.make_multi_step(dispatches.max_steps), donate_argnums=0)
+    multi_step = multi_step.lower(state, dispatches.abstract, np.int32(0)).compile()
     seconds_compile = time.perf_counter() - begin
-    observe = None
-    if diagnose:
-      observe = jax.jit(
-        diagnostics.make_diagnostics(recipe.g, recipe.d, classify=classify, by_class=recipe.by_class)
-      )
+    observe = jax.jit(
+      diagnostics.make_diagnostics(recipe.g, recipe.d, classify=classify, by_class=recipe.by_class)
+    )
 
-    num_steps, every = recipe.num_steps, checkpoint_every or recipe.num_steps
-    observe_every, snapshot_every = max(1, num_steps // 20), max(1, num_steps // 10)
-    done = first = int(state.step)
-    pending, first_step_at, unreadable = None, None, None
-    logged = workdir if processes.writes() else None
-    log = stack.enter_context(_MetricsLog(logged, phase, first, num_steps, class_names, tensorboard))
-    log.rollbacks = rollbacks
-    show = stack.enter_context(_progress(phase, first, num_steps)) if verbose else lambda row: None
+    done = int(state.step)
+    show = stack.enter_context(log.progress(phase, done, num_steps)) if verbose else None
+    metrics_log = log.MetricsLog(
+      workdir if processes.writes() else None,
+      *(phase, done, num_steps),
+      class_names=class_names,
+      tensorboard=tensorboard,
+      rollbacks=rollbacks,
+      show=show,
+    )
+    stack.enter_context(metrics_log)
+    save_every = checkpoint_every if saved else None
+    observe_every = max(1, num_steps // 20) if diagnose else None
+    snapshot_every = max(1, num_steps // 10) if snapshot else None
+    periods = [dispatches.max_steps, *filter(None, (save_every, observe_every, snapshot_every))]
+    due = lambda every: every is not None and done % every == 0
+    first_step_at, unreadable = None, None
     with _stop_on_interrupt() as stop:
-      # A signal to one process stops all, at the same step.
-      while done < num_steps and not (processes.largest(stop.signum) if together else stop.is_set):
-        # The very first step goes alone: it tells when the run began to move.
-        num = 1 if done == 0 else min(steps_per_dispatch - done % steps_per_dispatch, num_steps - done)
-        num = min(num, every - done % every)
-        if observe:
-          num = min(num, observe_every - done % observe_every)
-        if snapshot:
-          num = min(num, snapshot_every - done % snapshot_every)
-        try:
-          drawn = dispatches.take(num, state.step)
-        except InputError as error:
-          unreadable = error
+      for num in _lengths(done, num_steps, periods):
+        drawn = None
+        if not stop.is_set:
+          try:
+            drawn = dispatches.take(num, state.step)
+          except InputError as error:
+            unreadable = error
+        if largest(drawn is None):  # what ends one process ends all, at the same step
           break
-        state, metrics = compiled(state, drawn, np.int32(num))
+        state, metrics = multi_step(state, drawn, np.int32(num))
         done += num
-        if snapshot and done % snapshot_every == 0 and processes.writes():
+        if snapshot and due(snapshot_every) and processes.writes():
           snapshot(processes.local(state))
-        if observe and done % observe_every == 0:
+        if due(observe_every):
           metrics |= observe(*processes.local((state, images)))
-        if pending is not None:
-          show(log.write(*pending))
-        pending = (done, num, metrics)
+        metrics_log.push(done, num, metrics)
         if first_step_at is None:
           jax.block_until_ready(metrics)
           first_step_at = time.time()
-        if checkpoints is not None and done % every == 0 and done < num_steps:
-          show(log.write(*pending))  # what is not finite must not be saved
-          pending = None
-          checkpoints.save(state, {"rollbacks": rollbacks})
-    if pending is not None:
-      show(log.write(*pending))
-    if checkpoints is not None:
-      checkpoints.save(state, {"rollbacks": rollbacks})
-    if unreadable is not None:
-      saved = "" if checkpoints is None else f"; step {done:,} is saved, and --resume goes on from there"
-      raise InputError(f"{unreadable}{saved}")
-    signum = processes.largest(stop.signum) if together else stop.signum
-    if signum in (signal.SIGTERM, signal.SIGHUP):
-      raise Stopped(signum)
-    idle = dispatches.seconds_idle
-    if verbose and idle > 0.05 * log.seconds:
+        if saved and due(save_every) and done < num_steps:
+          metrics_log.flush()  # what is not finite must not be saved
+          saved.save(state, {"rollbacks": rollbacks})
+    metrics_log.flush()
+    if saved:
+      saved.save(state, {"rollbacks": rollbacks})
+    _raise_what_ended_it(stop, unreadable, largest, reached=done if saved else None)
+    seconds, idle = metrics_log.seconds, dispatches.seconds_idle
+    if verbose and idle > 0.05 * seconds:
       report.say(
-        f"{phase}: reading images did not keep up: the device waited {idle / log.seconds:.0%} of the time"
+        f"{phase}: reading images did not keep up: the device waited {idle / seconds:.0%} of the time"
       )
     return Fit(
       processes.local(state),
-      log.seconds,
-      seconds_compile,
-      first_step_at,
-      done < num_steps,
-      log.alarms,
-      tuple(rollbacks),
-      idle,
+      *(seconds, seconds_compile, first_step_at, done < num_steps),
+      alarms=metrics_log.alarms,
+      rollbacks=tuple(rollbacks),
+      seconds_idle=idle,
     )
 
 
-class _MetricsLog:
-  """Appends to `metrics.jsonl`, a line a dispatch: the mean of every metric over its steps.
+def _begin(
+  state: TrainState,
+  saved: checkpoint.Checkpoints | None,
+  phase: str,
+  *,
+  resume: bool,
+  start: Callable[[TrainState], TrainState] | None,
+  rollbacks: Sequence[str],
+) -> tuple[TrainState, Sequence[str]]:
+  """The state that training goes on from, and the rollbacks there were: from the newest checkpoint, or the
+  fresh state as `start` would have it."""
+  if saved is not None and saved.latest_step is not None:
+    if not resume:
+      folder = saved.directory.parent
+      raise InputError(f"{folder} holds checkpoints: pass resume=True to go on, or name another folder")
+    state = saved.restore(state)
+    report.say(f"{phase}: going on from step {int(state.step):,}")
+    return state, max(rollbacks, saved.extra.get("rollbacks", ()), key=len)
+  if saved is not None and resume:
+    report.say(f"{phase}: there is no checkpoint to go on from, so it begins anew")
+  return state if start is None else start(state), rollbacks
 
-  Lines of the same phase after `first`, the step that the run goes on from, are dropped.
+
+def _raise_what_ended_it(
+  stop: "_Stop", unreadable: InputError | None, largest: Callable[[int], int], *, reached: int | None
+) -> None:
+  """For a signal of a scheduler or an image that could not be read, in this process or in another one.
+
+  Args:
+    stop: the signal that this process had.
+    unreadable: what it could not read.
+    largest: of the values of all processes.
+    reached: the step that was saved; None where nothing is.
   """
-
-  def __init__(
-    self,
-    workdir: Path | None,
-    phase: str,
-    first: int,
-    num_steps: int,
-    class_names: Sequence[str],
-    tensorboard: bool,
-  ):
-    rows, self._file, self._tensorboard = [], None, None
-    if workdir is not None:
-      path = workdir / "metrics.jsonl"
-      rows = report.read_metrics(path, ("phase", "step", "seconds"))
-      rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
-      report.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-      self._file = open(path, "a", buffering=1)  # noqa: SIM115
-      if tensorboard:
-        self._tensorboard = _tensorboard(workdir / "tensorboard" / phase)
-    self._phase, self._num_steps, self._class_names = phase, num_steps, class_names
-    self._rows = [row for row in rows if row["phase"] == phase]
-    found = diagnostics.alarms(self._rows, num_steps=num_steps, class_names=class_names)
-    self.alarms = tuple(found.values())
-    self._said: set[str] = set()
-    self.rollbacks: Sequence[str] = ()
-    self._before = max((row["seconds"] for row in rows if row["phase"] == phase), default=0.0)
-    self._begin = time.perf_counter()
-
-  def __enter__(self) -> "_MetricsLog":
-    return self
-
-  def __exit__(self, *_) -> None:
-    for file in (self._file, self._tensorboard):
-      if file is not None:
-        file.close()
-
-  @property
-  def seconds(self) -> float:
-    """Since training began, earlier parts of a resumed run included."""
-    return self._before + time.perf_counter() - self._begin
-
-  def write(self, step: int, num: int, metrics: dict[str, Array]) -> Json:
-    """Waits for the metrics of the `num` steps up to `step`; `InputError` where one is not finite."""
-    means = {}
-    for name, history in metrics.items():
-      values = np.asarray(history).ravel()[:num]  # a diagnostic is a scalar
-      if not np.isfinite(values).all():
-        where = step - num + 1 + int(np.argmin(np.isfinite(values)))
-        raise NonFiniteError(f"{name} is not finite at step {where} ({self._phase})", self.rollbacks)
-      means[name] = float(values.mean())
-    row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), **means}
-    if self._file is not None:
-      self._file.write(json.dumps(row) + "\n")
-    self._rows.append(row)
-    if any(name.startswith("diagnostics/") for name in row):
-      self._raise_alarms()
-    if self._tensorboard is not None:
-      for name, value in means.items():
-        self._tensorboard.add_scalar(name, value, step)
-    return row
-
-  def _raise_alarms(self) -> None:
-    """Prints each kind of alarm when it first appears."""
-    found = diagnostics.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)
-    self.alarms = tuple(found.values())
-    for kind in set(found) - self._said:
-      console.print(f"alarm: {found[kind]}", style="yellow", markup=False, soft_wrap=True)
-    self._said |= set(found)
+  signum, failed = largest(stop.signum), largest(unreadable is not None)
+  if failed:
+    what = unreadable or "another process could not read an image: see what it said"
+    saved = "" if reached is None else f"; step {reached:,} is saved, and --resume goes on from there"
+    raise InputError(f"{what}{saved}")
+  if signum in (signal.SIGTERM, signal.SIGHUP):
+    raise Stopped(signum)
 
 
-def _tensorboard(path: Path) -> Any:
-  try:
-    from tensorboardX import SummaryWriter
-  except ImportError as error:
-    raise InputError('--tensorboard needs tensorboardX: pip install "gan-jax[tensorboard]"') from error
-  return SummaryWriter(str(path))
+def _lengths(done: int, num_steps: int, periods: Sequence[int]) -> Iterator[int]:
+  """The steps of each dispatch: it ends at the next multiple of each period, or at the last step.
+
+  The very first step goes alone: it tells when the run began to move.
+  """
+  while done < num_steps:
+    num = 1 if done == 0 else min(num_steps - done, *(every - done % every for every in periods))
+    yield num
+    done += num
 
 
 class _Stop:
@@ -358,45 +298,3 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
     yield stop
   finally:
     restore()
-
-
-@contextlib.contextmanager
-def _progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], None]]:
-  """A live bar on a terminal, about ten plain lines elsewhere; fed with the rows of the log."""
-  shown = {"d/loss": "D", "g/loss": "G", "d/error": "error on labels"}
-  begin = time.perf_counter()
-
-  def describe(row: Json) -> tuple[float, str]:
-    rate = (row["step"] - first) / (time.perf_counter() - begin)
-    return rate, "  ".join(f"{label} {row[name]:.3f}" for name, label in shown.items() if name in row)
-
-  if not console.is_terminal:
-    tenths = first * 10 // total
-
-    def show_line(row: Json) -> None:
-      nonlocal tenths
-      if row["step"] * 10 // total > tenths:
-        tenths = row["step"] * 10 // total
-        rate, text = describe(row)
-        left = (total - row["step"]) / rate
-        line = f"{phase} {row['step']}/{total}  {rate:.1f} steps/s  {left:.0f} s left  {text}"
-        console.print(line, soft_wrap=True)
-
-    yield show_line
-    return
-
-  columns = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    TextColumn("{task.completed}/{task.total}  {task.fields[rate]:.1f} steps/s"),
-    TimeRemainingColumn(),
-    TextColumn("{task.fields[text]}"),
-  )
-  with Progress(*columns, console=console) as progress:
-    task = progress.add_task(phase, total=total, completed=first, rate=0.0, text="")
-
-    def show_bar(row: Json) -> None:
-      rate, text = describe(row)
-      progress.update(task, completed=row["step"], rate=rate, text=text)
-
-    yield show_bar

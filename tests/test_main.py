@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 
@@ -14,15 +16,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import gan_jax
-from gan_jax import __main__ as commands
-from gan_jax import classify, report, train
+from gan_jax import __main__, classify, commands, report, train
 
 
 def gan_jax_command(*words, monkeypatch):
   """The exit code of `gan-jax WORDS`."""
   monkeypatch.setattr(sys, "argv", ["gan-jax", *map(str, words)])
   with pytest.raises(SystemExit) as done:
-    commands.main()
+    __main__.main()
   return done.value.code
 
 
@@ -269,3 +270,24 @@ def test_one_sentence(words, code, sentence, command, capsys):
   assert command(*words) == code
   said = capsys.readouterr()
   assert sentence in " ".join((said.err if code else said.out).split())
+
+
+STARTED = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner may have been started without
+sys.argv = ["gan-jax", *sys.argv[1:]]
+try:
+  runpy.run_module("gan_jax", run_name="__main__")
+finally:
+  assert "jax" not in sys.modules
+"""
+INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["check", "."], -signal.SIGINT)])
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(words, code, tmp_path):
+  """In a process of its own, in which JAX interrupts it; --help does not wait for JAX."""
+  (tmp_path / "jax.py").write_text(INTERRUPTED)
+  env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+  done = subprocess.run([sys.executable, "-c", STARTED, *words], env=env, capture_output=True, check=False)
+  assert (done.returncode, done.stderr) == (code, b"")

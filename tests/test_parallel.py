@@ -125,7 +125,7 @@ WORKER = """
 import dataclasses, sys
 from pathlib import Path
 import conftest, jax
-from gan_jax import cli, program, train
+from gan_jax import cli, data, program, train
 
 jax.config.update("jax_num_cpu_devices", 1)
 
@@ -134,20 +134,40 @@ class Config:
   folder: str = ""
   processes: cli.ProcessFlags = cli.ProcessFlags()
 
+class Source:
+  def __init__(self, x):
+    self.x, self.shape, self.reads = x, x.shape, []
+
+  def __len__(self):
+    return len(self.x)
+
+  def __getitem__(self, rows):
+    self.reads.append(len(rows))
+    return self.x[rows]
+
 def main(config):
   tiny = conftest.Tiny(network="mlp")
-  for num_steps, name in ((4, "done"), (10**9, "killed")):
+  source = Source(tiny.dataset.x_train)
+  streamed = data.to_device(dataclasses.replace(tiny.dataset, x_train=source, workers=1), tiny.split)
+  source.reads.clear()
+
+  def fit(num_steps, name, images):
     recipe, key = tiny.recipe(num_steps=num_steps), jax.random.key(0)
     devices = cli.devices(None, recipe)
     folder = Path(config.folder) / name
-    train.fit(recipe, tiny.data, key, workdir=folder, checkpoint_every=50, devices=devices)
+    train.fit(recipe, images, key, workdir=folder, checkpoint_every=50, devices=devices)
+
+  fit(4, "done", streamed)
+  assert source.reads == [6] * 4, source.reads  # a half of each step's twelve
+  fit(10**9, "killed", tiny.data)
 
 program.run(main, Config)
 """
 
 
 def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(make_tiny, tmp_path):
-  """Over loopback. What was saved goes on with one process, on two devices."""
+  """Over loopback, of streamed images each its half. What was saved goes on with one process, on two
+  devices."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]

@@ -10,6 +10,7 @@ import pytest
 
 import gan_jax
 from gan_jax import __main__, classify, cli, data, networks, recipes
+from gan_jax.commands import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -116,5 +117,5 @@ def test_every_command_takes_its_flags(path):
     cli.check(cli._parse(module.Config, shlex.split(flags, comments=True)))
   for name, flags in re.findall(r"(?:python -m gan_jax|gan-jax) (\w+) ([^`\n|]*)", text):
     assert name in __main__.COMMANDS
-    config = classify.Config if name == "train" else __main__.CONFIGS[name][1]
+    config = classify.Config if name == "train" else CONFIGS[name][1]
     cli._parse(config, shlex.split(flags, comments=True))  # RUN is none

@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from conftest import leaves_equal
 
-from gan_jax import checkpoint, data, diagnostics, recipes, report, train
+from gan_jax import checkpoint, data, diagnostics, log, recipes, report, train
 from gan_jax.types import InputError, Stopped
 
 
@@ -108,7 +108,7 @@ def test_there_are_three_rollbacks_at_most():
   @train._with_rollbacks
   def fit(*, on_nonfinite, resume=False, rollbacks=()):
     given.append((resume, len(rollbacks)))
-    raise train.NonFiniteError("d/loss is not finite", rollbacks)
+    raise log.NonFiniteError("d/loss is not finite", rollbacks)
 
   with pytest.raises(InputError, match="d/loss is not finite after 3 rollbacks: lower the learning rate"):
     fit(on_nonfinite="rollback")
@@ -128,14 +128,14 @@ def handler():
 
 
 def signalled_at_step_2(monkeypatch, signum=signal.SIGINT):
-  write = train._MetricsLog.write
+  push = log.MetricsLog.push
 
-  def write_and_signal(self, step, num, metrics):
+  def push_and_signal(self, step, num, metrics):
     if step == 2:
       os.kill(os.getpid(), signum)
-    return write(self, step, num, metrics)
+    push(self, step, num, metrics)
 
-  monkeypatch.setattr(train._MetricsLog, "write", write_and_signal)
+  monkeypatch.setattr(log.MetricsLog, "push", push_and_signal)
 
 
 def ended(signum, frame):
@@ -185,7 +185,7 @@ def test_an_interrupt_in_the_middle_of_a_line_does_not_print_it_twice(monkeypatc
       pass
 
   console = rich.console.Console(file=Stream())
-  monkeypatch.setattr(train, "console", console)
+  monkeypatch.setattr(report, "console", console)
   handler(signal.default_int_handler)
   with train._stop_on_interrupt() as stop:
     console.print("step 400")

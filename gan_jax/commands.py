@@ -1,0 +1,268 @@
+"""The commands of `gan-jax` but for `train`, which is `classify`."""
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tyro.conf import Positional
+
+from gan_jax import cli, report
+from gan_jax.report import say
+from gan_jax.types import InputError, Json
+
+# --- predict
+
+
+@dataclass(frozen=True)
+class Predict:
+  """The flags of predict."""
+
+  model: Positional[str]
+  """Folder of a run, or of an export."""
+  images: Positional[tuple[str, ...]]
+  """Pictures, folders of pictures, or files .npy and .npz with an array of images."""
+  out: str | None = None
+  """CSV file of the predictions (default: standard output)."""
+  top_k: int = 1
+  """The so many most probable classes of each image."""
+  review: int | None = None
+  """Write only the so many images whose label would teach most, uncertain and unlike each other, as a
+  labels.csv to fill in; without those that a single folder's own table of labels gives one."""
+
+  def check(self) -> None:
+    cli.at_least_one(self, "top_k", "review")
+    if not self.images:
+      raise InputError("name the images to predict: pictures, folders, .npy or .npz files")
+    if self.review is not None and self.top_k != 1:
+      raise InputError("--review writes no predictions: leave --top-k out")
+    if self.out is not None:
+      report.check_file(Path(self.out))
+      if self.review is not None and Path(self.out).exists():
+        raise InputError(f"{self.out} is there already and may hold labels: name another file")
+
+
+def predict(config: Predict) -> Json:
+  """Predicts classes of new images.
+
+  python -m gan_jax predict RUN pictures/ --out predictions.csv --top-k 3
+  python -m gan_jax predict RUN pictures/ --review 100 --out to_label.csv
+
+  A line an image: its name, the predicted class and its probability, further ones with --top-k, and
+  real_logit, which is lower for images unlike those of the training set.
+  """
+  from gan_jax import model, pictures
+
+  say(f"opening {config.model}")
+  loaded, first = model.load(config.model), Path(config.images[0])
+  alone = len(config.images) == 1 and first.is_dir()
+  known = pictures.labelled(first) if config.review and alone else set()
+  names, images = loaded.read(config.images)
+  say(f"{len(images):,} images, {len(loaded.classes)} classes")
+  probs = loaded.predict(images)
+  if config.review is None:
+    rows = _predictions(loaded.classes, names, probs, loaded.real_logit(images), config.top_k)
+  else:
+    rest = np.flatnonzero([name not in known for name in names])
+    chosen = rest[to_review(probs[rest], loaded.features(images[rest]), config.review)]
+    rows = [["file_name", "label"], *([names[i], ""] for i in chosen)]
+  text = io.StringIO()
+  csv.writer(text, lineterminator="\n").writerows(rows)
+  _write(config.out, text.getvalue())
+  return {}
+
+
+def _predictions(
+  classes: Sequence[str], names: Sequence[str], probs: np.ndarray, real_logit: np.ndarray, top_k: int
+) -> list[list[str]]:
+  top_k = min(top_k, len(classes))
+  head = ["file_name", "label", "probability"]
+  head += [f"{column}_{k}" for k in range(2, top_k + 1) for column in ("label", "probability")]
+  rows: list[list[str]] = [[*head, "real_logit"]]
+  for name, p, logit in zip(names, probs, real_logit, strict=True):
+    best = np.argsort(-p, kind="stable")[:top_k]
+    rows.append([name, *(cell for k in best for cell in (classes[int(k)], f"{p[k]:.4f}")), f"{logit:.3f}"])
+  return rows
+
+
+def to_review(probs: np.ndarray, features: np.ndarray, num: int) -> list[int]:
+  """Positions of the `num` images whose labels would teach most.
+
+  Of the ten times as many least certain images, by the margin between the two most probable classes, those
+  that are unlike each other: the least certain one, then always the one farthest in feature space from all
+  that were chosen (Sener & Savarese, 2018, https://arxiv.org/abs/1708.00489, algorithm 1).
+  """
+  if not len(probs):
+    return []
+  best = np.sort(probs, axis=-1)[:, -2:]
+  uncertain = np.argsort(best[:, -1] - best[:, 0], kind="stable")[: 10 * num]
+  z = features[uncertain]
+  chosen, nearest = [0], np.full(len(z), np.inf)
+  while len(chosen) < min(num, len(z)):
+    nearest = np.minimum(nearest, np.square(z - z[chosen[-1]]).sum(axis=-1))
+    nearest[chosen] = -1.0
+    chosen.append(int(nearest.argmax()))
+  return uncertain[chosen].tolist()
+
+
+# --- sample
+
+
+@dataclass(frozen=True)
+class Sample:
+  """The flags of sample."""
+
+  model: Positional[str]
+  """Folder of a run, or of an export."""
+  num: int = 64
+  """How many images."""
+  class_name: str | None = None
+  """The class that they are to be of, for a class-conditional generator."""
+  seed: int = 0
+  """Of the latents: the first images of a larger number are the same."""
+  out: str = "samples.png"
+  """PNG of all images in a grid, or a .npy file of floats in [0, 1], [N, H, W, C]."""
+
+  def check(self) -> None:
+    cli.at_least_one(self, "num")
+    cli.not_negative(self, "seed")
+    if Path(self.out).suffix not in (".png", ".npy"):
+      raise InputError(f"--out {self.out} must end in .png or .npy")
+    report.check_file(Path(self.out))
+
+
+def sample(config: Sample) -> Json:
+  """Draws images from the generator of a run.
+
+  python -m gan_jax sample RUN --num 64 --class-name 7 --out sevens.png
+  """
+  from gan_jax import model, pictures
+
+  say(f"opening {config.model}")
+  loaded, out = model.load(config.model), Path(config.out)
+  pictures.check_memory(config.num, loaded.recipe.image_shape, "choose a smaller --num", num_bytes=8)
+  classes = None if config.class_name is None else [config.class_name] * config.num
+  images = loaded.sample(config.num, seed=config.seed, classes=classes)
+  if out.suffix == ".npy":
+    buffer = io.BytesIO()
+    np.save(buffer, images)
+    _write(config.out, buffer.getvalue())
+  else:
+    _write(config.out, report.grid_png(images, columns=int(np.ceil(np.sqrt(config.num)))))
+  return {}
+
+
+# --- export, report, check
+
+
+@dataclass(frozen=True)
+class Export:
+  """The flags of export."""
+
+  run: Positional[str]
+  """Folder of a run."""
+  out: str
+  """Folder for the files; it must be empty or new."""
+  formats: tuple[Literal["safetensors", "onnx", "stablehlo"], ...] = ("safetensors",)
+  """safetensors: a folder that `gan_jax.load` opens, with a model card. onnx: the classifier, for any
+  number of images. stablehlo: the same for `jax.export`."""
+
+
+def export(config: Export) -> Json:
+  """Writes the networks of a run for use elsewhere.
+
+  python -m gan_jax export RUN --out exported --formats safetensors onnx
+  """
+  from gan_jax import export as exporting
+
+  say(f"opening {config.run}")
+  for path in exporting.export(config.run, Path(config.out), config.formats):
+    say(f"written to {path}")
+  return {}
+
+
+@dataclass(frozen=True)
+class Report:
+  """The flags of report."""
+
+  runs: Positional[tuple[str, ...]]
+  """Folders of complete runs."""
+  out: str = "report.html"
+  """The page."""
+
+
+def report_runs(config: Report) -> Json:
+  """Puts several runs side by side on one page.
+
+  python -m gan_jax report runs/a runs/b --out page.html
+  """
+  from gan_jax import page
+
+  there = Path(config.out).exists()
+  page.compare(Path(config.out), [Path(run) for run in config.runs])
+  say(_written(config.out, there))
+  return {}
+
+
+@dataclass(frozen=True)
+class Check:
+  """The flags of check."""
+
+  path: Positional[str]
+  """A folder of pictures or an .npz file, as --dataset folder:PATH and arrays:PATH take them."""
+
+  def check(self) -> None:
+    if not Path(self.path.removeprefix("folder:").removeprefix("arrays:")).expanduser().exists():
+      raise InputError(f"{self.path} does not exist")
+
+
+def check(config: Check) -> Json:
+  """Reports what a folder or file of images holds, and what is wrong with it, before any training.
+
+  python -m gan_jax check PATH
+
+  Counts, sizes, bit depths, classes, unreadable files, duplicates, and images that are both in training and
+  in test. The exit code is 1 where something must be mended before training.
+  """
+  from gan_jax import pictures
+
+  found = pictures.check(config.path)
+  pictures.print_check(found)
+  if found["problems"]:
+    sys.exit(1)
+  return {}
+
+
+def _write(path: str | None, content: str | bytes) -> None:
+  """To a file, whole or not at all, or to standard output."""
+  if path is None:
+    sys.stdout.write(content if isinstance(content, str) else content.decode())
+    return
+  file, content = Path(path), content.encode() if isinstance(content, str) else content
+  there = file.exists()
+  try:
+    if there and not file.is_file():
+      file.write_bytes(content)  # a pipe or a device: nothing may take its place
+    else:
+      report.write_bytes(file, content)
+  except OSError as error:
+    raise InputError(f"{path} cannot be written: {error.strerror}") from error
+  say(_written(path, there and file.is_file()))
+
+
+def _written(path: str, there: bool) -> str:
+  return f"{path} is replaced" if there else f"written to {path}"
+
+
+CONFIGS: dict[str, tuple[Callable[[Any], Json], type]] = {
+  "predict": (predict, Predict),
+  "sample": (sample, Sample),
+  "export": (export, Export),
+  "report": (report_runs, Report),
+  "check": (check, Check),
+}
+"""The functions, and their flags."""

@@ -1,0 +1,181 @@
+"""What a run tells while it trains: rows of metrics, alarms, TensorBoard, a progress bar."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gan_jax import diagnostics, report
+from gan_jax.report import console
+from gan_jax.types import InputError, Json
+
+
+class NonFiniteError(InputError):
+  """A metric is not finite."""
+
+  def __init__(self, found: str, before: Sequence[str]):
+    after = f" after {len(before)} rollbacks" if before else ""
+    super().__init__(f"{found}{after}: lower the learning rate")
+    self.rollbacks = (*before, found)
+
+
+class MetricsLog:
+  """Appends to `metrics.jsonl`, a line a dispatch: the mean of every metric over its steps.
+
+  The metrics of one dispatch are read when the next has been sent, so the device never waits for the host.
+  """
+
+  def __init__(
+    self,
+    workdir: Path | None,
+    phase: str,
+    first: int,
+    num_steps: int,
+    *,
+    class_names: Sequence[str] = (),
+    tensorboard: bool = False,
+    rollbacks: Sequence[str] = (),
+    show: Callable[[Json], None] | None = None,
+  ):
+    """Opens the log.
+
+    Args:
+      workdir: where it is; None: nowhere.
+      phase: the name of its rows there; those of other phases are kept.
+      first: the step that the run goes on from; rows of this phase after it are dropped.
+      num_steps: the last step of the run, for the alarms.
+      class_names: likewise.
+      tensorboard: whether to log for TensorBoard too.
+      rollbacks: those that the run had, for what a `NonFiniteError` says.
+      show: is given every row.
+    """
+    rows, self._file, self._tensorboard = [], None, None
+    if workdir is not None:
+      path = workdir / "metrics.jsonl"
+      rows = report.read_metrics(path, ("phase", "step", "seconds"))
+      rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
+      report.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+      self._file = open(path, "a", buffering=1)  # noqa: SIM115
+      if tensorboard:
+        self._tensorboard = _tensorboard(workdir / "tensorboard" / phase)
+    self._phase, self._num_steps, self._class_names = phase, num_steps, class_names
+    self._rows = [row for row in rows if row["phase"] == phase]
+    found = diagnostics.alarms(self._rows, num_steps=num_steps, class_names=class_names)
+    self.alarms = tuple(found.values())
+    self._said: set[str] = set()
+    self._rollbacks, self._show = rollbacks, show
+    self._pending: tuple[int, int, dict[str, Array]] | None = None
+    self._before = max((row["seconds"] for row in rows if row["phase"] == phase), default=0.0)
+    self._begin = time.perf_counter()
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *_) -> None:
+    for file in (self._file, self._tensorboard):
+      if file is not None:
+        file.close()
+
+  @property
+  def seconds(self) -> float:
+    """Since training began, earlier parts of a resumed run included."""
+    return self._before + time.perf_counter() - self._begin
+
+  def push(self, step: int, num: int, metrics: dict[str, Array]) -> None:
+    """Takes the metrics of the `num` steps up to `step`, and writes those that it was given before."""
+    self.flush()
+    self._pending = step, num, metrics
+
+  def flush(self) -> None:
+    """Waits for the metrics that it was given last, and writes them.
+
+    Raises:
+      NonFiniteError: one is not finite.
+    """
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self._write(*pending)
+
+  def _write(self, step: int, num: int, metrics: dict[str, Array]) -> None:
+    means = {}
+    for name, history in metrics.items():
+      values = np.asarray(history).ravel()[:num]  # a diagnostic is a scalar
+      if not np.isfinite(values).all():
+        where = step - num + 1 + int(np.argmin(np.isfinite(values)))
+        raise NonFiniteError(f"{name} is not finite at step {where} ({self._phase})", self._rollbacks)
+      means[name] = float(values.mean())
+    row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), **means}
+    if self._file is not None:
+      self._file.write(json.dumps(row) + "\n")
+    self._rows.append(row)
+    if any(name.startswith("diagnostics/") for name in row):
+      self._raise_alarms()
+    if self._tensorboard is not None:
+      for name, value in means.items():
+        self._tensorboard.add_scalar(name, value, step)
+    if self._show is not None:
+      self._show(row)
+
+  def _raise_alarms(self) -> None:
+    """Prints each kind of alarm when it first appears."""
+    found = diagnostics.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)
+    self.alarms = tuple(found.values())
+    for kind in set(found) - self._said:
+      console.print(f"alarm: {found[kind]}", style="yellow", markup=False, soft_wrap=True)
+    self._said |= set(found)
+
+
+def _tensorboard(path: Path) -> Any:
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError as error:
+    raise InputError('--tensorboard needs tensorboardX: pip install "gan-jax[tensorboard]"') from error
+  return SummaryWriter(str(path))
+
+
+@contextlib.contextmanager
+def progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], None]]:
+  """A live bar on a terminal, about ten plain lines elsewhere; fed with the rows of the log."""
+  shown = {"d/loss": "D", "g/loss": "G", "d/error": "error on labels"}
+  begin = time.perf_counter()
+
+  def describe(row: Json) -> tuple[float, str]:
+    rate = (row["step"] - first) / (time.perf_counter() - begin)
+    return rate, "  ".join(f"{label} {row[name]:.3f}" for name, label in shown.items() if name in row)
+
+  if not console.is_terminal:
+    tenths = first * 10 // total
+
+    def show_line(row: Json) -> None:
+      nonlocal tenths
+      if row["step"] * 10 // total > tenths:
+        tenths = row["step"] * 10 // total
+        rate, text = describe(row)
+        left = (total - row["step"]) / rate
+        line = f"{phase} {row['step']}/{total}  {rate:.1f} steps/s  {left:.0f} s left  {text}"
+        console.print(line, soft_wrap=True)
+
+    yield show_line
+    return
+
+  columns = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.completed}/{task.total}  {task.fields[rate]:.1f} steps/s"),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[text]}"),
+  )
+  with Progress(*columns, console=console) as progress:
+    task = progress.add_task(phase, total=total, completed=first, rate=0.0, text="")
+
+    def show_bar(row: Json) -> None:
+      rate, text = describe(row)
+      progress.update(task, completed=row["step"], rate=rate, text=text)
+
+    yield show_bar
