@@ -109,8 +109,8 @@ def batch_sharding(devices: Sequence[Any], axis: int) -> Sharding:
 
 def rows_here(sharding: Sharding, shape: Sequence[int], axis: int) -> Int[np.ndarray, "n"]:
   """Which rows of an array's axis the devices of this process have, in order."""
-  slices = (index[axis] for index in sharding.addressable_devices_indices_map(tuple(shape)).values())
-  return np.unique(np.concatenate([np.arange(shape[axis])[each] for each in slices]))
+  parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
+  return np.unique(np.concatenate([np.arange(shape[axis])[part[axis]] for part in parts if part]))
 
 
 def _batch_mesh(devices: Sequence[Any]) -> Mesh:
