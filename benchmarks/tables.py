@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import _gan_map, _runs, generators, networks, novelty, splits, streaming
+from benchmarks import _gan_map, _runs, generators, networks, novelty, splits, streaming, time_to_accuracy
 from experiments import _study_tables
 from gan_jax.types import InputError, Json
 
@@ -370,6 +370,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "streaming": lambda: streaming.table(_lines("streaming.jsonl")),
   "peers": lambda: peers(_lines("step_time.jsonl")),
   "batch-sizes": lambda: batch_sizes(_lines("batch_sizes.jsonl")),
+  "race": lambda: time_to_accuracy.table(_lines("time_to_1_percent.jsonl")),
   "other-figures": lambda: other_figures(
     _lines("time_to_accuracy.jsonl"),
     _lines("startup.jsonl"),

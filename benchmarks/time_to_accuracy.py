@@ -138,15 +138,14 @@ def table(results: Sequence[dict]) -> str:
   rows = []
   for result in results:
     reached, recipe = result["reached"], result["recipe"]
-    took = f"{result['seconds']:.0f} s" if reached else f"not reached: {result['test_error']:.2f} %"
+    seconds = f"{result['seconds']:.0f} s"
+    took = seconds if reached else f"not reached in {seconds}: {result['test_error']:.2f} %"
     compiling = max(each["seconds_compile"] for each in results if each["recipe"] == recipe)
     rows.append((recipe, result["split_seed"], took, f"{compiling:.0f} s", f"{result['steps']:,}"))
   first = results[0]
   header = "recipe", "split", f"training to {first['target']:g} %", "and compilation", "steps"
-  return (
-    f"{_runs.markdown(header, rows)}\n\nn = {len(results)}, {first['num_labels']} labels of"
-    f" {first['dataset']}, {_runs.environment(first)}"
-  )
+  note = f"{first['num_labels']} labels of {first['dataset']}."
+  return _runs.with_environment(_runs.markdown(header, rows), results, note)
 
 
 if __name__ == "__main__":
