@@ -17,7 +17,7 @@ def table(files: Mapping[str, _runs.Rows]) -> str:
 
   Args:
     files: name, `DATASET-{augmentation,no-augmentation}-STEPS`, to the lines of a study, which need not be
-      complete.
+      complete; of a folder of pictures without `folder:`.
 
   Raises:
     InputError: another name, or not that of its lines; arms on different splits; more lengths of training
@@ -70,7 +70,8 @@ def _read(files: Mapping[str, _runs.Rows]) -> tuple[dict[str, list[int]], dict[t
   for name, rows in files.items():
     rows = [row for row in rows if row["method"] in ARMS and row["reading"] == "classifier"]
     match = re.fullmatch(r"(.+?)-(no-)?augmentation-(\d+)", name)
-    if match is None or {(row["dataset"], str(row["steps"])) for row in rows} - {(match[1], match[3])}:
+    found = {(row["dataset"].removeprefix("folder:"), str(row["steps"])) for row in rows}
+    if match is None or found - {(match[1], match[3])}:
       raise InputError(f"map/{name}.jsonl is not named DATASET-(no-)augmentation-STEPS after its lines")
     dataset, plain, steps = match[1], bool(match[2]), int(match[3])
     lengths[dataset] = sorted({steps, *lengths.get(dataset, [])})

@@ -358,7 +358,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
   "weights": lambda: weights(_lines("tuning/digits.jsonl", "tuning/digits-weights.jsonl")),
   "foreign": lambda: novelty.table(_lines("novelty.jsonl")),
-  "photographs": lambda: study(_lines("sign_digits-100-vgg.jsonl")),
+  "photographs": lambda: study(_lines("map/sign_digits@32-augmentation-400.jsonl")),
   "photographs-conv": lambda: study(_lines("sign_digits-100.jsonl")),
   "photographs-tuning": lambda: photographs_tuning(_lines("tuning/sign_digits.jsonl")),
   "bfloat16": lambda: study(_lines("bfloat16-digits.jsonl")),
