@@ -54,7 +54,10 @@ def split_labels(
   order = np.random.default_rng(seed).permutation(len(labels))
   images, held_out = order[:num_images], order[rest:]
   classes = np.unique(labels[labels >= 0])
-  counts = np.array([(labels[images] == k).sum() for k in classes])
+  known = images[labels[images] >= 0]
+  known = known[np.argsort(labels[known], kind="stable")]  # class by class, each as in the permutation
+  first = np.searchsorted(labels[known], classes)
+  counts = np.diff(first, append=len(known))
   if per_class is not None and per_class > counts.min():
     raise InputError(
       f"--labels-per-class {per_class} is more than the {counts.min()} labelled training images of class"
@@ -64,7 +67,8 @@ def split_labels(
     raise InputError(
       f"class {classes[counts.argmin()]} has no label among the {num_images} images to train on"
     )
-  chosen = np.concatenate([images[labels[images] == k][:per_class] for k in classes])
+  place = np.arange(len(known)) - np.repeat(first, counts)  # of each among those of its class
+  chosen = known if per_class is None else known[place < per_class]
   return _split(labels, chosen, per_class, seed, images, held_out)
 
 
@@ -191,10 +195,12 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   stream = None
   if dataset.workers is not None:
     stream, unlabelled = Stream(dataset.x_train, unlabelled, dataset.workers), unlabelled[:NUM_FIRST]
+  x_lab = jnp.asarray(dataset.x_train[labelled])
+  same = np.array_equal(labelled, unlabelled)  # every image has a label: one copy serves both
   return DeviceData(
-    x_lab=jnp.asarray(dataset.x_train[labelled]),
+    x_lab=x_lab,
     y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32),
-    x_unl=jnp.asarray(dataset.x_train[unlabelled]),
+    x_unl=x_lab if same else jnp.asarray(dataset.x_train[unlabelled]),
     x_held_out=jnp.asarray(dataset.x_train[held_out]),
     y_held_out=jnp.asarray(y_held_out, jnp.int32),
     stream=stream,
