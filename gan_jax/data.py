@@ -87,21 +87,14 @@ def folds(
   """
   order = np.random.default_rng(split.seed).permutation(np.asarray(split.indices))
   order = order[np.argsort(labels[order], kind="stable")]
-  dealt = [np.sort(order[i::num]) for i in range(num)]
-  return [
-    (
-      _split(
-        labels,
-        np.setdiff1d(order, out),
-        None,
-        split.seed,
-        np.setdiff1d(split.images, out),
-        np.asarray(split.held_out, int),
-      ),
-      out,
-    )
-    for out in dealt
-  ]
+  images, held_out = np.asarray(split.images, int), np.asarray(split.held_out, int)
+  found = []
+  for i in range(num):
+    out, kept = np.sort(order[i::num]), np.ones(len(labels), bool)
+    kept[out] = False
+    rest = _split(labels, order[kept[order]], None, split.seed, images[kept[images]], held_out)
+    found.append((rest, out))
+  return found
 
 
 def _split(
@@ -195,13 +188,14 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   stream = None
   if dataset.workers is not None:
     stream, unlabelled = Stream(dataset.x_train, unlabelled, dataset.workers), unlabelled[:NUM_FIRST]
-  x_lab = jnp.asarray(dataset.x_train[labelled])
+  take = lambda rows: jax.device_put(dataset.x_train[rows])  # `jnp.asarray` copies once more on the host
+  x_lab = take(labelled)
   same = np.array_equal(labelled, unlabelled)  # every image has a label: one copy serves both
   return DeviceData(
     x_lab=x_lab,
     y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32),
-    x_unl=x_lab if same else jnp.asarray(dataset.x_train[unlabelled]),
-    x_held_out=jnp.asarray(dataset.x_train[held_out]),
+    x_unl=x_lab if same else take(unlabelled),
+    x_held_out=take(held_out),
     y_held_out=jnp.asarray(y_held_out, jnp.int32),
     stream=stream,
   )
