@@ -408,6 +408,8 @@ def table(results: Sequence[Json]) -> str:
   for axis, part in dict.fromkeys((line["axis"], line.get("part")) for line in results):
     rows = [line for line in results if (line["axis"], line.get("part")) == (axis, part)]
     (title, at), columns = TITLES[axis], [key for key in COLUMNS if any(key in row for row in rows)]
+    if axis in ("memory", "devices"):  # nothing runs: the peak is that of the compiler
+      columns = [key for key in columns if key != "peak_mb"]
     cell = lambda row, key: COLUMNS[key][1].format(row[key]) if key in row else ""
     lines = [[f"{row['at']:,}", *(cell(row, key) for key in columns), bound(row)] for row in rows]
     if len(rows) > 1:
@@ -433,11 +435,13 @@ def bound(row: Json) -> str:
   if "not_run" in row:
     return f"not run: {row['not_run']}"
   if row.get("waits", 0) > 0.1:
-    return f"reading: the device waits {row['waits']:.0%} of the time"
+    return f"reading: the device waits {100 * row['waits']:.0f} % of the time"
   if row.get("seconds_compile", 0) > 0.5 * row.get("seconds", math.inf):
-    return f"compiling: {row['seconds_compile'] / row['seconds']:.0%} of the time"
+    return f"compiling: {100 * row['seconds_compile'] / row['seconds']:.0f} % of the time"
   if row.get("matrix_share", 0) > 0.1:
-    return f"arithmetic, at {row['matrix_share']:.0%} of the matrix rate"
+    return f"arithmetic, at {100 * row['matrix_share']:.0f} % of the matrix rate"
+  if "waits" in row:
+    return f"the steps: the device waits for images {100 * row['waits']:.0f} % of the time"
   if row.get("cores", 0) > 0.8:
     return f"processors: {row['cores']:.1f} cores busy"
   return ""
