@@ -21,7 +21,6 @@ NAMES = {
   "update": "recipe",
   "updates": "steps",
   "updates_per_second": "steps_per_second",
-  "update_mb": "step_mb",
   "how": "strategy",
   "seconds_to_first_update": "seconds_to_first_step",
 }

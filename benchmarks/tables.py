@@ -13,7 +13,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import _gan_map, _runs, generators, networks, novelty, splits, streaming, time_to_accuracy
+from benchmarks import (
+  _gan_map,
+  _runs,
+  generators,
+  networks,
+  novelty,
+  scaling,
+  splits,
+  streaming,
+  time_to_accuracy,
+)
 from experiments import _study_tables
 from gan_jax.types import InputError, Json
 
@@ -287,9 +297,7 @@ def batch_sizes(rows: _runs.Rows) -> str:
   return _runs.with_environment(_runs.markdown(("batch size", *PEERS.values()), lines), rows, note)
 
 
-def other_figures(
-  accuracy: _runs.Rows, starts: _runs.Rows, replicates: _runs.Rows, scaling: _runs.Rows
-) -> str:
+def other_figures(accuracy: _runs.Rows, starts: _runs.Rows, replicates: _runs.Rows) -> str:
   """A row a figure."""
   lines = []
   for row in accuracy:
@@ -316,19 +324,7 @@ def other_figures(
       lines.append(
         [name + _runs.mark(row), f"{row['ours_is_faster_by']['median']:.1f} times as long as one"]
       )
-  for row in scaling:
-    if "side" in row:
-      name = f"memory of a step of {row['recipe']}, {row['side']}x{row['side']}, {sum(row['rows'])} images"
-      lines.append(
-        [name + _runs.mark(row), f"{row['step_mb']:.0f} MB, beside a state of {row['state_mb']:.0f} MB"]
-      )
-    elif "mflop_each" in row:
-      name = f"a step of {row['recipe']} shared by devices: {row['split_over']}{_runs.mark(row)}"
-      lines.append([name, f"each {row['mflop_each']:.0f} MFLOP and {row['step_mb_each']:.0f} MB"])
-    elif "devices" in row:
-      name = f"8 replicates of {row['recipe']} on virtual devices: {row['devices']}"
-      lines.append([name + _runs.mark(row), f"{row['steps_per_second']:.1f} steps/s together"])
-  rows = [*accuracy, *starts, *replicates, *scaling]
+  rows = [*accuracy, *starts, *replicates]
   return _runs.with_environment(_runs.markdown(("", "measured"), lines), rows)
 
 
@@ -375,8 +371,8 @@ TABLES: dict[str, Callable[[], str]] = {
     _lines("time_to_accuracy.jsonl"),
     _lines("startup.jsonl"),
     _lines("replicates_loop.jsonl", "replicates_vmap.jsonl", "replicates_16.jsonl"),
-    _lines("scaling.jsonl"),
   ),
+  "scaling": lambda: scaling.table(_lines("scaling.jsonl")),
 }
 """Name -> its Markdown."""
 

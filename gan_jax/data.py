@@ -54,7 +54,10 @@ def split_labels(
   order = np.random.default_rng(seed).permutation(len(labels))
   images, held_out = order[:num_images], order[rest:]
   classes = np.unique(labels[labels >= 0])
-  counts = np.array([(labels[images] == k).sum() for k in classes])
+  known = images[labels[images] >= 0]
+  known = known[np.argsort(labels[known], kind="stable")]  # class by class, each as in the permutation
+  first = np.searchsorted(labels[known], classes)
+  counts = np.diff(first, append=len(known))
   if per_class is not None and per_class > counts.min():
     raise InputError(
       f"--labels-per-class {per_class} is more than the {counts.min()} labelled training images of class"
@@ -64,7 +67,8 @@ def split_labels(
     raise InputError(
       f"class {classes[counts.argmin()]} has no label among the {num_images} images to train on"
     )
-  chosen = np.concatenate([images[labels[images] == k][:per_class] for k in classes])
+  place = np.arange(len(known)) - np.repeat(first, counts)  # of each among those of its class
+  chosen = known if per_class is None else known[place < per_class]
   return _split(labels, chosen, per_class, seed, images, held_out)
 
 
@@ -83,21 +87,14 @@ def folds(
   """
   order = np.random.default_rng(split.seed).permutation(np.asarray(split.indices))
   order = order[np.argsort(labels[order], kind="stable")]
-  dealt = [np.sort(order[i::num]) for i in range(num)]
-  return [
-    (
-      _split(
-        labels,
-        np.setdiff1d(order, out),
-        None,
-        split.seed,
-        np.setdiff1d(split.images, out),
-        np.asarray(split.held_out, int),
-      ),
-      out,
-    )
-    for out in dealt
-  ]
+  images, held_out = np.asarray(split.images, int), np.asarray(split.held_out, int)
+  found = []
+  for i in range(num):
+    out, kept = np.sort(order[i::num]), np.ones(len(labels), bool)
+    kept[out] = False
+    rest = _split(labels, order[kept[order]], None, split.seed, images[kept[images]], held_out)
+    found.append((rest, out))
+  return found
 
 
 def _split(
@@ -191,11 +188,14 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   stream = None
   if dataset.workers is not None:
     stream, unlabelled = Stream(dataset.x_train, unlabelled, dataset.workers), unlabelled[:NUM_FIRST]
+  take = lambda rows: jax.device_put(dataset.x_train[rows])  # `jnp.asarray` copies once more on the host
+  x_lab = take(labelled)
+  same = np.array_equal(labelled, unlabelled)  # every image has a label: one copy serves both
   return DeviceData(
-    x_lab=jnp.asarray(dataset.x_train[labelled]),
+    x_lab=x_lab,
     y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32),
-    x_unl=jnp.asarray(dataset.x_train[unlabelled]),
-    x_held_out=jnp.asarray(dataset.x_train[held_out]),
+    x_unl=x_lab if same else take(unlabelled),
+    x_held_out=take(held_out),
     y_held_out=jnp.asarray(y_held_out, jnp.int32),
     stream=stream,
   )

@@ -17,6 +17,8 @@ Diagnose = Callable[[TrainState, data.DeviceData], Metrics]
 
 NUM_IMAGES = data.NUM_FIRST
 """Images of each kind that are looked at."""
+MOST_CLASSES = NUM_IMAGES // 10
+"""Whose shares are logged: of fewer than ten images a class, one may have none by chance."""
 
 WARM_UP = 0.1
 """Share of the steps in which no alarm is raised: early networks are one-sided and recover."""
@@ -57,7 +59,8 @@ def make_diagnostics(
       diagnostics/variance_ratio     variance over the generated images, averaged over pixels, as a ratio to
                                      that of the training images: 0 where all samples are the same
       diagnostics/class_entropy      of the classes of the generated images, in nats, at most log K
-      diagnostics/share_0 .. K-1     share of each class among them
+      diagnostics/share_0 .. K-1     share of each class among them, for at most 50 classes: of more, in 500
+                                     images some are missing by chance
 
   The paper shows D augmented images alone; here none is augmented.
 
@@ -112,7 +115,8 @@ def make_diagnostics(
     if num_classes > 1:
       shares = jax.nn.one_hot(class_logits.argmax(axis=-1), num_classes).mean(axis=0)
       metrics["class_entropy"] = entr(shares).sum()
-      metrics |= {f"share_{k}": shares[k] for k in range(num_classes)}
+      if num_classes <= MOST_CLASSES:
+        metrics |= {f"share_{k}": shares[k] for k in range(num_classes)}
     return {f"diagnostics/{name}": value.astype(jnp.float32) for name, value in metrics.items()}
 
   return diagnose

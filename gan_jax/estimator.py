@@ -148,7 +148,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     if (
       X.dtype != np.uint8 or np.any(self._low != 0) or np.any(self._high != 255)
     ):  # else it changes nothing
-      X = scaled(X.astype(np.float64), self._low, self._high)
+      X = scaled(X, self._low, self._high)
     shape = self.image_shape
     if shape is None:
       shape = self._row_shape if X.ndim > 2 else (1, X.shape[1])

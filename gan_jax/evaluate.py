@@ -6,7 +6,7 @@ is random after training are here too, see `sample`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +63,7 @@ class Evaluation:
   worst: Shown | None
   """The mistakes with the lowest probability of the true class, ascending; None likewise."""
 
-  @property
+  @cached_property
   def probs(self) -> Float[np.ndarray, "n k"]:
     """Class probabilities `p(y | x, real)`."""
     return _probs(self.logits)
@@ -96,9 +96,17 @@ def make_evaluate(
     return logits, read | ({"input": x.reshape(x.shape[0], -1)} if of_input else {})
 
   @jax.jit
-  def fit_linear(features: dict[str, Array], y: Array) -> dict[str, probe.LinearProbe]:
-    fit = lambda h: probe.fit_linear(h, y, num_classes=recipe.num_classes, l2=l2)
-    return {name: fit(h) for name, h in features.items()}
+  def fit(features: dict[str, Array], y: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    fit_linear = lambda h: probe.fit_linear(h, y, num_classes=recipe.num_classes, l2=l2)
+    linear = {name: fit_linear(h) for name, h in features.items()}
+    return linear, {name: probe.fit_nearest(h, y) for name, h in features.items() if every_layer}
+
+  @jax.jit
+  def answers(state: TrainState, probes: tuple[dict, dict], x: Float[Array, "b h w c"]):
+    """D's logits and the classes that the probes give; features of all test images might not fit."""
+    (logits, features), (linear, nearest) = read(state, x), probes
+    of_linear = {name: fitted.logits(features[name]).argmax(axis=-1) for name, fitted in linear.items()}
+    return logits, of_linear, {name: fitted.classes(features[name]) for name, fitted in nearest.items()}
 
   def evaluate(
     dataset: Dataset, states: Sequence[TrainState], labelled: Sequence[Labelled]
@@ -106,17 +114,12 @@ def make_evaluate(
     test, found = with_test_set(dataset), []
     y = np.asarray(test.y_test)
     for state, (x_lab, y_lab) in zip(states, labelled, strict=True):
-      predict = lambda x, state=state: metrics.predict(lambda x: read(state, x), x)
-      (_, features_lab), y_lab = predict(np.asarray(x_lab)), jnp.asarray(y_lab, jnp.int32)
-      logits, features = predict(test.x_test)
-      linear = {
-        name: metrics.error_percent(np.asarray(fitted.logits(features[name])), y)
-        for name, fitted in fit_linear(features_lab, y_lab).items()
-      }
-      nearest = {}
-      for name, h in features_lab.items() if every_layer else ():
-        classes = probe.fit_nearest(jnp.asarray(h), y_lab).classes(features[name])
-        nearest[name] = 100 * float(np.mean(np.asarray(classes) != y))
+      _, features = metrics.predict(partial(read, state), np.asarray(x_lab))
+      probes = fit(features, jnp.asarray(y_lab, jnp.int32))
+      logits, *classes = metrics.predict(partial(answers, state, probes), test.x_test)
+      linear, nearest = (
+        {name: 100 * float(np.mean(given != y)) for name, given in each.items()} for each in classes
+      )
       taught = logits.shape[-1] == dataset.num_classes
       found.append(of_logits(logits, test.x_test, y, linear=linear, nearest=nearest, taught=taught))
     return found
@@ -185,8 +188,8 @@ def _least_certain(images: Shown) -> Shown:
 
 
 def _worst(images: Shown) -> Shown:
-  rows = np.argsort(images.probs[np.arange(len(images.y)), images.y], kind="stable")
-  rows = rows[images.probs[rows].argmax(axis=-1) != images.y[rows]][:NUM_SHOWN]
+  wrong = np.flatnonzero(images.probs.argmax(axis=-1) != images.y)
+  rows = wrong[np.argsort(images.probs[wrong, images.y[wrong]], kind="stable")[:NUM_SHOWN]]
   return Shown(*(each[rows] for each in images))
 
 

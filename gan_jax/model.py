@@ -154,7 +154,8 @@ class Model:
       raise InputError(f"{path} holds no array x of images: save it with numpy") from error
     if self.scaling is not None:
       return self.scaling.apply(x)
-    return data.to_bytes(self._checked(x))
+    x = self._checked(x)
+    return x if x.dtype == np.uint8 else data.to_bytes(x)
 
   def _read(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
     return _classify(self.recipe.d)(self.state, x)
@@ -167,10 +168,11 @@ class Model:
     unknown = sorted(set(classes) - set(self.classes))
     if unknown:
       raise InputError(f"there is no class {unknown[0]}: there are {', '.join(self.classes)}")
-    return np.array([self.classes.index(name) for name in classes])
+    number = {name: i for i, name in enumerate(self.classes)}
+    return np.array([number[name] for name in classes])
 
   def _checked(self, images: Images) -> np.ndarray:
-    """Floats in [0, 1], `[N, H, W, C]`."""
+    """Bytes, or floats in [0, 1], `[N, H, W, C]`."""
     x, shape = np.asarray(images), self.recipe.image_shape
     if x.ndim == 3 and shape[-1] == 1:
       x = x[..., None]
@@ -178,11 +180,11 @@ class Model:
       wanted, found = ("x".join(map(str, each)) for each in (shape, x.shape[1:]))
       raise InputError(f"this model takes images [N, {wanted}], not [N, {found}]")
     if x.dtype == np.uint8:
-      return x.astype(np.float32) / 255
+      return x
     if not (np.issubdtype(x.dtype, np.floating) and np.all((x >= 0) & (x <= 1))):  # refuses NaN
       beyond = ", some of them beyond" if x.dtype.kind == "f" else ""
       raise InputError(f"images must be bytes or floats in [0, 1], and these are {x.dtype}{beyond}")
-    return x.astype(np.float32)
+    return x.astype(np.float32, copy=False)
 
 
 def load(run: str | Path) -> Model:
@@ -218,6 +220,7 @@ def _batched(read: Any, x: np.ndarray) -> Any:
   outputs = []
   for start in range(0, max(len(x), 1), _BATCH):
     rows = x[start : start + _BATCH]
+    rows = rows.astype(np.float32) / 255 if rows.dtype == np.uint8 else rows
     fill = np.zeros((_BATCH - len(rows), *x.shape[1:]), np.float32)
     outputs.append(np.asarray(read(jnp.asarray(np.concatenate([rows, fill]))))[: len(rows)])
   return np.concatenate(outputs)

@@ -193,8 +193,9 @@ def of_classifier(
 
 def _labelled(class_names: Sequence[str], x: np.ndarray, y: np.ndarray) -> Section:
   strips, counts = [], np.bincount(y, minlength=len(class_names))
+  by_class = np.split(np.argsort(y, kind="stable"), np.cumsum(counts)[:-1])
   for k in np.flatnonzero(counts).tolist():
-    strip = report.grid_png(x[y == k][:_PER_CLASS] / np.float32(255), columns=_PER_CLASS)
+    strip = report.grid_png(x[by_class[k][:_PER_CLASS]] / np.float32(255), columns=_PER_CLASS)
     more = f", {_PER_CLASS} of {counts[k]}" if counts[k] > _PER_CLASS else ""
     strips.append(Picture(strip, f"{class_names[k]}{more}"))
   return Section("Labelled images", text=f"All {len(y):,} labels that were used.", pictures=strips)

@@ -151,7 +151,8 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
 
 
 def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:
-  """Confusion matrix; the diagonal is left blank so that the mistakes show. Numbers up to 20 classes."""
+  """Confusion matrix; the diagonal is left blank so that the mistakes show. Numbers up to 20 classes, names
+  up to 100."""
   many = len(counts) > 10
   names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
 
@@ -161,9 +162,10 @@ def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[
     picture = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
     ticks = range(len(names))
     turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
-    axes.set_xticks(ticks, names, parse_math=False, **turned)
     axes.tick_params(labelsize=10 if many else 12)
-    axes.set_yticks(ticks, names, parse_math=False)
+    if len(names) <= 100:  # beyond, they would lie on each other, and drawing them takes longest
+      axes.set_xticks(ticks, names, parse_math=False, **turned)
+      axes.set_yticks(ticks, names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(counts) <= 20:

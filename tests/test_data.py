@@ -23,6 +23,19 @@ def test_split_has_the_same_number_of_every_class(num_classes, per_class, seed):
     assert set(data.split_labels(labels, per_class - 1, seed).indices) < set(split.indices)
 
 
+@given(st.integers(0, 1000), st.sampled_from([None, 1, 2]), st.integers(45, 60))
+def test_the_labelled_images_are_the_first_of_every_class(seed, per_class, num_images):
+  """The definition, class by class, on classes without regularity and images without a label."""
+  labels = np.random.default_rng(seed).permutation([*[-1] * 20, *[0] * 9, *[3] * 12, *[7] * 19])
+  images = np.random.default_rng(seed).permutation(60)[:num_images]
+  expected = [i for k in (0, 3, 7) for i in images[labels[images] == k][:per_class]]
+  if min(np.bincount(labels[images] + 1)[[1, 4, 8]]) < (per_class or 1):
+    return
+  assert data.split_labels(labels, per_class, seed, num_images=num_images).indices == tuple(
+    sorted(expected)
+  )
+
+
 def test_split_is_known_by_its_hash():
   labels = np.arange(40) % 4
   split = data.split_labels(labels, 3, seed=1)
@@ -96,6 +109,13 @@ def test_unlabelled_images_with_and_without_the_labelled(tiny):
   assert len(without.x_unl) == 54
   kept = {x.tobytes() for x in np.asarray(without.x_unl)}
   assert not kept & {x.tobytes() for x in tiny.dataset.x_train[list(tiny.split.indices)]}
+
+
+def test_images_that_all_have_labels_are_held_once(tiny):
+  split = data.split_labels(tiny.dataset.y_train, None, seed=0)
+  images = data.to_device(tiny.dataset, split)
+  assert images.x_unl is images.x_lab
+  np.testing.assert_array_equal(images.x_unl, tiny.dataset.x_train)
 
 
 def test_arrays_alone_are_a_training_set():

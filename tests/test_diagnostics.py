@@ -120,6 +120,12 @@ def test_metrics_by_hand_with_classes():
   m = diagnose_by_hand(train, np.zeros((1, 3)), fake, classify=lambda x: 1 - x[:, 0, :2, 0])
   np.testing.assert_allclose([m["share_0"], m["share_1"]], [0.75, 0.25])
   assert "share_2" not in m
+  many = lambda x: jnp.repeat(x[:, 0, :, 0], 17, axis=-1)
+  m = diagnose_by_hand(
+    train, np.zeros((1, 3)), fake, classify=many
+  )  # 51 classes: some are missing by chance
+  assert "class_entropy" in m
+  assert not any(name.startswith("share_") for name in m)
 
 
 def test_without_held_out_images_their_metrics_are_absent():

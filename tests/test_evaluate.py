@@ -129,6 +129,18 @@ def test_probes_are_fitted_on_the_labelled_images_of_each_state_alone(problem):
       assert errors["Block_1"] > 60  # labels of other classes; a probe of the test labels has none of it
 
 
+def test_of_the_test_images_only_logits_and_classes_are_held(problem, monkeypatch):
+  """Features of a million images, at every layer, would fill the memory."""
+  tiny, state = problem
+  predict, held = evaluate.metrics.predict, []
+  monkeypatch.setattr(evaluate.metrics, "predict", lambda *args: held.append(predict(*args)) or held[-1])
+  evaluated = evaluate.make_evaluate(tiny.recipe(), every_layer=True, of_input=True)
+  (found,) = evaluated(tiny.dataset, [state], [(tiny.data.x_lab, tiny.data.y_lab)])
+  assert set(found.linear) == set(found.nearest) == {"Block_0", "Block_1", "input"}
+  num, shapes = len(tiny.dataset.x_test), [a.shape for a in jax.tree.leaves(held[-1])]
+  assert sorted(shapes) == [*[(num,)] * 6, (num, 3)]
+
+
 def test_the_test_set_is_opened_once_for_all_states(problem, monkeypatch):
   tiny, state = problem
   opened = []

@@ -450,6 +450,13 @@ def test_long_reads_have_a_bar(monkeypatch):
   assert "working" in captured.get()
 
 
+def test_many_items_are_read_in_order_and_one_failure_is_its_own():
+  found = reader.for_all(lambda item: 1 // (item - 700), range(1234), "working")
+  expected = [1 // (item - 700) if item != 700 else None for item in range(1234)]
+  assert found[700].startswith("cannot be decoded")
+  assert [*found[:700], None, *found[701:]] == expected
+
+
 def test_memory_is_looked_at_first(pets, monkeypatch):
   monkeypatch.setattr(reader.psutil, "virtual_memory", lambda: type("", (), {"available": 100}))
   with pytest.raises(InputError, match=r"8 images of 9x10 take .* GB.*--image-size N"):
@@ -649,14 +656,14 @@ def test_a_class_that_cannot_be_read(pets):
 
 
 def test_a_closed_folder(pets, monkeypatch):
-  iterdir = Path.iterdir
+  scandir = os.scandir
 
   def closed(path):
     if path.name == "cat":
       raise PermissionError(13, "Permission denied")
-    return iterdir(path)
+    return scandir(path)
 
-  monkeypatch.setattr(Path, "iterdir", closed)
+  monkeypatch.setattr(os, "scandir", closed)
   with pytest.raises(InputError, match=r"the folder .*cat cannot be read \(Permission denied\)"):
     pictures.load_folder(pets)
 

@@ -59,6 +59,13 @@ def test_sample_grid_puts_images_in_rows(tmp_path):
   assert pixels[100, 100] == 255  # no fourth image
 
 
+def test_the_names_of_a_thousand_classes_are_not_drawn(tmp_path, monkeypatch):
+  figure = Figure()
+  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+  report.confusion(tmp_path / "c.png", np.eye(1000, dtype=int), [f"class {k}" for k in range(1000)])
+  assert len(figure.axes[0].get_xticks()) < 20
+
+
 def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
   """Their contrast with the cell is at least 4.5, the guideline for text, from light cells to dark ones."""
   figure = Figure()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import _runs, tables
+from benchmarks import _runs, scaling, tables
 from gan_jax.types import InputError
 
 PAGES = [tables.ROOT / "README.md", *sorted((tables.ROOT / "docs").glob("*.md"))]
@@ -99,6 +99,13 @@ def test_text_around_a_table_is_left_alone(monkeypatch):
   first = f"before\n<!-- table: a -->\n\n| 1† |\n\n{tables.DAGGER}\n\n<!-- end -->\n"
   assert new == first + "between\n<!-- table: b -->\n\n| 2 |\n\n<!-- end -->"
   assert tables.rewrite(new, "page.md", check=True) == new
+
+
+def test_growth_is_the_slope_between_neighbours():
+  seconds = {10: 3.0, 100: 30.0, 1000: 3000.0, 10_000: 2999.0}
+  rows = [{"at": at, "seconds": value, "seconds_split": 0.0} for at, value in seconds.items()]
+  assert scaling.growth(rows, "seconds") == "1.0, 2.0, 0.0"
+  assert scaling.growth(rows, "seconds_split") == ""  # a zero has no place on a logarithmic axis
 
 
 def test_older_lines_have_todays_names(tmp_path, monkeypatch):

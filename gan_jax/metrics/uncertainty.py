@@ -106,7 +106,7 @@ def auroc(positive: Float[np.ndarray, "n"], negative: Float[np.ndarray, "m"]) ->
 
 
 def _confidence(probs: np.ndarray) -> np.ndarray:
-  return np.asarray(probs, np.float64).max(axis=-1)
+  return np.asarray(probs).max(axis=-1).astype(np.float64)
 
 
 def _by_threshold(probs: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from gan_jax.types import InputError
 
 _KEYS = ("x", "y", "x_test", "y_test", "classes")
 _LARGEST = 1e30
+_BLOCK = 256  # rows that become floats at a time
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Scaling:
   @classmethod
   def of(cls, x: Float[np.ndarray, "n f"]) -> "Scaling":
     """From the 0.1 % to the 99.9 % quantile of each feature: an outlier does not squeeze the others."""
-    low, high = np.quantile(np.asarray(x, np.float64), (0.001, 0.999), axis=0)
+    columns = np.split(np.asarray(x), range(64, np.shape(x)[1], 64), axis=1)  # few at a time, see `scaled`
+    quantiles = [np.quantile(np.asarray(part, np.float64), (0.001, 0.999), axis=0) for part in columns]
+    low, high = np.concatenate(quantiles, axis=1)
     return cls(tuple(low.tolist()), tuple(high.tolist()))
 
   def apply(self, x: Float[Any, "n f"]) -> UInt8[np.ndarray, "n 1 f 1"]:
@@ -40,7 +43,8 @@ class Scaling:
     Raises:
       InputError: another number of features, or values that are not finite.
     """
-    x, low, high = np.asarray(x, np.float64), np.asarray(self.low), np.asarray(self.high)
+    x, low, high = np.asarray(x), np.asarray(self.low), np.asarray(self.high)
+    x = x if x.dtype.kind in "buif" else x.astype(np.float64)
     if x.ndim != 2 or x.shape[1] != len(low):
       raise InputError(f"vectors must be [N, {len(low)}], not {_shape(x)}")
     if not np.isfinite(x).all():
@@ -50,8 +54,11 @@ class Scaling:
 
 def scaled(x: Any, low: Any, high: Any) -> UInt8[np.ndarray, "..."]:
   """Numbers as bytes: `low` becomes 0, `high` 255, what is outside is clipped; where both are equal, 0."""
-  z = (np.clip(x, low, high) - low) / np.where(high > low, high - low, 1)
-  return np.round(255 * z).astype(np.uint8)
+  width, found = np.where(high > low, high - low, 1), np.empty(x.shape, np.uint8)
+  for i in range(0, len(x), _BLOCK):  # the float64 of all rows at once may not fit
+    z = (np.clip(x[i : i + _BLOCK].astype(np.float64), low, high) - low) / width
+    found[i : i + _BLOCK] = np.round(255 * z)
+  return found
 
 
 def load_arrays(path: str | Path) -> Dataset:
@@ -246,8 +253,8 @@ def _as_bytes(x: np.ndarray, white: int) -> UInt8[np.ndarray, "n h w c"]:
     return x
   scale, top = (255 / white, white) if x.dtype.kind == "u" else (255, 1)
   found = np.empty(x.shape, np.uint8)
-  for i in range(0, len(x), 256):
-    found[i : i + 256] = np.round(np.minimum(x[i : i + 256], top) * np.float64(scale))
+  for i in range(0, len(x), _BLOCK):
+    found[i : i + _BLOCK] = np.round(np.minimum(x[i : i + _BLOCK], top) * np.float64(scale))
   return found
 
 

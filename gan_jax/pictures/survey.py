@@ -168,6 +168,9 @@ def _check_arrays(path: Path) -> Json:
   dataset = load_arrays(path)
   y, y_test, x = dataset.y_train, dataset.y_test, arrays["x"]
   height, width, channels = dataset.image_shape
+  num_train, num_test = (
+    np.bincount(part[part >= 0], minlength=dataset.num_classes).tolist() for part in (y, y_test)
+  )
   kind = "vectors" if dataset.scaling else f"images of {channels} channel" + "s" * (channels > 1)
   num, total = f"{width:,} features" if dataset.scaling else f"{height}x{width}", len(x) + len(y_test)
   result |= {
@@ -176,8 +179,7 @@ def _check_arrays(path: Path) -> Json:
     "unlabelled": int((y < 0).sum()),
     "test": len(y_test),
     "classes": {
-      name: {"train": int((y == k).sum()), "test": int((y_test == k).sum())}
-      for k, name in enumerate(dataset.class_names)
+      name: {"train": num_train[k], "test": num_test[k]} for k, name in enumerate(dataset.class_names)
     },
     "sizes": {num: total},
     "modes": {kind: total},
