@@ -104,7 +104,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       found = [] if stopped else cross_validate(config, dataset, (afresh, control), folds, run.path)
       measured_on = f"labelled images, each left out once in {len(folds)} folds"
     else:
-      found, measured_on = _read_test_set(recipe, dataset, fits, images), "test images"
+      found, measured_on = _read_test_set(recipe, dataset, split, fits), "test images"
     quality = {}
     if extractor is not None:
       x_fake = evaluate.sample(recipe, fits[0].state, 10_000, seed=run.seed, purpose="frechet")
@@ -136,7 +136,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       if "frechet" in key
     ]
     table += [("alarm", alarm) for alarm in fits[0].alarms]
-    pictures, sections = _pictures(run, recipe, fits[0].state, found, images, measured_on)
+    pictures, sections = _pictures(run, recipe, fits[0].state, found, split, measured_on)
     return run_dir.finish(run, result, table=table, pictures=pictures, sections=sections)
 
 
@@ -203,7 +203,7 @@ def cross_validate(
       if fit.interrupted:
         return []
       states.append(fit.state)
-    parts.append(evaluate_fold(left_out, states, [(images.x_lab, images.y_lab)] * len(states)))
+    parts.append(evaluate_fold(left_out, states, [data.labelled(dataset, split)] * len(states)))
     path.parent.mkdir(exist_ok=True)
     linear = {name: np.array([found.linear[name] for found in parts[-1]]) for name in parts[-1][0].linear}
     datasets.write_quietly(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
@@ -245,13 +245,13 @@ def _fit(
 
 
 def _read_test_set(
-  recipe: Recipe, dataset: Dataset, fits: Sequence[train.Fit], images: data.DeviceData
+  recipe: Recipe, dataset: Dataset, split: LabelSplit, fits: Sequence[train.Fit]
 ) -> list[Evaluation]:
   """Of the recipe and of the control, as far as that was trained; none where there are no test images."""
   if not len(dataset.x_test):
     return []
   states = [fits[0].state, *(control.state for control in fits[1:] if not control.interrupted)]
-  labelled = [(images.x_lab, images.y_lab)] * len(states)
+  labelled = [data.labelled(dataset, split)] * len(states)
   return evaluate.make_evaluate(recipe, of_input=dataset.of_vectors)(dataset, states, labelled)
 
 
@@ -297,7 +297,7 @@ def _pictures(
   recipe: Recipe,
   state: TrainState,
   found: Sequence[Evaluation],
-  images: data.DeviceData,
+  split: LabelSplit,
   measured_on: str,
 ) -> tuple[list[tuple[str, str]], list[page.Section]]:
   """Writes the pictures of a run; those at the head of its page, and the page's sections."""
@@ -312,7 +312,7 @@ def _pictures(
     report.confusion(run.path / "confusion.png", first.confusion, names)
     report.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
     sections = page.of_classifier(
-      run.path, first, names, images.x_lab, images.y_lab, measured_on=measured_on
+      run.path, first, names, *data.labelled(run.dataset, split), measured_on=measured_on
     )
   sections += _on_the_way(run)
   report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))

@@ -125,36 +125,45 @@ def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | N
 # --- On the device
 
 NUM_FIRST = 500
-"""Unlabelled images that every run has on the device, for weight normalisation and diagnostics."""
+"""Images that every run has on the device, for weight normalisation and diagnostics."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-  """Unlabelled images that are read while a run trains, see `gan_jax.stream`."""
+  """Images that are read while a run trains, see `gan_jax.stream`."""
 
   source: Any
   """Where the images are: `source[rows]` reads some, as an array of bytes `[B, H, W, C]`."""
   rows: Int[np.ndarray, "u"]
   """Which of them are the unlabelled images of the run."""
+  labelled: Int[np.ndarray, "n"] | None
+  """Which are the labelled ones; None: these are on the device, because they are few."""
   workers: int
   """Threads that read; 0: the loop itself does."""
+
+  def counts(self, sizes: BatchSizes) -> tuple[int, int, int]:
+    """How many of each kind a step reads."""
+    return sizes._replace(labelled=0 if self.labelled is None else sizes.labelled)
 
 
 class DeviceData(struct.PyTreeNode):
   """A training set on the device, as bytes. Of the labels only those that a run may use are there."""
 
   x_lab: UInt8[Array, "n h w c"]
+  """Where they are streamed only the first `NUM_FIRST`."""
   y_lab: Int[Array, "n"]
+  """All of them, always."""
   x_unl: UInt8[Array, "u h w c"]
-  """With a stream only its first `NUM_FIRST`."""
+  """With a stream only the first `NUM_FIRST`."""
   x_held_out: UInt8[Array, "o h w c"]
   """Images that no update sees, for diagnostics."""
   y_held_out: Int[Array, "o"]
   """Their labels in a run with every label, else -1; no update sees them either."""
   x_steps: UInt8[Array, "m b h w c"] | None = None
-  """With a stream: what each step of one dispatch draws, unlabelled images of D's update, then of G's."""
+  """With a stream: what each step of one dispatch draws, as far as it is streamed: labelled images, then
+  unlabelled ones of D's update, then of G's."""
   stream: Stream | None = struct.field(pytree_node=False, default=None)
-  """Where the unlabelled images come from in a run that does not hold all of them."""
+  """Where the images come from in a run that does not hold all of them."""
 
   @classmethod
   def from_arrays(
@@ -177,7 +186,7 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   """Puts the labelled subset, the unlabelled and the held-out images on the device.
 
   The unlabelled images are all images of the run, labelled ones included, or without them. Those of a
-  dataset that is streamed stay where they are.
+  dataset that is streamed stay where they are; so do the labelled ones if they are more than `NUM_FIRST`.
   """
   labelled = np.asarray(split.indices, int)
   unlabelled = np.asarray(split.images, int)
@@ -185,20 +194,46 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
     unlabelled = np.setdiff1d(unlabelled, labelled)
   held_out = np.asarray(split.held_out, int)
   y_held_out = dataset.y_train[held_out] if split.per_class is None else np.full(len(held_out), -1)
-  stream = None
+  y_lab, stream = jnp.asarray(dataset.y_train[labelled], jnp.int32), None
   if dataset.workers is not None:
-    stream, unlabelled = Stream(dataset.x_train, unlabelled, dataset.workers), unlabelled[:NUM_FIRST]
+    many = len(labelled) > NUM_FIRST
+    stream = Stream(dataset.x_train, unlabelled, labelled if many else None, dataset.workers)
+    unlabelled, labelled = unlabelled[:NUM_FIRST], labelled[:NUM_FIRST]
   take = lambda rows: jax.device_put(dataset.x_train[rows])  # `jnp.asarray` copies once more on the host
   x_lab = take(labelled)
   same = np.array_equal(labelled, unlabelled)  # every image has a label: one copy serves both
   return DeviceData(
     x_lab=x_lab,
-    y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32),
+    y_lab=y_lab,
     x_unl=x_lab if same else take(unlabelled),
     x_held_out=take(held_out),
     y_held_out=jnp.asarray(y_held_out, jnp.int32),
     stream=stream,
   )
+
+
+@dataclass(frozen=True)
+class Chosen:
+  """Some images of a dataset, read when they are asked for; an array as to `len`, `shape` and `[rows]`."""
+
+  source: Any
+  rows: Int[np.ndarray, "n"]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (len(self.rows), *self.source.shape[1:])
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index: Any) -> UInt8[np.ndarray, "b h w c"]:
+    return self.source[self.rows[index]]
+
+
+def labelled(dataset: Dataset, split: LabelSplit) -> tuple[Chosen, Int[np.ndarray, "n"]]:
+  """The labelled images of a split, wherever they are, and their classes."""
+  rows = np.asarray(split.indices, int)
+  return Chosen(dataset.x_train, rows), dataset.y_train[rows]
 
 
 def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats: int = 1) -> DeviceData:
@@ -224,22 +259,22 @@ def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats:
 def make_sample_batch(sizes: BatchSizes) -> Callable[..., Batch]:
   """Builds `sample_batch(key, data, i=0) -> Batch` of these sizes; it consumes the key.
 
-  Uniform with replacement; a labelled set of exactly `sizes.labelled` images is taken whole. `i` is the
-  place of the step in its dispatch: unlabelled images that are streamed were drawn before it.
+  It draws as `draw_rows` does. `i` is the place of the step in its dispatch: images that are streamed were
+  drawn before it.
   """
 
   def sample_batch(key: Key[Array, ""], data: DeviceData, i: Int[Any, ""] = 0) -> Batch:
     lab, unl, unl_g = draw_rows(key, sizes, len(data.y_lab), len(data.x_unl))
-    whole = sizes.labelled == len(data.y_lab)
     if data.stream is None:
-      x_unl, x_unl_g = data.x_unl[unl], data.x_unl[unl_g]
-    elif not sizes.unlabelled + sizes.generated:
-      x_unl = x_unl_g = data.x_unl[:0]
+      x_lab, x_unl, x_unl_g = data.x_lab[lab], data.x_unl[unl], data.x_unl[unl_g]
     else:
-      x_unl, x_unl_g = jnp.split(data.x_steps[i], [sizes.unlabelled])  # pyright: ignore
+      counts = data.stream.counts(sizes)
+      drawn = data.x_lab[:0] if data.x_steps is None else data.x_steps[i]
+      x_lab, x_unl, x_unl_g = jnp.split(drawn, np.cumsum(counts)[:2])
+      x_lab = data.x_lab[lab] if data.stream.labelled is None else x_lab
     return Batch(
-      x_lab=to_float(data.x_lab if whole else data.x_lab[lab]),
-      y_lab=data.y_lab if whole else data.y_lab[lab],
+      x_lab=to_float(x_lab),
+      y_lab=data.y_lab[lab],
       x_unl=to_float(x_unl),
       x_unl_g=to_float(x_unl_g),
       num_generated=sizes.generated,
@@ -253,12 +288,13 @@ def draw_rows(
 ) -> tuple[Int[Array, "n"], Int[Array, "u"], Int[Array, "g"]]:
   """Which images a batch is made of: rows of the labelled ones, and of the unlabelled ones for D and for G.
 
-  Uniform with replacement; consumes the key.
+  Uniform with replacement; a labelled set of exactly `sizes.labelled` images is taken whole. Consumes the
+  key.
   """
   keys, nums = jax.random.split(key, 3), (num_labelled, num_unlabelled, num_unlabelled)
   draws = zip(keys, sizes, nums, strict=True)
   lab, unl, unl_g = (jax.random.randint(key, (size,), 0, num) for key, size, num in draws)
-  return lab, unl, unl_g
+  return jnp.arange(num_labelled) if sizes.labelled == num_labelled else lab, unl, unl_g
 
 
 def to_float(x: UInt8[Any, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -164,9 +164,12 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
   if missing:
     names = [class_names[k] if class_names else str(k) for k in missing]
     listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    what = f"has lost {len(names)} of {num_classes} classes ({listed}):"
+    if len(missing) == num_classes:
+      what = f"draws few of the {num_classes} classes at a time, and others each time: mostly"
     most = 100 * max(shares[k] for k in missing)
     found["lost classes"] = (
-      f"the generator has lost {len(names)} of {num_classes} classes ({listed}): each is at most"
+      f"the generator {what} each is at most"
       f" {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
       " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
     )

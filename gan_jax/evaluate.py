@@ -69,8 +69,8 @@ class Evaluation:
     return _probs(self.logits)
 
 
-Labelled = tuple[UInt8[Any, "n h w c"], Int[Any, "n"]]
-"""Labelled images as bytes, and their classes."""
+Labelled = tuple[Any, Int[Any, "n"]]
+"""Labelled images as bytes, an array `[N, H, W, C]` or `data.Chosen`, and their classes."""
 
 
 def make_evaluate(
@@ -114,7 +114,7 @@ def make_evaluate(
     test, found = with_test_set(dataset), []
     y = np.asarray(test.y_test)
     for state, (x_lab, y_lab) in zip(states, labelled, strict=True):
-      _, features = metrics.predict(partial(read, state), np.asarray(x_lab))
+      _, features = metrics.predict(partial(read, state), x_lab)
       probes = fit(features, jnp.asarray(y_lab, jnp.int32))
       logits, *classes = metrics.predict(partial(answers, state, probes), test.x_test)
       linear, nearest = (

@@ -160,11 +160,11 @@ def of_classifier(
     folder: of the run, where `reliability.png` and `confusion.png` are.
     found: its evaluation; without test images only the labelled images are shown.
     class_names: K.
-    x_lab: the labelled images that were used, as bytes.
+    x_lab: the labelled images that were used, as bytes, an array or `data.Chosen`.
     y_lab: their classes.
     measured_on: what `found` is an evaluation of.
   """
-  sections = [_labelled(class_names, np.asarray(x_lab), np.asarray(y_lab))]
+  sections = [_labelled(class_names, x_lab, np.asarray(y_lab))]
   if found.least_certain is None or found.worst is None or found.confusion is None or not len(found.y):
     return sections
   tiles = lambda shown: _tiles(shown, class_names)

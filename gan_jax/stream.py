@@ -135,7 +135,8 @@ class Dispatches:
     self.seconds_idle = 0.0
     """Spent waiting for images while the device had nothing to do."""
     self._images, self._batches = images, None
-    stream, num = images.stream, sizes.unlabelled + sizes.generated
+    stream = images.stream
+    num = 0 if stream is None else sum(stream.counts(sizes))
     if stream is None or not num:
       return
     import grain  # late: it takes most of a second
@@ -147,7 +148,7 @@ class Dispatches:
     self.abstract = images.replace(x_steps=x_steps)
     here = parallel.rows_here(self._sharding, x_steps.shape, axis=1)
     self._shape = (self.max_steps, len(here), *shape[1:])
-    draws = _Draws(stream.rows, sizes, state, num_steps, here)
+    draws = _Draws(stream, sizes, state, num_steps, here)
     ahead = self.max_steps + stream.workers if stream.workers else 0
     options = grain.ReadOptions(num_threads=stream.workers, prefetch_buffer_size=ahead)
     self._batches = iter(
@@ -187,18 +188,20 @@ class _Draws:
   `here` of its batch."""
 
   def __init__(
-    self, rows: np.ndarray, sizes: BatchSizes, state: TrainState, num_steps: int, here: np.ndarray
+    self, stream: data.Stream, sizes: BatchSizes, state: TrainState, num_steps: int, here: np.ndarray
   ):
     self._first, self._num_steps = int(state.step), num_steps
     key_data: Any
     key_data, impl = np.asarray(jax.random.key_data(state.key)), jax.random.key_impl(state.key)
+    labelled = np.zeros(0, int) if stream.labelled is None else stream.labelled
+    ends = np.cumsum(stream.counts(sizes))[:1]
 
     @jax.jit
     @jax.vmap
     def draw(step: Array) -> Array:
       key, _ = steps.step_keys(jax.random.wrap_key_data(key_data, impl=impl), step)
-      _, unl, unl_g = data.draw_rows(key, sizes, 0, len(rows))
-      return jax.numpy.concatenate([unl, unl_g])
+      lab, *others = data.draw_rows(key, sizes, len(labelled), len(stream.rows))
+      return jax.numpy.concatenate([lab[: ends[0]], *others])
 
     device = None
     with contextlib.suppress(RuntimeError):  # there may be no processor among JAX's devices
@@ -207,8 +210,9 @@ class _Draws:
     @lru_cache(maxsize=2)
     def block(i: int) -> np.ndarray:
       with jax.default_device(device):
-        drawn = draw(np.arange(i * _BLOCK, (i + 1) * _BLOCK, dtype=np.int32))
-        return rows[np.asarray(drawn)[:, here]]
+        drawn = np.asarray(draw(np.arange(i * _BLOCK, (i + 1) * _BLOCK, dtype=np.int32)))
+        lab, unl = np.split(drawn, ends, axis=1)
+        return np.concatenate([labelled[lab], stream.rows[unl]], axis=1)[:, here]
 
     self._block = block
 

@@ -124,7 +124,7 @@ def fit(
   together = bool(devices) and jax.process_count() > 1
   if together:
     flags = [steps_per_dispatch, checkpoint_every, diagnose, snapshot is None]
-    rows = None if images.stream is None else images.stream.rows
+    rows = images.stream and (images.stream.rows, images.stream.labelled)
     processes.check_same([recipes.describe(recipe), recipe.num_steps, *flags], (images, rows))
   largest = processes.largest if together else lambda value: value
   state, num_steps = recipe.init_state(key, images), recipe.num_steps

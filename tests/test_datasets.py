@@ -149,7 +149,7 @@ def test_mnist_is_prepared_from_a_manual_folder_without_tensorflow(small_mnist, 
 def test_bad_manual_folders(small_mnist, tmp_path):
   folder, _ = small_mnist
   (tmp_path / "file").touch()
-  with pytest.raises(InputError, match="mnist cannot be prepared: .*file.*: Not a directory"):
+  with pytest.raises(InputError, match=r"mnist cannot be prepared: .*file.*: Not a directory"):
     datasets.load("mnist", data_dir=str(tmp_path / "file" / "d"), manual_dir=str(folder))
   broken = folder / "train-labels-idx1-ubyte.gz"
   broken.write_bytes(broken.read_bytes()[:-1])

@@ -356,3 +356,11 @@ def test_a_generator_that_stands_still_against_a_d_that_is_always_right():
 def test_many_missing_classes_are_cut_short():
   (found,) = sentences(made_up((20, {f"diagnostics/share_{k}": 0.0 for k in range(1, 20)})), num_steps=20)
   assert "lost 19 of 20 classes (1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 9 more)" in found
+
+
+def test_a_generator_that_draws_one_class_after_the_other_has_not_lost_them_all():
+  rows = made_up((20, {f"diagnostics/share_{k}": 0.0 for k in range(20)}))
+  for i, row in enumerate(rows):
+    row[f"diagnostics/share_{i % 20}"] = 1.0
+  (found,) = sentences(rows, num_steps=20)
+  assert "draws few of the 20 classes at a time, and others each time: mostly each is at most 0 %" in found

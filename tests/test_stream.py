@@ -12,7 +12,7 @@ from conftest import Tiny, leaves_equal, make_builder
 from PIL import Image
 
 from gan_jax import checkpoint, data, datasets, report, steps, stream, train
-from gan_jax.types import InputError
+from gan_jax.types import BatchSizes, InputError
 
 
 def fit(tiny, images, num_steps=9, **kwargs):
@@ -35,7 +35,7 @@ class Source:
     return len(self.x)
 
   def __getitem__(self, rows):
-    if len(rows) == 12:  # a step's batch, not the labelled images
+    if len(rows) in (12, 16):  # a step's batch, without and with its labelled images
       self.reads += 1
       self.at(self.reads - 1)
     return self.x[rows]
@@ -51,8 +51,9 @@ def no_threads():
 
 
 def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monkeypatch):
-  """The same draws give the same losses bit for bit, in dispatches of other sizes and with other threads;
-  an image that cannot be read is one sentence, and the steps before it are saved."""
+  """The same draws give the same losses bit for bit, in dispatches of other sizes, with other threads, and
+  where labelled images are streamed too; an image that cannot be read is one sentence, and the steps before
+  it are saved."""
 
   def fail(n):
     if n >= 6:
@@ -62,10 +63,10 @@ def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monke
   in_memory = data.to_device(tiny.dataset, tiny.split, exclude_labelled=True)
   expected = fit(tiny, in_memory, workdir=tmp_path, checkpoint_every=None, steps_per_dispatch=1)
   begin = tiny.recipe().init_state(jax.random.key(0), in_memory)
-  monkeypatch.setattr(stream, "DISPATCH_BYTES", 3 * 12 * 64)  # three steps
+  monkeypatch.setattr(stream, "DISPATCH_BYTES", 3 * 16 * 64)  # three steps
   monkeypatch.setattr(data, "NUM_FIRST", 5)  # the others can but come from the source
   images = streamed(tiny, Source(tiny.dataset.x_train, fail), workers=2)
-  assert len(images.x_unl) == 5 < len(in_memory.x_unl)
+  assert len(images.x_lab) == len(images.x_unl) == 5 < len(in_memory.x_lab) == len(images.y_lab)
   with pytest.raises(
     InputError, match=r"^cat/3.png .*mend it; step \d is saved, and --resume goes"
   ) as error:
@@ -112,16 +113,21 @@ def test_ctrl_c_while_images_are_awaited_ends_the_threads(tiny):
   assert images.stream.source.reads < 99
 
 
-def test_devices_share_streamed_images(tiny):
-  images = streamed(tiny, tiny.dataset.x_train, workers=1)
+@pytest.mark.parametrize(
+  ("sizes", "first", "read"), [((4, 6, 6), 500, 12), ((4, 0, 0), 5, 4), ((6, 2, 0), 5, 8)]
+)
+def test_devices_share_streamed_images(sizes, first, read, tiny, monkeypatch):
+  """Few labelled images are on the devices, many are streamed, also alone and taken whole."""
+  monkeypatch.setattr(data, "NUM_FIRST", first)
+  images, sizes = streamed(tiny, tiny.dataset.x_train, workers=1), BatchSizes(*sizes)
   devices = jax.devices()[:2]
-  given = stream.Dispatches(images, tiny.sizes, START, num_steps=3, max_steps=3, devices=devices)
+  given = stream.Dispatches(images, sizes, START, num_steps=3, max_steps=3, devices=devices)
   with given:
     drawn = given.take(2, jax.numpy.zeros(()))
   assert drawn.x_steps.sharding == given.abstract.x_steps.sharding
-  shards = drawn.x_steps.addressable_shards
-  assert [(shard.device, shard.data.shape[1]) for shard in shards] == [(device, 6) for device in devices]
-  x = data.make_sample_batch(tiny.sizes)
+  shards = [(shard.device, shard.data.shape[1]) for shard in drawn.x_steps.addressable_shards]
+  assert shards == [(device, read // 2) for device in devices]
+  x = data.make_sample_batch(sizes)
   in_memory = data.to_device(tiny.dataset, tiny.split, exclude_labelled=True)
   key, _ = steps.step_keys(START.key, 1)
   drawn = jax.device_put(drawn, jax.devices()[0])

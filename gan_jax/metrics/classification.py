@@ -17,12 +17,12 @@ def predict(
 
   Args:
     read: float images `[B, H, W, C]` in [0, 1] to any tree of arrays `[B, ...]`.
-    x: images as bytes.
+    x: images as bytes, an array or what reads one, see `data.Chosen`.
     batch_size: B; the last batch is filled up, so that one compiled program serves all.
   """
   outputs = []
   for start in range(0, len(x), batch_size):
-    rows = x[start : start + batch_size]
+    rows = np.asarray(x[start : start + batch_size])
     num = len(rows)
     fill = np.zeros((min(batch_size, len(x)) - num, *x.shape[1:]), np.uint8)
     found = read(to_float(np.concatenate([rows, fill])))
