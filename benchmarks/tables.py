@@ -346,7 +346,13 @@ def _map() -> dict[str, _runs.Rows]:
 TABLES: dict[str, Callable[[], str]] = {
   "results": lambda: results(_files(list(FEW_LABELS)[:3])),
   "with-without": lambda: _gan_map.excerpt(
-    _map(), [("mnist", 1500, 100), ("digits", 1600, 50), ("digits, as they are", 1600, 50)]
+    _map(),
+    [
+      ("mnist", 1500, 100),
+      ("digits", 1600, 50),
+      ("digits, as they are", 1600, 50),
+      ("sign_digits@32", 400, 50),
+    ],
   ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
