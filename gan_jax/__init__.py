@@ -72,3 +72,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   module = importlib.import_module(f"gan_jax.{_NAMES.get(name, name)}")
   return getattr(module, name) if name in _NAMES else module
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})
