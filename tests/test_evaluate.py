@@ -76,7 +76,7 @@ def test_parts_pooled_are_the_whole(problem):
     assert getattr(pooled, name) == pytest.approx(getattr(whole, name))
   np.testing.assert_array_equal(pooled.confusion, whole.confusion)
   np.testing.assert_array_equal(pooled.y, whole.y[np.concatenate(rows)])
-  np.testing.assert_allclose(pooled.logits, whole.logits[np.concatenate(rows)], rtol=1e-5)
+  np.testing.assert_allclose(pooled.logits, whole.logits[np.concatenate(rows)], rtol=1e-5, atol=1e-6)
   for name in ("least_certain", "worst"):
     a, b = getattr(pooled, name), getattr(whole, name)
     np.testing.assert_allclose(a.probs, b.probs, rtol=1e-5)
