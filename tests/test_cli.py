@@ -84,7 +84,7 @@ def test_flags_are_found_in_whatever_group_they_are():
 def test_a_run_is_repeated_by_its_command(module, changes):
   """What is parsed from it is the configuration, without the folder of the first run."""
   config = cli.with_flags(module.Config(), **changes)
-  run = cli.with_flags(config, workdir="/tmp/here", overwrite=True)
+  run = cli.with_flags(config, workdir="here", overwrite=True)
   words = shlex.split(cli.command("python -m experiments.x", run))
   assert words[:3] == ["python", "-m", "experiments.x"]
   assert cli._parse(module.Config, words[3:]) == config
