@@ -124,8 +124,8 @@ def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | N
 
 # --- On the device
 
-NUM_FIRST = 500
-"""Images that every run has on the device, for weight normalisation and diagnostics."""
+NUM_SEEN = 500
+"""Images that every run has on the device, for weight normalisation and diagnostics, see `seen`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,15 +146,22 @@ class Stream:
     return sizes._replace(labelled=0 if self.labelled is None else sizes.labelled)
 
 
+def seen(x: Any) -> Any:
+  """`NUM_SEEN` rows, spread evenly over all, or all where there are no more: images of a folder are in the
+  order of their classes. Of what was chosen so all is chosen again."""
+  num = min(len(x), NUM_SEEN)
+  return x[np.arange(num) * len(x) // max(num, 1)]
+
+
 class DeviceData(struct.PyTreeNode):
   """A training set on the device, as bytes. Of the labels only those that a run may use are there."""
 
   x_lab: UInt8[Array, "n h w c"]
-  """Where they are streamed only the first `NUM_FIRST`."""
+  """Where they are streamed those that are `seen`."""
   y_lab: Int[Array, "n"]
   """All of them, always."""
   x_unl: UInt8[Array, "u h w c"]
-  """With a stream only the first `NUM_FIRST`."""
+  """With a stream those that are `seen`."""
   x_held_out: UInt8[Array, "o h w c"]
   """Images that no update sees, for diagnostics."""
   y_held_out: Int[Array, "o"]
@@ -186,7 +193,7 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   """Puts the labelled subset, the unlabelled and the held-out images on the device.
 
   The unlabelled images are all images of the run, labelled ones included, or without them. Those of a
-  dataset that is streamed stay where they are; so do the labelled ones if they are more than `NUM_FIRST`.
+  dataset that is streamed stay where they are; so do the labelled ones if they are more than `NUM_SEEN`.
   """
   labelled = np.asarray(split.indices, int)
   unlabelled = np.asarray(split.images, int)
@@ -196,9 +203,9 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   y_held_out = dataset.y_train[held_out] if split.per_class is None else np.full(len(held_out), -1)
   y_lab, stream = jnp.asarray(dataset.y_train[labelled], jnp.int32), None
   if dataset.workers is not None:
-    many = len(labelled) > NUM_FIRST
+    many = len(labelled) > NUM_SEEN
     stream = Stream(dataset.x_train, unlabelled, labelled if many else None, dataset.workers)
-    unlabelled, labelled = unlabelled[:NUM_FIRST], labelled[:NUM_FIRST]
+    unlabelled, labelled = seen(unlabelled), seen(labelled)
   take = lambda rows: jax.device_put(dataset.x_train[rows])  # `jnp.asarray` copies once more on the host
   x_lab = take(labelled)
   same = np.array_equal(labelled, unlabelled)  # every image has a label: one copy serves both
@@ -212,7 +219,7 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chosen:
   """Some images of a dataset, read when they are asked for; an array as to `len`, `shape` and `[rows]`."""
 

@@ -15,7 +15,7 @@ Classify = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
 """Images in [0, 1], `[B, H, W, C]`, to logits of their classes `[B, K]`."""
 Diagnose = Callable[[TrainState, data.DeviceData], Metrics]
 
-NUM_IMAGES = data.NUM_FIRST
+NUM_IMAGES = data.NUM_SEEN
 """Images of each kind that are looked at."""
 MOST_CLASSES = NUM_IMAGES // 10
 """Whose shares are logged: of fewer than ten images a class, one may have none by chance."""
@@ -82,8 +82,8 @@ def make_diagnostics(
   """
 
   def diagnose(state: TrainState, images: data.DeviceData) -> Metrics:
-    x_held_out = data.to_float(images.x_held_out[:NUM_IMAGES])
-    x_train = data.to_float((images.x_lab if by_class else images.x_unl)[:NUM_IMAGES])
+    x_held_out = data.to_float(data.seen(images.x_held_out))
+    x_train = data.to_float(data.seen(images.x_lab if by_class else images.x_unl))
     num = len(x_train)
     if num < 2:
       raise InputError(f"diagnostics need at least 2 training images to compare with, not {num}")
@@ -93,7 +93,7 @@ def make_diagnostics(
     x = jnp.concatenate([x_train, x_held_out, x_fake])
     y = jnp.full(len(x), -1)
     if by_class and isinstance(latents, ClassLatents):
-      y = jnp.concatenate([images.y_lab[:num], images.y_held_out[:NUM_IMAGES], latents.y])
+      y = jnp.concatenate([data.seen(images.y_lab), data.seen(images.y_held_out), latents.y])
     logits = d.apply({"params": state.d.params, **state.d.model_state}, x, train=False)[0]
     ends = [num, num + len(x_held_out)]
     train, held_out, fake = jnp.split(losses.known_real_logit(logits, y), ends)

@@ -128,6 +128,14 @@ def test_metrics_by_hand_with_classes():
   assert not any(name.startswith("share_") for name in m)
 
 
+def test_images_in_the_order_of_their_classes_are_all_looked_at():
+  """As in a folder: of 600 dark images and 600 bright ones, some of each."""
+  ordered = np.repeat([[0.0], [1.0]], 600, axis=0)
+  m = diagnose_by_hand(ordered, ordered, np.tile([[0.0], [1.0]], (300, 1)))
+  np.testing.assert_allclose([m[name] for name in ("variance_ratio", "real_logit_train")], [1, 0.5])
+  assert m["real_logit_held_out"] == 0.5
+
+
 def test_without_held_out_images_their_metrics_are_absent():
   full = diagnose_by_hand(np.eye(2), np.eye(2), np.eye(2))
   none = diagnose_by_hand(np.eye(2), np.eye(2)[:0], np.eye(2))

@@ -64,7 +64,7 @@ def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monke
   expected = fit(tiny, in_memory, workdir=tmp_path, checkpoint_every=None, steps_per_dispatch=1)
   begin = tiny.recipe().init_state(jax.random.key(0), in_memory)
   monkeypatch.setattr(stream, "DISPATCH_BYTES", 3 * 16 * 64)  # three steps
-  monkeypatch.setattr(data, "NUM_FIRST", 5)  # the others can but come from the source
+  monkeypatch.setattr(data, "NUM_SEEN", 5)  # the others can but come from the source
   images = streamed(tiny, Source(tiny.dataset.x_train, fail), workers=2)
   assert len(images.x_lab) == len(images.x_unl) == 5 < len(in_memory.x_lab) == len(images.y_lab)
   with pytest.raises(
@@ -118,7 +118,7 @@ def test_ctrl_c_while_images_are_awaited_ends_the_threads(tiny):
 )
 def test_devices_share_streamed_images(sizes, first, read, tiny, monkeypatch):
   """Few labelled images are on the devices, many are streamed, also alone and taken whole."""
-  monkeypatch.setattr(data, "NUM_FIRST", first)
+  monkeypatch.setattr(data, "NUM_SEEN", first)
   images, sizes = streamed(tiny, tiny.dataset.x_train, workers=1), BatchSizes(*sizes)
   devices = jax.devices()[:2]
   given = stream.Dispatches(images, sizes, START, num_steps=3, max_steps=3, devices=devices)

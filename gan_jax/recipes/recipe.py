@@ -78,8 +78,8 @@ class Recipe:
     return not self.batch.unlabelled and self.batch.generated > 0 and steps.is_class_conditional(self.g)
 
   def init_state(self, key: Key[Array, ""], images: data.DeviceData) -> TrainState:
-    """A fresh state; consumes the key. Weight-normalised layers start from the first 500 images."""
-    x_init = data.to_float((images.x_unl if len(images.x_unl) else images.x_lab)[: data.NUM_FIRST])
+    """A fresh state; consumes the key. Weight-normalised layers start from 500 of the images."""
+    x_init = data.to_float(data.seen(images.x_unl if len(images.x_unl) else images.x_lab))
     aux = self.augment.init() if isinstance(self.augment, augment.Adaptive) else None
     return steps.init_state(key, self.g, self.d, g_tx=self.g_tx, d_tx=self.d_tx, x_init=x_init, aux=aux)
 
