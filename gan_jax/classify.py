@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -189,7 +190,8 @@ def cross_validate(
   """
   evaluate_fold, parts = evaluate.make_evaluate(trained[0], of_input=dataset.of_vectors), []
   for i, (split, out) in enumerate(folds):
-    left_out = dataclasses.replace(dataset, x_test=dataset.x_train[out], y_test=dataset.y_train[out])
+    x_out: Any = data.Chosen(dataset.x_train, out)  # of a stream they are read when they are asked for
+    left_out = dataclasses.replace(dataset, x_test=x_out, y_test=dataset.y_train[out])
     path = workdir / "folds" / f"{i + 1}.npz"
     if stored := _stored_fold(path, left_out):
       parts.append(stored)

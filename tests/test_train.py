@@ -202,6 +202,23 @@ def test_a_signal_that_was_ignored_stays_ignored(tiny, tmp_path, monkeypatch, ha
   assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
+@pytest.mark.parametrize(
+  ("signum", "failed", "error"),
+  [(0, 1, InputError), (signal.SIGTERM, 0, Stopped), (signal.SIGINT, 0, None)],
+)
+def test_what_ends_another_process_ends_this_one(signum, failed, error):
+  """A signal that the other had, or an image that it could not read; Ctrl-C is no error."""
+  others = iter((signum, failed))
+  largest = lambda own: max(own, next(others))
+  end = lambda: train._raise_what_ended_it(train._Stop(), None, largest, reached=3)
+  if error is None:
+    return end()
+  with pytest.raises(error) as raised:
+    end()
+  words = "another process could not read an image: see what it said; step 3 is saved"
+  assert error is Stopped or str(raised.value).startswith(words)
+
+
 def test_tensorboard(tiny, tmp_path):
   fit(tiny, 1, workdir=tmp_path, tensorboard=True)
   assert list((tmp_path / "tensorboard" / "main").glob("events*"))
