@@ -42,16 +42,21 @@ def affine(
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     batch, height, width, _ = x.shape
-    draws = jax.random.uniform(key, (6, batch, 1, 1), minval=-1.0, maxval=1.0)
+    draws = jax.random.uniform(key, (6, batch), minval=-1.0, maxval=1.0)
     dy, dx = shift * height * draws[0], shift * width * draws[1]
     angle = jnp.deg2rad(rotate) * draws[2]
     zoom_y, zoom_x = (1 + scale) ** draws[3], (1 + scale) ** draws[4]
+    cos, sin, slope = jnp.cos(angle), jnp.sin(angle), shear * draws[5]
     # Where each output pixel comes from, relative to the centre: unshift, unrotate, unshear, unscale.
-    v = jnp.arange(height)[None, :, None] - (height - 1) / 2 - dy
-    u = jnp.arange(width)[None, None, :] - (width - 1) / 2 - dx
-    u, v = jnp.cos(angle) * u + jnp.sin(angle) * v, jnp.cos(angle) * v - jnp.sin(angle) * u
-    u = u + shear * draws[5] * v
-    return sample(x, v / zoom_y + (height - 1) / 2, u / zoom_x + (width - 1) / 2, border)
+    v = cos / zoom_y, -sin / zoom_y
+    u = (sin + slope * cos) / zoom_x, (cos - slope * sin) / zoom_x
+    middle = (height - 1) / 2, (width - 1) / 2
+    maps = jnp.array([[*w, m - w[0] * dy - w[1] * dx] for w, m in zip((v, u), middle, strict=True)])
+    sides = jnp.arange(height) - middle[0], jnp.arange(width) - middle[1]
+    grid = jnp.array([*jnp.meshgrid(*sides, indexing="ij"), jnp.ones((height, width))])
+    # As a product, because XLA takes sums into each gather, and the sines with them, for every pixel.
+    rows, columns = jnp.einsum("akb,khw->abhw", maps, grid, precision="highest")
+    return sample(x, rows, columns, border)
 
   return transform
 
