@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks import _runs
 from experiments import label_study
-from gan_jax import cli, data, evaluate, losses, metrics, pictures, run_dir, steps, train
+from gan_jax import cli, data, evaluate, losses, metrics, parsing, pictures, run_dir, steps, train
 
 METHODS = (
   *("supervised_augmented", "fixmatch_ema", "adamatch", "vat", "feature_matching"),
@@ -38,7 +38,7 @@ def main() -> None:
   parser.add_argument("--manual-dir", help="a folder with MNIST's original files")
   _runs.add_run_flags(parser)
   args = parser.parse_args()
-  config = cli._parse(label_study.Config, ["--dataset", "digits", *args.flags])
+  config = parsing.parse(label_study.Config, ["--dataset", "digits", *args.flags])
   digits = cli.load(config.data)
   test = evaluate.with_test_set(digits)
   rng = np.random.default_rng(0)

@@ -19,10 +19,10 @@ RECORDS = "benchmarks/results"
 ROOMS = {
   "core": "types losses penalties terms objectives steps augment networks kernels",
   "recipes": "recipes recipes.ssgan recipes.gan recipes.study recipes.policies",
-  "data": "datasets data stream pictures",
+  "data": "datasets prepared data stream pictures",
   "training": "train log parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
-  "use": "model estimator export classify commands cli program run_dir report page",
+  "use": "model estimator export classify commands cli parsing program run_dir report page",
 }
 """Pages of docstrings, and the modules on each."""
 

@@ -35,7 +35,19 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import _study_tables
-from gan_jax import cli, data, datasets, evaluate, networks, parallel, program, recipes, report, run_dir
+from gan_jax import (
+  cli,
+  data,
+  datasets,
+  evaluate,
+  networks,
+  parallel,
+  parsing,
+  program,
+  recipes,
+  report,
+  run_dir,
+)
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, policies, ssgan, study
 from gan_jax.report import say
@@ -126,7 +138,8 @@ def main(config: Config) -> Json:
         file.write(_lines(found))  # the classifier's own line is the last: with it the cell is complete
       if config.tune and TUNING.is_dir():
         with open(TUNING / f"{dataset.name}.jsonl", "ab") as file:
-          file.write(_lines([{"flags": cli.flags_of_recipe(config), "note": dataset.note, **found[-1]}]))
+          about = {"flags": parsing.flags_of_recipe(config), "note": dataset.note}
+          file.write(_lines([about | found[-1]]))
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 

@@ -1,19 +1,12 @@
 """Datasets as uint8 arrays in host memory; training images that do not fit stay on disk.
 
-`load` reads tensorflow-datasets, the digits bundled with scikit-learn, or the user's own pictures and
-arrays, see `pictures`.
-TensorFlow itself is never imported: the MNIST family is prepared here without it, and whatever else
-is prepared is read through tfds's data sources.
+`load` reads tensorflow-datasets, see `prepared`, the digits bundled with scikit-learn, or the user's own
+pictures and arrays, see `pictures`.
 """
 
-import contextlib
-import gzip
 import math
 import os
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +21,6 @@ from gan_jax.types import InputError
 if TYPE_CHECKING:
   from gan_jax.pictures import Reader, Scaling  # which builds datasets: imported late
 
-MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
 Choice = Literal["auto", "yes", "no"]
 HOST_SHARE, DEVICE_SHARE = 0.25, 0.5
 """Of the host's free memory and of the device's memory: the most that `auto` lets training images take."""
@@ -150,12 +142,14 @@ def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choic
     from gan_jax import pictures
 
     return pictures.load_arrays(name.removeprefix("arrays:"))
+  from gan_jax import prepared  # which builds datasets, as `pictures` does
+
   if name != "auto":
-    return _load_tfds(name, data_dir, manual_dir, stream)
-  if manual_dir or _is_prepared("mnist", data_dir):
-    return _load_tfds("mnist", data_dir, manual_dir, stream)
+    return prepared.load(name, data_dir, manual_dir, stream)
+  if manual_dir or prepared.is_prepared("mnist", data_dir):
+    return prepared.load("mnist", data_dir, manual_dir, stream)
   try:
-    return _load_tfds("mnist", data_dir, manual_dir, stream)
+    return prepared.load("mnist", data_dir, manual_dir, stream)
   except InputError:
     return _load_digits(
       note="MNIST is not prepared here and cannot be had, so this run uses the bundled digits;"
@@ -209,9 +203,6 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
   )
 
 
-# --- Bundled digits
-
-
 def _load_digits(note: str = "") -> Dataset:
   """The 1,797 digits of scikit-learn, 8x8; every third image, from the third on, is the test set."""
   from sklearn.datasets import load_digits
@@ -222,246 +213,6 @@ def _load_digits(note: str = "") -> Dataset:
   test = np.arange(len(x)) % 3 == 2
   names = tuple(str(k) for k in range(10))
   return Dataset("digits", x[~test], y[~test], x[test], y[test], names, note)
-
-
-def _stack(examples: Iterable[tuple[np.ndarray, int]], name: str) -> tuple[np.ndarray, np.ndarray]:
-  images, labels = [], []
-  for image, label in examples:
-    images.append(image)
-    labels.append(label)
-  shapes = {image.shape for image in images}
-  if len(shapes) != 1:
-    found = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3]) or "no images"
-    raise InputError(f"{name} must hold images of one size, not {found}; resize them first")
-  return np.stack(images), np.asarray(labels, np.int64)
-
-
-# --- tensorflow-datasets
-
-
-def _tfds() -> Any:
-  """Imported late, because it takes half a second; untyped, because its lazy modules are."""
-  import tensorflow_datasets
-
-  return tensorflow_datasets
-
-
-def _load_tfds(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice) -> Dataset:
-  builder = _builder(name, data_dir)
-  if not builder.is_prepared():
-    if name not in MNIST_FAMILY:
-      raise InputError(
-        f"{name} is not prepared in {builder.data_dir}; prepare it once with"
-        f' pip install "gan-jax[tf]" && tfds build {name} --file_format=array_record'
-      )
-    builder = _prepare(name, data_dir, manual_dir)
-  return _read(builder, name, stream)
-
-
-def _is_prepared(name: str, data_dir: str | None) -> bool:
-  return _builder(name, data_dir).is_prepared()
-
-
-def _builder(name: str, data_dir: str | None) -> Any:
-  tfds = _tfds()
-
-  try:
-    return tfds.builder(name, data_dir=data_dir)
-  except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-    raise InputError(
-      f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH,"
-      " arrays:FILE.npz and the image-classification datasets of tensorflow-datasets, such as cifar10"
-    ) from error
-  except Exception as error:  # tfds raises whatever it likes for a version or for damaged files
-    reason = str(error).rpartition('": ')[2].partition("\n")[0].strip(". ")
-    raise InputError(
-      f"{name} cannot be opened ({reason}): name a version that there is, or remove what is prepared of it"
-      " and prepare it anew"
-    ) from error
-
-
-def _reachable(url: str, seconds: float = 5.0) -> bool:
-  """Whether anything answers there; a refusal is an answer. tfds itself would try for a minute."""
-  answered = threading.Event()
-
-  def ask() -> None:
-    try:
-      with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
-        answered.set()
-    except urllib.error.HTTPError:
-      answered.set()
-    except OSError:
-      pass
-
-  thread = threading.Thread(target=ask, daemon=True)  # a look-up of the name may hang for longer
-  thread.start()
-  thread.join(seconds)
-  return answered.is_set()
-
-
-def _mnist_builder_cls(name: str) -> Any:
-  """tfds's own builder of an MNIST-like dataset, less the two calls that need TensorFlow.
-
-  The stock builder unzips with TensorFlow and hands arrays to its PNG encoder. This one unzips with
-  Python and hands over Pillow images, which tfds encodes itself; name, version, features and checksums
-  are the parent's, so what it writes is the standard dataset.
-  """
-  tfds = _tfds()
-  from PIL import Image
-
-  stock: Any = tfds.builder_cls(name)
-
-  def unzip(path: Any, header: int) -> np.ndarray:
-    with gzip.open(path) as file:
-      return np.frombuffer(file.read(), np.uint8, offset=header)
-
-  with tfds.core.registered.skip_registration():
-
-    class Builder(stock):
-      pkg_dir_path = stock._get_pkg_dir_path()
-      url_infos = stock.url_infos
-
-      def _split_generators(self, dl_manager):
-        parts = {"train": "train", "test": "t10k"}
-        files = {
-          f"{part}/{kind}": f"{self.URL}{prefix}-{kind}-ubyte.gz"
-          for part, prefix in parts.items()
-          for kind in ("images-idx3", "labels-idx1")
-        }
-        paths = dl_manager.download(files)
-        return {
-          part: self._generate_examples(paths[f"{part}/images-idx3"], paths[f"{part}/labels-idx1"])
-          for part in parts
-        }
-
-      def _generate_examples(self, images, labels):  # pyright: ignore
-        shape = self.info.features["image"].shape[:2]
-        pixels, classes = unzip(images, 16).reshape(-1, *shape), unzip(labels, 8)
-        for i, (image, label) in enumerate(zip(pixels, classes, strict=True)):
-          yield i, {"image": Image.fromarray(image), "label": int(label)}
-
-  Builder.name = stock.name
-  return Builder
-
-
-def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
-  """Prepares a dataset of the MNIST family as the standard tfds one, without TensorFlow."""
-  from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-
-  tfds = _tfds()
-
-  builder = _mnist_builder_cls(name)(data_dir=data_dir, file_format="array_record")
-  ways_out = "pass --manual-dir FOLDER with its four original .gz files, or use --dataset digits"
-  if manual_dir is not None:
-    for info in builder.url_infos.values():
-      if not (Path(manual_dir) / info.filename).is_file():
-        raise InputError(f"{Path(manual_dir) / info.filename} is missing: {name} needs it")
-  elif not _reachable(builder.URL):
-    raise InputError(f"{name} is not prepared and its host cannot be reached: {ways_out}")
-  tfds.disable_progress_bar()
-  config = tfds.download.DownloadConfig(manual_dir=manual_dir)
-  try:
-    builder.download_and_prepare(download_config=config)
-  except NonMatchingChecksumError as error:
-    urls = [url for url in builder.url_infos if url in str(error)]
-    file = builder.url_infos[urls[0]].filename if urls else "a file"
-    where = f"{manual_dir}/{file}" if manual_dir else f"the downloaded {file}"
-    raise InputError(f"{where} is not the original file of {name}: its checksum is wrong") from error
-  except (tfds.core.download.DownloadError, OSError) as error:
-    if isinstance(error, OSError) and error.strerror and error.filename:  # of the disk, not of the network
-      raise InputError(f"{name} cannot be prepared: {error.filename}: {error.strerror}") from error
-    raise InputError(f"{name} could not be prepared ({str(error).splitlines()[0]}): {ways_out}") from error
-  return builder
-
-
-def _read(builder: Any, name: str, stream: Choice) -> Dataset:
-  """Reads a prepared dataset; what was decoded stays beside it and goes when it is prepared anew.
-
-  Of a dataset that is streamed these are the labels and the test images.
-  """
-  features, splits = builder.info.features, builder.info.splits
-  test = next((part for part in ("test", "validation") if part in splits), None)
-  if "image" not in features or "label" not in features or test is None or "train" not in splits:
-    raise InputError(f"{name} is not an image-classification dataset with training and test images")
-  try:
-    shape, source = (splits["train"].num_examples, *features["image"].shape), {}
-    if None in shape and stream == "auto":
-      shape = _records(builder, name).shape
-    if is_streamed(stream, shape):
-      source = {"x_train": _records(builder, name)}
-    folder = Path(os.fspath(builder.data_dir))
-    cache = folder / ("gan_jax_labels.npz" if source else "gan_jax_arrays.npz")
-    with contextlib.suppress(Exception):  # whatever is wrong with the cache, it is made anew
-      if cache.is_file():
-        with np.load(cache) as file:
-          return _checked(builder, name, dict(file) | source)
-    arrays: dict[str, Any] = (
-      {"y_train": _labels(builder, name)} if source else _decode(builder, name, "train")
-    )
-    arrays |= _decode(builder, name, test, "test")
-  except InputError:
-    raise
-  except Exception as error:  # a damaged file may give any
-    reason = (str(error) or type(error).__name__).partition("\n")[0]
-    raise InputError(
-      f"{name} in {builder.data_dir} cannot be read ({reason}): remove that folder and prepare it anew"
-    ) from error
-  dataset = _checked(builder, name, arrays | source)
-  write_quietly(cache, arrays)
-  return dataset
-
-
-def _checked(builder: Any, name: str, arrays: dict[str, Any]) -> Dataset:
-  """The dataset of these arrays; `InputError` where they are not what was prepared, or of several sizes."""
-  classes = tuple(builder.info.features["label"].names)
-  dataset = Dataset(name=name, class_names=classes, **arrays)
-  x, x_test = dataset.x_train, dataset.x_test
-  if x.shape[1:] != x_test.shape[1:]:
-    raise InputError(
-      f"{name} must hold images of one size, and those of training are {list(x.shape[1:])}, those of the"
-      f" test set {list(x_test.shape[1:])}"
-    )
-  labels = np.concatenate([dataset.y_train, dataset.y_test])
-  whole = len(x.shape) == 4 and len(x) == builder.info.splits["train"].num_examples
-  fit = len(labels) == len(x) + len(x_test) and 0 <= labels.min() <= labels.max() < len(classes)
-  if not (whole and fit and x.dtype == x_test.dtype == np.uint8):
-    raise InputError(f"{name} is not an image-classification dataset of bytes, each with a class")
-  return dataset
-
-
-def _records(builder: Any, name: str) -> Any:
-  from gan_jax.stream import Records
-
-  return Records(_source(builder, name, "train"), name)
-
-
-def _source(builder: Any, name: str, split: str, **kwargs: Any) -> Any:
-  try:
-    return builder.as_data_source(split=split, **kwargs)
-  except NotImplementedError as error:
-    raise InputError(
-      f"{name} is prepared in a format that only TensorFlow reads; prepare it once more with"
-      f" tfds build {name} --file_format=array_record --overwrite"
-    ) from error
-
-
-def _decode(builder: Any, name: str, split: str, part: str = "train") -> dict[str, np.ndarray]:
-  examples = _examples(_source(builder, name, split))
-  x, y = _stack(((example["image"], int(example["label"])) for example in examples), name)
-  return {f"x_{part}": x, f"y_{part}": y}
-
-
-def _labels(builder: Any, name: str) -> Int[np.ndarray, "n"]:
-  """Those of the training images, which are not decoded."""
-  skip = {"image": _tfds().decode.SkipDecoding()}
-  examples = _examples(_source(builder, name, "train", decoders=skip))
-  return np.fromiter((example["label"] for example in examples), np.int64)
-
-
-def _examples(source: Any) -> Iterable[Any]:
-  """All examples, a thousand a read: one at a time takes as long as decoding them."""
-  for start in range(0, len(source), 1000):
-    yield from source.__getitems__(list(range(start, min(start + 1000, len(source)))))
 
 
 def write_quietly(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from gan_jax import checkpoint, cli, metrics, report
+from gan_jax import checkpoint, cli, metrics, parsing, report
 from gan_jax.evaluate import Evaluation, Shown
 from gan_jax.types import InputError, Json
 
@@ -320,7 +320,7 @@ def _compared(name: str, result: Json) -> Sequence[str]:
 
 
 def _flags(config: Json) -> Json:
-  return {name: value for name, value in config.get("config", {}).items() if name not in cli.NOT_RECIPE}
+  return {name: value for name, value in config.get("config", {}).items() if name not in parsing.NOT_RECIPE}
 
 
 def _read(run: Path) -> tuple[Json, Json]:

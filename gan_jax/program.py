@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 from rich.markup import escape
 
-from gan_jax import cli, processes
+from gan_jax import parsing, processes
 from gan_jax.report import cache_dir, console, say
 from gan_jax.types import InputError, Json, Stopped
 
@@ -95,7 +95,7 @@ def run(
   flags = sys.argv[1:] if flags is None else flags
   about = {"description": description or sys.modules[main.__module__].__doc__ or "", "prog": name}
   try:
-    config: Any = cli.parse(config_cls, flags, **about)
+    config: Any = parsing.parse(config_cls, flags, **about)
     _quiet()
     enable_compilation_cache()
     if hasattr(config, "processes"):

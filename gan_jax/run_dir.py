@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gan_jax
-from gan_jax import checkpoint, cli, page, processes, recipes, report, train
+from gan_jax import checkpoint, cli, page, parsing, processes, recipes, report, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
@@ -90,7 +90,7 @@ def open_run(
     InputError: a directory that holds a run or other files, or is in use; a run that cannot be resumed.
   """
   flags: cli.RunFlags = config.run
-  values = cli.flags_of(config)
+  values = parsing.flags_of(config)
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(flags.workdir or Path("runs") / experiment / stamp)
   if not processes.writes():
@@ -106,7 +106,7 @@ def open_run(
   seed, exclude_labelled = values.get("seed", 0), values.get("exclude_labelled", False)
   named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
   program = "gan_jax train" if experiment == "train" else f"experiments.{experiment}"
-  command = cli.command(f"python -m {program}", config)
+  command = parsing.command(f"python -m {program}", config)
   labels = named | (describe_split(split, exclude_labelled) if split else {})
   described = {
     **named,
@@ -272,7 +272,7 @@ def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) ->
   say(f"--- {name}")
   flags = cli.RunFlags(workdir=str(folder), resume=resume, overwrite=not resume)
   config = dataclasses.replace(config, run=flags)
-  cli.check(config)
+  parsing.check(config)
   return main(config)
 
 

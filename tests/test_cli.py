@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import mnist_low_data, mnist_ssgan
-from gan_jax import cli, program, report
+from gan_jax import cli, parsing, program, report
 from gan_jax.types import InputError
 
 BAD = [
@@ -50,16 +50,16 @@ BAD = [
 @pytest.mark.parametrize(("flags", "words"), BAD)
 def test_bad_flags(flags, words):
   with pytest.raises(InputError, match=words):
-    cli.check(cli.with_flags(mnist_ssgan.Config(), **flags))
+    parsing.check(parsing.with_flags(mnist_ssgan.Config(), **flags))
 
 
 def test_flags_are_found_in_whatever_group_they_are():
-  config = cli.with_flags(mnist_ssgan.Config(), steps=3, network="mlp", workdir="x")
+  config = parsing.with_flags(mnist_ssgan.Config(), steps=3, network="mlp", workdir="x")
   assert (config.train.steps, config.network, config.run.workdir) == (3, "mlp", "x")
-  flags = cli.flags_of(config)
+  flags = parsing.flags_of(config)
   assert (flags["steps"], flags["network"], flags["seed"]) == (3, "mlp", 0)
   with pytest.raises(TypeError, match="no such flag: percents"):
-    cli.with_flags(config, percents=(1.0,))
+    parsing.with_flags(config, percents=(1.0,))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_flags_are_found_in_whatever_group_they_are():
 )
 def test_a_run_is_repeated_by_its_command(module, changes):
   """What is parsed from it is the configuration, without the folder of the first run."""
-  config = cli.with_flags(module.Config(), **changes)
-  run = cli.with_flags(config, workdir="here", overwrite=True)
-  words = shlex.split(cli.command("python -m experiments.x", run))
+  config = parsing.with_flags(module.Config(), **changes)
+  run = parsing.with_flags(config, workdir="here", overwrite=True)
+  words = shlex.split(parsing.command("python -m experiments.x", run))
   assert words[:3] == ["python", "-m", "experiments.x"]
-  assert cli._parse(module.Config, words[3:]) == config
+  assert parsing._parse(module.Config, words[3:]) == config
   assert len(words) == 3 or changes
 
 
@@ -268,45 +268,47 @@ def test_a_reader_who_leaves_early_sees_no_traceback():
 
 
 def test_resume_takes_the_stored_flags_and_refuses_others(tmp_path):
-  stored = cli.with_flags(mnist_ssgan.Config(), labels_per_class=5, workdir="here", overwrite=True)
-  report.write_json(tmp_path / "config.json", {"config": cli.flags_of(stored)})
-  config = cli.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
+  stored = parsing.with_flags(mnist_ssgan.Config(), labels_per_class=5, workdir="here", overwrite=True)
+  report.write_json(tmp_path / "config.json", {"config": parsing.flags_of(stored)})
+  config = parsing.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
   assert (config.labels.labels_per_class, config.run.overwrite) == (5, False)
-  cli.check(config)
+  parsing.check(config)
   with pytest.raises(InputError, match="begun with --labels-per-class 5, not 6"):
-    cli.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume", "--labels-per-class", "6"])
+    parsing.resumed(
+      mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume", "--labels-per-class", "6"]
+    )
   with pytest.raises(InputError, match="holds no run"):
-    cli.resumed(mnist_ssgan.Config, tmp_path / "nowhere", [])
+    parsing.resumed(mnist_ssgan.Config, tmp_path / "nowhere", [])
   with pytest.raises(InputError, match="not the configuration of this experiment"):
-    cli.resumed(mnist_low_data.Config, tmp_path, [])
+    parsing.resumed(mnist_low_data.Config, tmp_path, [])
 
 
 @pytest.mark.parametrize(
   "wrong", [{"steps": "12"}, {"steps": 1.5}, {"percents": [1, "a"]}, {"augments": 3}]
 )
 def test_stored_flags_of_another_type_are_a_sentence(wrong, tmp_path):
-  stored = cli.flags_of(mnist_low_data.Config())
+  stored = parsing.flags_of(mnist_low_data.Config())
   assert wrong.keys() <= stored.keys()
   report.write_json(tmp_path / "config.json", {"config": stored | wrong})
   with pytest.raises(InputError, match="not the configuration of this experiment"):
-    cli.resumed(mnist_low_data.Config, tmp_path, [])
+    parsing.resumed(mnist_low_data.Config, tmp_path, [])
 
 
 def test_a_resumed_run_knows_its_flags_of_many_values(tmp_path):
   config = mnist_low_data.Config(percents=(5.0, 50.0), augments=("fixed",))
-  report.write_json(tmp_path / "config.json", {"config": cli.flags_of(config)})
-  assert cli.resumed(mnist_low_data.Config, tmp_path, []) == config
+  report.write_json(tmp_path / "config.json", {"config": parsing.flags_of(config)})
+  assert parsing.resumed(mnist_low_data.Config, tmp_path, []) == config
 
 
 def test_what_a_run_starts_from_is_one_of_its_flags(tmp_path):
-  stored = cli.with_flags(mnist_ssgan.Config(), init_from="source", freeze_d=2, workdir="here")
-  report.write_json(tmp_path / "config.json", {"config": cli.flags_of(stored)})
-  config = cli.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
-  cli.check(config)  # a run that has begun does without its source
+  stored = parsing.with_flags(mnist_ssgan.Config(), init_from="source", freeze_d=2, workdir="here")
+  report.write_json(tmp_path / "config.json", {"config": parsing.flags_of(stored)})
+  config = parsing.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
+  parsing.check(config)  # a run that has begun does without its source
   assert (config.transfer.init_from, config.transfer.freeze_d) == ("source", 2)
   for flag, value in (("--init-from", "elsewhere"), ("--init-parts", "d"), ("--freeze-d", "1")):
     with pytest.raises(InputError, match=f"begun with {flag} .*, not {value}"):
-      cli.resumed(mnist_ssgan.Config, tmp_path, ["--resume", flag, value])
+      parsing.resumed(mnist_ssgan.Config, tmp_path, ["--resume", flag, value])
 
 
 def test_the_groups_are_frozen_values():

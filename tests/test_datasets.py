@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import make_builder
 
-from gan_jax import classify, datasets, metrics
+from gan_jax import classify, datasets, metrics, prepared
 from gan_jax.types import InputError
 
 
@@ -66,7 +66,7 @@ def test_resizing_keeps_the_aspect_of_any_dataset(fit):
 
 @pytest.fixture
 def offline(monkeypatch):
-  monkeypatch.setattr(datasets, "_reachable", lambda url: False)
+  monkeypatch.setattr(prepared, "_reachable", lambda url: False)
 
 
 def test_unknown_dataset_lists_what_there_is():
@@ -88,7 +88,7 @@ def test_auto_falls_back_to_digits_and_says_so(offline):
 
 
 def test_nobody_answers():
-  assert not datasets._reachable("http://127.0.0.1:9/", seconds=2)
+  assert not prepared._reachable("http://127.0.0.1:9/", seconds=2)
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -19,7 +19,7 @@ from experiments import (
   mnist_ssgan,
   transfer,
 )
-from gan_jax import classify, cli, data, evaluate, recipes, run_dir
+from gan_jax import classify, cli, data, evaluate, parsing, recipes, run_dir
 from gan_jax.datasets import Dataset
 from gan_jax.types import InputError
 
@@ -53,8 +53,8 @@ def run(tmp_path, monkeypatch, reads, cache):
   def two_steps(module, **flags) -> dict:
     path = tmp_path / "run"
     shared = {"dataset": "digits", "steps": 2, "workdir": str(path)}
-    config = cli.with_flags(module.Config(), **shared | flags)
-    cli.check(config)
+    config = parsing.with_flags(module.Config(), **shared | flags)
+    parsing.check(config)
     result = module.main(config)
     assert result.keys() >= CONTRACT
     assert result == json.loads((path / "result.json").read_text())

@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 import gan_jax
 from experiments import mnist_ssgan
-from gan_jax import checkpoint, cli, data, export, recipes, steps
+from gan_jax import checkpoint, data, export, parsing, recipes, steps
 from gan_jax.types import InputError
 
 FILES = ["MODEL_CARD.md", "config.json", "generator.safetensors", "model.safetensors"]
@@ -98,9 +98,11 @@ def test_the_tensors_are_the_variables_of_the_networks(small_mlp, tiny, tmp_path
 
 def test_the_card_has_what_was_measured_and_no_path(run, tmp_path):
   flags = mnist_ssgan.Config()
-  flags = cli.with_flags(flags, dataset="folder:mine", init_from="other", class_balance=(1.0, 0.0), steps=7)
+  flags = parsing.with_flags(
+    flags, dataset="folder:mine", init_from="other", class_balance=(1.0, 0.0), steps=7
+  )
   elsewhere = {"dataset": f"folder:{tmp_path}/mine", "init_from": str(tmp_path / "other")}
-  command = cli.command("python -m experiments.mnist_ssgan", cli.with_flags(flags, **elsewhere))
+  command = parsing.command("python -m experiments.mnist_ssgan", parsing.with_flags(flags, **elsewhere))
   found = {"num_labels": 6, "num_images": 1234, "split_seed": 5, "label_split_sha256": "abc", "seed": 1}
   path = run(recipe(), command, test_error=12.345, supervised_test_error=None, **found)
   export.export(path, tmp_path / "out", ["safetensors"])
@@ -120,7 +122,7 @@ def test_the_card_has_what_was_measured_and_no_path(run, tmp_path):
   assert "supervised control" not in card
   assert "The errors are those of one run" in card
   (command,) = re.findall(r"python -m experiments\.mnist_ssgan (.*)`", card)
-  assert cli._parse(mnist_ssgan.Config, shlex.split(command)) == flags
+  assert parsing._parse(mnist_ssgan.Config, shlex.split(command)) == flags
 
 
 def test_an_error_of_other_parameters_is_not_told(run, tmp_path):

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from experiments import mnist_conditional, mnist_gan
-from gan_jax import cli, losses, networks, objectives, steps
+from gan_jax import losses, networks, objectives, parsing, steps
 from gan_jax.recipes import gan
 from gan_jax.types import Batch, InputError
 
@@ -20,7 +20,7 @@ LOSSES, PENALTIES, NORMS = (get_args(choices) for choices in (gan.Loss, gan.Pena
 
 def accepted(loss, penalty, norm) -> bool:
   try:
-    cli.check(cli.with_flags(mnist_gan.Config(), loss=loss, penalty=penalty, norm=norm))
+    parsing.check(parsing.with_flags(mnist_gan.Config(), loss=loss, penalty=penalty, norm=norm))
   except InputError:
     return False
   return True
@@ -55,18 +55,18 @@ def test_what_makes_no_sense_is_refused():
 )
 def test_refusals_are_sentences(flags, sentence):
   with pytest.raises(InputError, match=sentence):
-    cli.check(cli.with_flags(mnist_gan.Config(), **flags))
+    parsing.check(parsing.with_flags(mnist_gan.Config(), **flags))
 
 
 def test_few_labels_need_room_in_the_batch():
   with pytest.raises(InputError, match="at least 4"):
-    cli.check(cli.with_flags(mnist_conditional.Config(), labels_per_class=5, batch_size=3))
-  cli.check(cli.with_flags(mnist_conditional.Config(), batch_size=3))
+    parsing.check(parsing.with_flags(mnist_conditional.Config(), labels_per_class=5, batch_size=3))
+  parsing.check(parsing.with_flags(mnist_conditional.Config(), batch_size=3))
 
 
 def test_a_conditional_gan_has_no_pairs():
   with pytest.raises(InputError, match="pair by pair"):
-    cli.check(cli.with_flags(mnist_conditional.Config(), loss="relativistic"))
+    parsing.check(parsing.with_flags(mnist_conditional.Config(), loss="relativistic"))
 
 
 TX = optax.adam(1e-2, b1=0.0)

@@ -7,7 +7,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import cli, recipes, run_dir
+from gan_jax import parsing, recipes, run_dir
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
@@ -27,8 +27,8 @@ def read(small_mlp, monkeypatch):
 
 
 def study(path, **flags):
-  config = cli.with_flags(label_study.Config(), workdir=str(path), **SMALL | flags)
-  cli.check(config)
+  config = parsing.with_flags(label_study.Config(), workdir=str(path), **SMALL | flags)
+  parsing.check(config)
   return label_study.main(config)
 
 
@@ -153,7 +153,7 @@ def test_tuning_leaves_its_lines(tmp_path, read, monkeypatch):
 
 
 def test_flags_that_the_study_does_not_honour_it_does_not_take():
-  flags = cli.flags_of(label_study.Config())
+  flags = parsing.flags_of(label_study.Config())
   assert not flags.keys() & {"labels_per_class", "split_seed", "num_images", "hold_out", "init_from"}
 
 

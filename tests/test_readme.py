@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import gan_jax
-from gan_jax import __main__, classify, cli, data, networks, recipes
+from gan_jax import __main__, classify, data, networks, parsing, recipes
 from gan_jax.commands import CONFIGS
 
 ROOT = Path(__file__).parent.parent
@@ -114,8 +114,8 @@ def test_every_command_takes_its_flags(path):
   ]
   for name, flags in commands:
     module = importlib.import_module(f"experiments.{name}")
-    cli.check(cli._parse(module.Config, shlex.split(flags, comments=True)))
+    parsing.check(parsing._parse(module.Config, shlex.split(flags, comments=True)))
   for name, flags in re.findall(r"(?:python -m gan_jax|gan-jax) (\w+) ([^`\n|]*)", text):
     assert name in __main__.COMMANDS
     config = classify.Config if name == "train" else CONFIGS[name][1]
-    cli._parse(config, shlex.split(flags, comments=True))  # RUN is none
+    parsing._parse(config, shlex.split(flags, comments=True))  # RUN is none

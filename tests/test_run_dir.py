@@ -10,7 +10,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import mnist_ssgan
-from gan_jax import checkpoint, cli, recipes, run_dir
+from gan_jax import checkpoint, cli, parsing, recipes, run_dir
 from gan_jax.types import InputError, Stopped
 
 
@@ -19,7 +19,7 @@ def open_run(tiny):
   """Opens a run of the tiny problem with these flags."""
 
   def open_one(split=None, hparams=None, files=("samples", "pretrained"), **flags):
-    config = cli.with_flags(mnist_ssgan.Config(), **flags)
+    config = parsing.with_flags(mnist_ssgan.Config(), **flags)
     recipe = tiny.recipe(hparams=hparams or recipes.ssgan.Hparams())
     used, split = {"main": recipe}, split or tiny.split
     return run_dir.open_run("test", config, tiny.dataset, split, recipes_used=used, files=files)
