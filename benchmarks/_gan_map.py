@@ -55,7 +55,7 @@ def excerpt(files: Mapping[str, _runs.Rows], chosen: Sequence[tuple[str, int, in
     lines.append([name, budget, *_map_cell(cell)])
     used.append(cell)
   head = ["data", "labels", "steps", "n", "with GAN", "without", "difference"]
-  return _with_environment(head, lines, used, "Errors in percent.")
+  return _with_environment(head, lines, used, f"Errors in percent. {_study_tables.VERDICTS}")
 
 
 def _with_environment(head: Sequence[str], lines: Sequence, cells: Sequence[Json], note: str) -> str:

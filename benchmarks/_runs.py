@@ -124,10 +124,15 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
   return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def device(result: dict) -> str:
+  """The device; earlier lines say "1 cores"."""
+  return re.sub(r"\b1 cores", "1 core", result["device"])
+
+
 def environment(result: dict) -> str:
   """Device and versions in a line."""
   versions = result["versions"]
-  return f"{result['device']}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}"
+  return f"{device(result)}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}"
 
 
 def with_environment(table: str, rows: Rows, note: str = "") -> str:

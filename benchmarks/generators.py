@@ -1,4 +1,4 @@
-"""Every kind of generator and its Frechet distance: the table of the README.
+"""Every kind of generator and its Frechet distance: the table of docs/generators.md.
 
 python -m benchmarks.generators
 python -m benchmarks.generators --only article conditional -- --manual-dir FOLDER

@@ -1,6 +1,6 @@
 """One experiment over several label splits: a table of mean, standard deviation and every split.
 
-python -m benchmarks.splits --splits 0 1 2 3 4 --name mnist-conv-100 -- --dataset mnist
+python -m benchmarks.splits --name mnist-conv-100 -- --dataset mnist
 
 Everything after the bare `--` goes to `python -m experiments.mnist_ssgan`. Each split is a process of
 its own, one after the other; its `result.json` becomes a line of `benchmarks/results/<name>.jsonl`.
@@ -22,7 +22,7 @@ ERRORS = {
 
 def main() -> None:
   parser = _runs.parser(__doc__, None)
-  parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="split seeds")
+  parser.add_argument("--splits", type=int, nargs="+", default=list(range(20, 30)), help="split seeds")
   parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs go")
   _runs.add_run_flags(parser)
   args = parser.parse_args()

@@ -113,7 +113,10 @@ def few_labels(files: Mapping[str, _runs.Rows]) -> str:
     gan, control, probe = (_runs.mean_std([row[key] for row in rows]) for key in splits.ERRORS)
     lines.append([FEW_LABELS[name] + _runs.mark(*rows), rows[0]["num_labels"]])
     lines[-1] += [_runs.listed([row["split_seed"] for row in rows]), f"**{gan}**", control, probe]
-    lines[-1] += [f"{rows[0]['steps']:,}", f"{_runs.spread(rows, 'seconds_train')} s, {rows[0]['device']}"]
+    lines[-1] += [
+      f"{rows[0]['steps']:,}",
+      f"{_runs.spread(rows, 'seconds_train')} s, {_runs.device(rows[0])}",
+    ]
     lines[-1] += [_runs.spread(rows, "steps_per_second", 1), f"{_runs.spread(rows, 'seconds_total')} s"]
     lines[-1].append(f"{_runs.spread(rows, 'peak_memory_mb')} MB")
   head = "data, network", "labels", "splits", "semi-supervised", "supervised", "linear probe", "steps"
@@ -150,8 +153,9 @@ def study(rows: _runs.Rows) -> str:
   """Errors of every method and budget, then their differences to each reference."""
   tables = _study_tables.overviews(_study_tables.summarise(rows), f"mean +- std{_runs.mark(*rows)}")
   train, compiling = (sum(row.get(key, 0) for row in rows) for key in ("seconds_train", "seconds_compile"))
-  note = f"Splits {_runs.listed(rows[0]['splits'])}. {_study_tables.VERDICTS} Training took {train:,.0f} s,"
-  return _runs.with_environment("\n".join(tables[:-1]), rows, f"{note} compilation {compiling:,.0f} s.")
+  note = [f"Splits {_runs.listed(rows[0]['splits'])}.", _study_tables.VERDICTS, _study_tables.WITHIN_TABLE]
+  note.append(f"Training took {train:,.0f} s, compilation {compiling:,.0f} s.")
+  return _runs.with_environment("\n".join(tables[:-1]), rows, " ".join(note))
 
 
 def probes(rows: _runs.Rows) -> str:
@@ -351,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
       ("mnist", 1500, 100),
       ("digits", 1600, 50),
       ("digits, as they are", 1600, 50),
+      ("digits, as they are", 1600, 200),
       ("sign_digits@32", 400, 50),
     ],
   ),

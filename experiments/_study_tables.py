@@ -92,6 +92,9 @@ def markdown(cells: Sequence[Json], dataset: Dataset) -> str:
 
 
 VERDICTS = "Verdicts: corrected by Holm's procedure; before correction in brackets where it differs."
+WITHIN_TABLE = (
+  "The correction is for the differences of each table, so a pair may have a verdict in one alone."
+)
 
 
 def overviews(cells: Sequence[Json], title: str = "mean +- std") -> list[str]:

@@ -2,7 +2,7 @@
 
 Mo et al., 2020, https://arxiv.org/abs/2002.10964 (FreezeD: the first layers stay as they were).
 
-  python -m experiments.transfer --source digits --dataset mnist
+  python -m experiments.transfer --source digits --dataset mnist --steps 3000
   python -m experiments.transfer --source mnist --dataset digits
 
 100 labels, five splits, test error transferred and from scratch: digits to MNIST 6.70 and 7.42 %, MNIST to

@@ -1,4 +1,4 @@
-"""GANs that turn many images and few labels into a good classifier.
+"""GANs for image classification with few labels.
 
 Import modules, not names: `from gan_jax import data, datasets, evaluate, recipes, train`.
 """

@@ -314,9 +314,10 @@ def environment() -> Json:
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):
       commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-  kind = f"{device.platform}, {cli.num_cores()} cores" if device.platform == "cpu" else device.device_kind
+  num = cli.num_cores()
+  cores = f"{device.platform}, {num} core{'s' * (num != 1)}"
   return {
-    "device": kind,
+    "device": cores if device.platform == "cpu" else device.device_kind,
     "versions": {
       "gan_jax": gan_jax.__version__,
       "python": platform.python_version(),
