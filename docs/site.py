@@ -22,7 +22,7 @@ ROOMS = {
   "data": "datasets prepared data stream pictures",
   "training": "train log parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
-  "use": "model estimator export classify commands cli parsing program run_dir report page",
+  "use": "model estimator export classify commands cli parsing program run_dir report figures page",
 }
 """Pages of docstrings, and the modules on each."""
 

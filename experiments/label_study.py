@@ -40,6 +40,7 @@ from gan_jax import (
   data,
   datasets,
   evaluate,
+  figures,
   networks,
   parallel,
   parsing,
@@ -86,11 +87,12 @@ class Config:
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
   adversarial: float | None = None
-  """Weight of D's adversarial loss in feature_matching and gan_consistency (default: the recipe's)."""
+  """Weight of D's adversarial loss in all with a GAN but bad_generator and gan_augmented (default: the
+  recipe's)."""
   consistency: float | None = None
-  """Weight of consistency in fixmatch_ema, gan_consistency and gan_augmented (default: the recipe's)."""
+  """Weight of consistency or of AdaMatch's, where there is any (default: the recipe's)."""
   class_balance: tuple[float, float] | None = None
-  """Weight of class balance, at the first and the last step, in all that see unlabelled images
+  """Weight of class balance, at the first and the last step, in all that see unlabelled images but AdaMatch
   (default: the recipe's)."""
   weights: study.Weights = study.Weights()
   vat_epsilon: float = 0.4
@@ -152,7 +154,7 @@ def main(config: Config) -> Json:
         curves.setdefault(cell["method"], {})[cell["num_labels"]] = cell["errors"]
     half_an_image = 50 / len(dataset.x_test)
     where = "held-out error" if config.tune else "test error"
-    report.label_curves(run.path / "study.png", curves, smallest=half_an_image, ylabel=f"{where}, %")
+    figures.label_curves(run.path / "study.png", curves, smallest=half_an_image, ylabel=f"{where}, %")
     result = {
       "interrupted": False,
       "network": network(config, dataset),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments import mnist_gan
-from gan_jax import cli, data, evaluate, metrics, program, recipes, report, run_dir
+from gan_jax import cli, data, evaluate, figures, metrics, program, recipes, run_dir
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import gan
 from gan_jax.types import Json
@@ -78,7 +78,7 @@ def main(config: Config) -> Json:
       share = f"{result['class_agreement']:.2f} %"
       table = [("images that a classifier finds to be of the class asked for", share)]
       counts = metrics.confusion_matrix(logits, y)
-      report.confusion(run.path / "confusion.png", counts, dataset.class_names)
+      figures.confusion(run.path / "confusion.png", counts, dataset.class_names)
     y = np.repeat(np.arange(num_classes), 10)
     grid = evaluate.sample(recipe, fit.state, len(y), seed=seed, y=y)
     return mnist_gan.finish(run, config, recipe, images, fit, extractor, grid, result, table)

@@ -19,7 +19,19 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from gan_jax import cli, data, evaluate, metrics, pictures, program, recipes, report, run_dir, train
+from gan_jax import (
+  cli,
+  data,
+  evaluate,
+  figures,
+  metrics,
+  pictures,
+  program,
+  recipes,
+  report,
+  run_dir,
+  train,
+)
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan, policies
 from gan_jax.types import InputError, Json
@@ -68,8 +80,8 @@ class Config:
   train: cli.TrainFlags = cli.TrainFlags()
   gan_flags: GanFlags = GanFlags()
   augment: gan.Augmentation = "none"
-  """Augmentation of all that D sees: none, a mild affine map, a stronger policy always (fixed), or as often
-  as D overfits (adaptive: ADA)."""
+  """Augmentation of all that D sees: none, that of a classifier (affine), a stronger policy always (fixed),
+  or as often as D overfits (adaptive: ADA)."""
   transfer: cli.TransferFlags = cli.TransferFlags()
   loop: cli.LoopFlags = cli.LoopFlags()
   run: cli.RunFlags = cli.RunFlags()
@@ -182,8 +194,8 @@ def finish(
       ("classes covered", f"{quality['classes_covered']} of {dataset.num_classes}"),
       *table,
     ]
-  report.sample_grid(run.path / "samples" / "last.png", grid)
-  report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
+  figures.sample_grid(run.path / "samples" / "last.png", grid)
+  figures.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
   result = {
     **run_dir.training(fit),
     "network": flags.network,

@@ -113,7 +113,8 @@ class Checkpoints:
     for step in self._steps():
       if step > int(restored.step):  # else it would count as the newest
         self._lay_aside(step)
-    return restored.replace(key=jax.random.wrap_key_data(restored.key))
+    impl = jax.random.key_impl(like.key)
+    return restored.replace(key=jax.random.wrap_key_data(restored.key, impl=impl))
 
   @property
   def extra(self) -> Json:

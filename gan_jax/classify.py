@@ -19,6 +19,7 @@ from gan_jax import (
   data,
   datasets,
   evaluate,
+  figures,
   metrics,
   networks,
   page,
@@ -76,6 +77,10 @@ class Config:
 
   def check(self) -> None:
     cli.not_negative(self, "adversarial", "consistency", "class_balance", "learning_rate", "folds")
+    if self.folds == 1:
+      raise InputError("--folds must be at least 2, as one would leave out every label, or 0 for none")
+    if self.frechet and self.adversarial == 0:
+      raise InputError("--frechet needs a generator, and --adversarial 0 trains none")
     run_dir.check_source(self.run, self.transfer)
 
 
@@ -119,7 +124,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       errors["input_probe_test_error"] = found[0].linear["input"]
     result = {
       **run_dir.training(fits[0]),
-      "interrupted": any(fit.interrupted for fit in fits),
+      "interrupted": any(fit.interrupted for fit in fits) or bool(folds and not found),
       "rollbacks": [rollback for fit in fits for rollback in fit.rollbacks],
       "network": recipe.hparams.network,
       "recipe": recipes.describe(recipe),
@@ -130,7 +135,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       **quality,
     }
     table = [(f"test error, {NAMES[key]}", _percent(error)) for key, error in errors.items()]
-    table += [("measured on", measured_on)] if folds else []
+    table += [("measured on", measured_on)] if folds and found else []
     table += [
       (f"{key}: distance to the test set", f"{value:.2f}")
       for key, value in quality.items()
@@ -221,7 +226,6 @@ def _fit(
   devices: Sequence[jax.Device],
 ) -> list[train.Fit]:
   """Trains the recipe and, in the first process, unless that was interrupted, the control."""
-  of_images = recipe.batch.generated > 0 and not run.dataset.of_vectors
   logged = {
     "workdir": run.path,
     "tensorboard": config.loop.tensorboard,
@@ -235,15 +239,20 @@ def _fit(
     resume=config.run.resume,
     checkpoint_every=config.loop.checkpoint_every,
     start=run_dir.start_from(config.transfer, recipe),
-    diagnose=recipe.batch.generated > 0,
+    diagnose=recipe.has_generator,
     class_names=run.dataset.class_names,
-    snapshot=_snapshot(run, recipe) if of_images else None,
+    snapshot=_snapshot(run, recipe) if _draws_images(recipe, run.dataset) else None,
     devices=devices,
     **logged,
   )
   if fit.interrupted or not processes.writes():
     return [fit]
   return [fit, _fit_control(run, control, images, logged)]
+
+
+def _draws_images(recipe: Recipe, dataset: Dataset) -> bool:
+  """Whether a generator is trained whose samples can be looked at."""
+  return recipe.has_generator and not dataset.of_vectors
 
 
 def _read_test_set(
@@ -281,7 +290,7 @@ def _snapshot(run: run_dir.Run, recipe: Recipe) -> Callable[[TrainState], None]:
 
   def snapshot(state: TrainState) -> None:
     x_fake = evaluate.sample(recipe, state, 10, seed=run.seed)
-    report.sample_grid(run.path / "samples" / f"step-{int(state.step):07}.png", x_fake)
+    figures.sample_grid(run.path / "samples" / f"step-{int(state.step):07}.png", x_fake)
 
   return snapshot
 
@@ -304,20 +313,20 @@ def _pictures(
 ) -> tuple[list[tuple[str, str]], list[page.Section]]:
   """Writes the pictures of a run; those at the head of its page, and the page's sections."""
   pictures, sections = [], []
-  if not run.dataset.of_vectors:
+  if _draws_images(recipe, run.dataset):
     x_fake = evaluate.sample(recipe, state, 100, seed=run.seed)
-    report.sample_grid(run.path / "samples" / "last.png", x_fake)
+    figures.sample_grid(run.path / "samples" / "last.png", x_fake)
     pictures.append(("Generated images", "samples/last.png"))
   if found:
     first, names = found[0], run.dataset.class_names
     assert first.confusion is not None  # D has the classes
-    report.confusion(run.path / "confusion.png", first.confusion, names)
-    report.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
+    figures.confusion(run.path / "confusion.png", first.confusion, names)
+    figures.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
     sections = page.of_classifier(
       run.path, first, names, *data.labelled(run.dataset, split), measured_on=measured_on
     )
   sections += _on_the_way(run)
-  report.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
+  figures.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
   curves = [page.Picture(run.path / "learning_curves.png")]
   return pictures, [*sections, page.Section("Learning curves", pictures=curves)]
 

@@ -37,6 +37,12 @@ class DataFlags:
     at_least_one(self, "image_size")
     if self.fit != "crop" and self.image_size is None:
       raise InputError(f"--fit {self.fit} needs --image-size, the side to resize to")
+    if self.dataset.startswith(("folder:", "arrays:")):
+      for name in ("data_dir", "manual_dir"):
+        if getattr(self, name) is not None:
+          raise InputError(
+            f"{flag(name)} is for datasets of tfds, and {self.dataset} is your own: leave it out"
+          )
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,8 @@ def load(
     workers=num_cores() if stream.workers is None else stream.workers,
   )
   if needs_test and not len(dataset.x_test):
-    raise InputError(f"{dataset.name} has no test images, and this needs them: add a folder test")
+    what = "arrays x_test and y_test" if dataset.name.startswith("arrays:") else "a folder test"
+    raise InputError(f"{dataset.name} has no test images, and this needs them: add {what}")
   return dataset
 
 
@@ -259,6 +266,7 @@ def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFla
     dataset.y_train,
     labels.per_class(dataset),
     labels.split_seed,
+    class_names=dataset.class_names,
     num_images=images.num_images,
     num_held_out=min(1000, num_train // 20) if num_held_out is None else num_held_out,
   )

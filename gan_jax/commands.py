@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from tyro.conf import Positional
 
-from gan_jax import cli, report
+from gan_jax import cli, figures, report
 from gan_jax.report import say
 from gan_jax.types import InputError, Json
 
@@ -144,6 +144,8 @@ def sample(config: Sample) -> Json:
 
   say(f"opening {config.model}")
   loaded, out = model.load(config.model), Path(config.out)
+  if loaded.scaling is not None and out.suffix == ".png":
+    raise InputError("this run's images are vectors, which are no picture: name a .npy file with --out")
   pictures.check_memory(config.num, loaded.recipe.image_shape, "choose a smaller --num", num_bytes=8)
   classes = None if config.class_name is None else [config.class_name] * config.num
   images = loaded.sample(config.num, seed=config.seed, classes=classes)
@@ -152,7 +154,7 @@ def sample(config: Sample) -> Json:
     np.save(buffer, images)
     _write(config.out, buffer.getvalue())
   else:
-    _write(config.out, report.grid_png(images, columns=int(np.ceil(np.sqrt(config.num)))))
+    _write(config.out, figures.grid_png(images, columns=int(np.ceil(np.sqrt(config.num)))))
   return {}
 
 
@@ -202,7 +204,7 @@ def report_runs(config: Report) -> Json:
   """
   from gan_jax import page
 
-  there = Path(config.out).exists()
+  there = Path(config.out).is_file()
   page.compare(Path(config.out), [Path(run) for run in config.runs])
   say(_written(config.out, there))
   return {}
@@ -243,15 +245,12 @@ def _write(path: str | None, content: str | bytes) -> None:
     sys.stdout.write(content if isinstance(content, str) else content.decode())
     return
   file, content = Path(path), content.encode() if isinstance(content, str) else content
-  there = file.exists()
+  there = file.is_file()
   try:
-    if there and not file.is_file():
-      file.write_bytes(content)  # a pipe or a device: nothing may take its place
-    else:
-      report.write_bytes(file, content)
+    report.write_bytes(file, content)
   except OSError as error:
     raise InputError(f"{path} cannot be written: {error.strerror}") from error
-  say(_written(path, there and file.is_file()))
+  say(_written(path, there))
 
 
 def _written(path: str, there: bool) -> str:

@@ -23,6 +23,7 @@ def split_labels(
   per_class: int | None,
   seed: int,
   *,
+  class_names: Sequence[str] = (),
   num_images: int | None = None,
   num_held_out: int = 0,
 ) -> LabelSplit:
@@ -35,12 +36,13 @@ def split_labels(
     labels: classes of the whole training set, -1 where there is no label.
     per_class: labels of each class; None: every label of the images of the run.
     seed: of the permutation.
+    class_names: of the classes, for messages.
     num_images: images that the run may train on; None: all that are not held out.
     num_held_out: images that it may not.
 
   Raises:
-    InputError: `per_class` is below 1 or above the labels of the smallest class, or there are not so
-      many images.
+    InputError: no labels at all, `per_class` is below 1 or above the labels of the smallest class, or there
+      are not so many images.
   """
   if per_class is not None and per_class < 1:
     raise InputError(f"--labels-per-class must be at least 1, not {per_class}")
@@ -54,19 +56,21 @@ def split_labels(
   order = np.random.default_rng(seed).permutation(len(labels))
   images, held_out = order[:num_images], order[rest:]
   classes = np.unique(labels[labels >= 0])
+  if not len(classes):
+    raise InputError("no training image has a label")
   known = images[labels[images] >= 0]
   known = known[np.argsort(labels[known], kind="stable")]  # class by class, each as in the permutation
   first = np.searchsorted(labels[known], classes)
   counts = np.diff(first, append=len(known))
+  rarest = classes[counts.argmin()]
+  rarest = class_names[rarest] if class_names else rarest
   if per_class is not None and per_class > counts.min():
     raise InputError(
       f"--labels-per-class {per_class} is more than the {counts.min()} labelled training images of class"
-      f" {classes[counts.argmin()]}"
+      f" {rarest}"
     )
   if counts.min() == 0:
-    raise InputError(
-      f"class {classes[counts.argmin()]} has no label among the {num_images} images to train on"
-    )
+    raise InputError(f"class {rarest} has no label among the {num_images} images to train on")
   place = np.arange(len(known)) - np.repeat(first, counts)  # of each among those of its class
   chosen = known if per_class is None else known[place < per_class]
   return _split(labels, chosen, per_class, seed, images, held_out)
@@ -78,7 +82,8 @@ def folds(
   """Cross-validation over the labels: `num` splits, and the labelled images that each leaves out.
 
   Every labelled image is left out once, and then it is no image of the run at all, as a new image would
-  be. Stratified: a class's labels are dealt to the folds in turn, in the order of the split's seed.
+  be. None is held out beside them. Stratified: a class's labels are dealt to the folds in turn, in the
+  order of the split's seed.
 
   Args:
     labels: classes of the whole training set, -1 where there is no label.
@@ -87,12 +92,11 @@ def folds(
   """
   order = np.random.default_rng(split.seed).permutation(np.asarray(split.indices))
   order = order[np.argsort(labels[order], kind="stable")]
-  images, held_out = np.asarray(split.images, int), np.asarray(split.held_out, int)
-  found = []
+  images, found = np.asarray(split.images, int), []
   for i in range(num):
     out, kept = np.sort(order[i::num]), np.ones(len(labels), bool)
     kept[out] = False
-    rest = _split(labels, order[kept[order]], None, split.seed, images[kept[images]], held_out)
+    rest = _split(labels, order[kept[order]], None, split.seed, images[kept[images]], order[:0])
     found.append((rest, out))
   return found
 

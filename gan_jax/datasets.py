@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 from jaxtyping import Int, UInt8
 
+from gan_jax.report import say
 from gan_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -108,24 +110,28 @@ def load(
   else:
     dataset = _load(name, data_dir, manual_dir, stream)
     dataset = dataset if image_size is None else _resized(dataset, image_size, fit)
-  lazy = not isinstance(dataset.x_train, np.ndarray)
-  if lazy or is_streamed(stream, dataset.x_train.shape):
+  x = dataset.x_train
+  if not isinstance(x, np.ndarray) or is_streamed(stream, x.shape, held=x.nbytes):
     return replace(dataset, workers=workers)
   return dataset
 
 
-def is_streamed(choice: Choice, shape: Sequence[int]) -> bool:
-  """Whether training images of this shape `[N, H, W, C]` are streamed; says so where `auto` decides it."""
+def is_streamed(choice: Choice, shape: Sequence[int], *, held: int = 0) -> bool:
+  """Whether training images of this shape `[N, H, W, C]` are streamed; says so where `auto` decides it.
+
+  Of the memory that is free now and the bytes `held` by the images themselves.
+  """
   if choice != "auto":
     return choice == "yes"
-  room, where = HOST_SHARE * psutil.virtual_memory().available, f"{HOST_SHARE:.0%} of the free memory"
+  room, where = (
+    HOST_SHARE * (psutil.virtual_memory().available + held),
+    f"{HOST_SHARE:.0%} of the free memory",
+  )
   on_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
   if DEVICE_SHARE * on_device < room:
     room, where = DEVICE_SHARE * on_device, f"{DEVICE_SHARE:.0%} of the device's memory"
   needed = math.prod(shape)
   if needed > room:
-    from gan_jax.report import say  # late, as it needs data, which needs datasets
-
     say(
       f"{shape[0]:,} training images take {needed / 1e9:.1f} GB, more than {where}, {room / 1e9:.1f} GB:"
       " they are read while training (--stream no would hold them in memory)"
@@ -176,9 +182,7 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
 
 
 def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Dataset:
-  """Squares of this side, see `pictures.resize`."""
-  from PIL import Image
-
+  """Squares of this side, see `pictures.resize_all`."""
   from gan_jax import pictures, stream
 
   if dataset.scaling is not None:
@@ -186,13 +190,7 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
   num = len(dataset.x_test) + (len(dataset.x_train) if isinstance(dataset.x_train, np.ndarray) else 0)
   pictures.check_memory(num, (side, side, dataset.x_train.shape[-1]), "choose a smaller --image-size")
 
-  def resize(x: np.ndarray) -> np.ndarray:
-    found = np.empty((len(x), side, side, x.shape[-1]), np.uint8)
-    for i, image in enumerate(x):
-      for c in range(x.shape[-1]):  # Pillow knows no arrays of one channel
-        found[i, ..., c] = pictures.resize(Image.fromarray(image[..., c]), (side, side), fit)
-    return found
-
+  resize = partial(pictures.resize_all, size=(side, side), fit=fit)
   held = isinstance(dataset.x_train, np.ndarray)
   return replace(
     dataset,

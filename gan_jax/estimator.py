@@ -16,7 +16,6 @@ from gan_jax import checkpoint, cli, data, networks, recipes, train
 from gan_jax.model import Model
 from gan_jax.pictures import Scaling, scaled
 from gan_jax.recipes import policies, ssgan
-from gan_jax.types import InputError
 
 
 class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
@@ -92,10 +91,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     recipe = self._recipe(x, y_lab)
     images = data.DeviceData.from_arrays(x[labelled], y_lab, x)
     seed = check_random_state(self.random_state).randint(2**31)
-    try:
-      fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
-    except InputError as error:
-      raise ValueError(str(error)) from error
+    fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
     self.n_iter_ = int(fit.state.step)
     self._described = recipes.describe(recipe)
     self._averages = jax.tree.map(np.asarray, checkpoint.averages(fit.state))
@@ -185,7 +181,4 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     tuned = ssgan.tuned(network if network in get_args(ssgan.Tuned) else "conv", len(x), policy)  # pyright: ignore[reportArgumentType]
     prior = data.class_prior(y_lab, len(self.classes_))
     hparams = dataclasses.replace(tuned, network=network, class_prior=prior, **given)
-    try:
-      return ssgan.build(hparams, x.shape[1:], len(self.classes_))
-    except InputError as error:
-      raise ValueError(str(error)) from error
+    return ssgan.build(hparams, x.shape[1:], len(self.classes_))

@@ -1,7 +1,8 @@
 """The one reader of the test set: errors, probes and predictions of trained discriminators.
 
-Whatever needs test images goes through `with_test_set`, once, when training is over. The keys of all that
-is random after training are here too, see `sample`.
+Whatever needs test images goes through `with_test_set`: errors and probes once, when training is over, and
+the moments of a Frechet distance, which no update sees. The keys of all that is random after training are
+here too, see `sample`.
 """
 
 from collections.abc import Callable, Sequence

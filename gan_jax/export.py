@@ -196,7 +196,7 @@ def _facts(run: Path, step: int) -> Json:
   stored: Json = json.loads((run / "config.json").read_text())
   if "command" in stored:
     stored["command"] = shlex.join(map(_last_part, shlex.split(stored["command"])))
-  with contextlib.suppress(FileNotFoundError):
+  with contextlib.suppress(FileNotFoundError, ValueError):  # absent or damaged
     stored["result"] = json.loads((run / "result.json").read_text())
   facts: Json = {name: stored[name] for name in _PROVENANCE if stored.get(name)}
   result = stored.get("result", {})
@@ -308,7 +308,7 @@ samples = model.sample(16, seed=0)
 - The errors are those of one run: one seed, one label split, test images of the same dataset. Other seeds,
   splits and images give other errors.
 {% endif %}
-{% if model.recipe.objective.g %}
+{% if model.recipe.has_generator %}
 - Generated images may repeat training images, and kinds of image may be missing among them.
 {% else %}
 - The run did not train the generator.

@@ -107,7 +107,7 @@ class MetricsLog:
     for name, history in metrics.items():
       values = np.asarray(history).ravel()[:num]  # a diagnostic is a scalar
       if not np.isfinite(values).all():
-        where = step - num + 1 + int(np.argmin(np.isfinite(values)))
+        where = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
         raise NonFiniteError(f"{name} is not finite at step {where} ({self._phase})", self._rollbacks)
       means[name] = float(values.mean())
     row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), **means}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import checkpoint, data, evaluate, losses, objectives, probe, recipes, steps
+from gan_jax import checkpoint, data, evaluate, losses, objectives, pictures, probe, recipes, steps
 from gan_jax.pictures import Reader, Scaling, below
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
@@ -92,8 +92,11 @@ class Model:
       classes: the class that each image is to be of, for a class-conditional generator; else random ones.
 
     Raises:
-      InputError: an unknown class, not as many as images, or a generator that cannot be asked for classes.
+      InputError: an unknown class, not as many as images, a generator that cannot be asked for classes, or
+        one that was not trained.
     """
+    if not self.recipe.has_generator:
+      raise InputError("this model has no generator: its run trained without one")
     y = None if classes is None else np.resize(self._numbers(classes, num), -(-num // _SAMPLES) * _SAMPLES)
     draw = evaluate.sampler(self.recipe.g)
     key, images = objectives.named_key(jax.random.key(seed), "sample"), []
@@ -145,6 +148,8 @@ class Model:
     return names, np.concatenate(images)
 
   def _from_array(self, path: Path) -> np.ndarray:
+    if not path.exists():
+      raise InputError(f"{path} does not exist")
     try:
       with np.load(path, allow_pickle=False) as file:
         x = file["x"]
@@ -154,6 +159,8 @@ class Model:
       raise InputError(f"{path} holds no array x of images: save it with numpy") from error
     if self.scaling is not None:
       return self.scaling.apply(x)
+    if self.reader is not None and x.ndim > 2:
+      x = pictures.read_images(x, self.reader, str(path))
     x = self._checked(x)
     return x if x.dtype == np.uint8 else data.to_bytes(x)
 

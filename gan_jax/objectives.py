@@ -83,7 +83,8 @@ def gan(
   Args:
     loss: the pair.
     penalty: on D's gradient at real images (r1), generated ones (r2), both, or between them (wgan_gp).
-    gamma: the penalty's weight, for pixels in [0, 1]: a quarter of one for [-1, 1], see `penalties`.
+    gamma: the penalty's weight, for pixels in [0, 1]: of R1 and R2 a quarter of one for [-1, 1], see
+      `penalties`.
     penalty_every: steps from one application of the penalty to the next.
     rotation_weight: w; the factor 0.2 of G is the paper's.
     labelled: whether labelled images count as real ones too.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from gan_jax import checkpoint, cli, metrics, parsing, report
+from gan_jax import checkpoint, cli, figures, metrics, parsing, report
 from gan_jax.evaluate import Evaluation, Shown
 from gan_jax.types import InputError, Json
 
@@ -195,7 +195,7 @@ def _labelled(class_names: Sequence[str], x: np.ndarray, y: np.ndarray) -> Secti
   strips, counts = [], np.bincount(y, minlength=len(class_names))
   by_class = np.split(np.argsort(y, kind="stable"), np.cumsum(counts)[:-1])
   for k in np.flatnonzero(counts).tolist():
-    strip = report.grid_png(x[by_class[k][:_PER_CLASS]] / np.float32(255), columns=_PER_CLASS)
+    strip = figures.grid_png(x[by_class[k][:_PER_CLASS]] / np.float32(255), columns=_PER_CLASS)
     more = f", {_PER_CLASS} of {counts[k]}" if counts[k] > _PER_CLASS else ""
     strips.append(Picture(strip, f"{class_names[k]}{more}"))
   return Section("Labelled images", text=f"All {len(y):,} labels that were used.", pictures=strips)
@@ -210,7 +210,7 @@ def _tiles(shown: Shown, class_names: Sequence[str]) -> list[Picture]:
       caption += f", {_percent(p[y])}\ncorrect"
     else:
       caption += f", {_percent(p[y])}\npredicted {class_names[predicted]}, {_percent(p[predicted])}"
-    tiles.append(Picture(report.grid_png(x[None] / np.float32(255), columns=1), f"{caption}\nno. {index}"))
+    tiles.append(Picture(figures.grid_png(x[None] / np.float32(255), columns=1), f"{caption}\nno. {index}"))
   return tiles
 
 

@@ -94,7 +94,7 @@ def replicated(tree: Any, devices: Sequence[Any]) -> Any:
 
   def put(a: Any) -> Array:
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(put(jax.random.key_data(a)))
+      return jax.random.wrap_key_data(put(jax.random.key_data(a)), impl=jax.random.key_impl(a))
     return jax.make_array_from_process_local_data(whole, np.asarray(a))
 
   return jax.tree.map(put, tree)

@@ -132,6 +132,6 @@ def _pooled(h: Array) -> Array:
 
 def _standardise(features: Array) -> tuple[Array, Array, Array]:
   """Mean, standard deviation, standardised features; a constant feature becomes zero."""
-  mean, std = features.mean(axis=0), features.std(axis=0)
-  std = jnp.where(std > 1e-8, std, jnp.inf)
+  mean, std = features.mean(axis=0), features.std(axis=0)  # rounding gives a constant one some deviation
+  std = jnp.where(features.max(axis=0) > features.min(axis=0), std, jnp.inf)
   return mean, std, (features - mean[None]) / std[None]

@@ -250,7 +250,8 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
       stored[name] = json.loads((path / name).read_text())
     except (OSError, ValueError) as error:
       raise InputError(f"{path / name} cannot be read: the run cannot be resumed") from error
-  if stored["labels.json"] != labels:
+  noted = {"note": None}  # of files that are no pictures, too, which may come and go
+  if stored["labels.json"] | noted != labels | noted:
     raise InputError(f"{path / 'labels.json'} is not the split that this run would use")
   if stored["config.json"].get("recipes") != described["recipes"]:
     raise InputError(f"{path} was begun with another recipe, perhaps by another version of gan_jax")

@@ -193,7 +193,7 @@ def make_step(
 
     def look(x_raw: Array, y: Array, key: Array) -> DiscOutputs:
       if not len(x_raw):  # a network need not take an empty batch
-        shapes = jax.eval_shape(lambda: d_fn(jnp.zeros((1, *x_raw.shape[1:])), key)[:2])
+        shapes = jax.eval_shape(lambda: d_fn(jnp.zeros((batch.num_generated, *x_raw.shape[1:])), key)[:2])
         logits, features = (jnp.zeros((0, *shape.shape[1:])) for shape in shapes)
         return DiscOutputs(x_raw, x_raw, logits, features, y)
       key_augment, key_noise = jax.random.split(key)

@@ -28,7 +28,8 @@ class Fit:
 
   state: TrainState
   seconds_train: float
-  """In steps, compilation not included; those of a run that was resumed count from its beginning."""
+  """From the first step to the last, with what is logged, diagnosed and saved between them, without the
+  compilation of the steps; those of a run that was resumed count from its beginning."""
   seconds_compile: float
   first_step_at: float | None
   """`time.time()` when the first step of this call was done; None where there was nothing left to do."""

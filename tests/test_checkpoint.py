@@ -51,6 +51,13 @@ def test_a_state_comes_back_bit_for_bit(tiny, make_tiny, tmp_path):
     assert all(leaves_equal(checkpoints.restore(like), state))
 
 
+def test_a_key_of_any_implementation_comes_back(tiny, tmp_path):
+  state = tiny.state().replace(key=jax.random.key(3, impl="rbg"))
+  with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+    checkpoints.save(state)
+    assert all(leaves_equal(checkpoints.restore(state), state))
+
+
 def test_the_last_two_are_kept(tiny, tmp_path):
   with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
     for step in (1, 2, 10):

@@ -137,6 +137,10 @@ def test_images_without_a_label_are_images():
   assert np.bincount(labels[list(few.indices)]).tolist() == [3] * 4
   with pytest.raises(InputError, match="more than the 5 labelled training images of class"):
     data.split_labels(labels, 6, seed=1)
+  with pytest.raises(InputError, match="labelled training images of class cat"):
+    data.split_labels(labels, 6, seed=1, class_names=("cat",) * 4)
+  with pytest.raises(InputError, match="no training image has a label"):
+    data.split_labels(np.full(9, -1), None, seed=1)
   with pytest.raises(InputError, match="has no label among the 2 images"):
     data.split_labels(labels, None, seed=1, num_images=2)
 
@@ -147,11 +151,12 @@ def test_every_label_is_left_out_once(num, counts, seed):
   labels = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(20, -1)])
   labels = np.random.default_rng(seed).permutation(labels)
   split = data.split_labels(labels, None, seed, num_held_out=0)
-  folds = data.folds(labels, split, num)
+  folds = data.folds(labels, split._replace(held_out=(0,)), num)
   assert sorted(np.concatenate([out for _, out in folds])) == list(split.indices)
   for fold, out in folds:
     assert set(fold.indices) == set(split.indices) - set(out)
     assert set(fold.images) == set(split.images) - set(out)
+    assert not fold.held_out  # a fold has every label, and theirs would be on the device
     per_class = np.bincount(labels[out], minlength=len(counts))
     assert all(abs(k - n / num) < 1 for k, n in zip(per_class, counts, strict=True))
     assert abs(len(out) - len(split.indices) / num) < 1

@@ -1,6 +1,7 @@
 """The command line: each command on a run that one of them made."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -162,7 +163,7 @@ def test_a_result_is_printed_whole(trained, command, capsys, tmp_path):
   assert "train on folder:a [b] :a:, 12 labels" in said
 
 
-def test_vectors_train_the_mlp(small_mlp, command, tmp_path):
+def test_vectors_train_the_mlp(small_mlp, command, capsys, tmp_path):
   """Vectors with a label each, a class for each third; new ones go through the same scaling."""
   rng = np.random.default_rng(0)
   y = np.arange(60) % 3
@@ -178,10 +179,50 @@ def test_vectors_train_the_mlp(small_mlp, command, tmp_path):
   model = gan_jax.load(tmp_path / "run")
   names, images = model.read([tmp_path / "vectors.npz"])
   assert len(names) == 60
+  assert command("sample", tmp_path / "run") == 2
+  assert "vectors, which are no picture: name a .npy file" in " ".join(capsys.readouterr().err.split())
   assert model.predict(images).shape == (60, 3)
   np.save(tmp_path / "other.npy", x[:, :5])
   with pytest.raises(gan_jax.types.InputError, match=r"vectors must be \[N, 12\]"):
     model.read([tmp_path / "other.npy"])
+
+
+def test_ctrl_c_in_a_fold_leaves_the_run_unfinished(
+  trained, small_mlp, command, monkeypatch, capsys, tmp_path
+):
+  """Nothing is said of an error that was not measured."""
+  fit = classify.train.fit
+
+  def stopped(*args, **kwargs):
+    found = fit(*args, **kwargs)
+    return dataclasses.replace(found, interrupted=kwargs["phase"].startswith("fold"))
+
+  monkeypatch.setattr(classify.train, "fit", stopped)
+  flags = "--network", "mlp", "--steps", 2, "--folds", 2, "--workdir", tmp_path / "second"
+  assert command("train", "--dataset", f"folder:{tmp_path / 'pictures'}", *flags) == 130
+  result = json.loads((tmp_path / "second" / "result.json").read_text())
+  assert (result["interrupted"], result["test_error"], result["error_from"]) == (True, None, None)
+  assert "measured on" not in capsys.readouterr().err
+
+
+def test_without_a_generator_there_are_no_generated_images(trained, small_mlp, command, capsys, tmp_path):
+  flags = (
+    "--network",
+    "mlp",
+    "--steps",
+    2,
+    "--folds",
+    0,
+    "--adversarial",
+    0,
+    "--workdir",
+    tmp_path / "alone",
+  )
+  assert command("train", "--dataset", f"folder:{tmp_path / 'pictures'}", *flags) == 0
+  assert not (tmp_path / "alone" / "samples").exists()
+  assert "Generated images" not in (tmp_path / "alone" / "report.html").read_text()
+  assert command("sample", tmp_path / "alone") == 2
+  assert "its run trained without one" in " ".join(capsys.readouterr().err.split())
 
 
 def test_folds_start_afresh(trained, small_mlp, command, monkeypatch, capsys, tmp_path):
@@ -242,6 +283,12 @@ def test_what_is_there_is_not_replaced_without_a_word(trained, command, tmp_path
   assert command("predict", trained, new, "--out", tmp_path / "pipe") == 0
   reader.join()
   assert len(lines) == 25
+  reader = threading.Thread(target=lambda: lines.append((tmp_path / "pipe").read_text()))
+  reader.start()
+  assert command("report", trained, "--out", tmp_path / "pipe") == 0
+  reader.join()
+  assert lines[-1].startswith("<!doctype html>")
+  assert (tmp_path / "pipe").is_fifo()
   for words in (("predict", trained, new), ("sample", trained), ("report", trained)):
     folder = tmp_path / "folder.png"
     folder.mkdir(exist_ok=True)

@@ -76,6 +76,31 @@ def test_other_images_are_refused(x, sentence, run):
     gan_jax.load(run(recipe())[0]).predict(x)
 
 
+def test_arrays_are_read_as_those_of_the_training_were(run, tmp_path):
+  """16 bits by the white of the training, other sides resized as there."""
+  path, _ = run(recipe())
+  stored = json.loads((path / "config.json").read_text())
+  stored["reader"] = {"channels": 1, "size": [8, 8], "fit": "crop", "white": 4000}
+  (path / "config.json").write_text(json.dumps(stored))
+  model = gan_jax.load(path)
+  x = np.random.default_rng(0).integers(0, 4000, (3, 8, 8), dtype=np.uint16)
+  np.save(tmp_path / "deep.npy", x)
+  _, images = model.read([tmp_path / "deep.npy"])
+  np.testing.assert_array_equal(images[..., 0], np.round(x * (255 / 4000)))
+  np.save(tmp_path / "wide.npy", np.full((2, 16, 20), 7, np.uint8))
+  np.testing.assert_array_equal(model.read([tmp_path / "wide.npy"])[1], np.full((2, 8, 8, 1), 7))
+  np.save(tmp_path / "ints.npy", x.astype(np.int64))
+  with pytest.raises(InputError, match=r"ints.npy must be uint8, uint16, or floats in \[0, 1\], not int64"):
+    model.read([tmp_path / "ints.npy"])
+  with pytest.raises(InputError, match=r"none\.npy does not exist"):
+    model.read([tmp_path / "none.npy"])
+
+
+def test_a_generator_that_was_not_trained_draws_nothing(run):
+  with pytest.raises(InputError, match="no generator: its run trained without one"):
+    gan_jax.load(run(recipe(adversarial=0.0))[0]).sample(1)
+
+
 def test_one_sample_at_a_time_is_all_at_once(run):
   model = gan_jax.load(run(recipe())[0])
   x = model.sample(501)

@@ -127,12 +127,13 @@ def test_every_norm_of_a_discriminator(kind, norm, key):
     )
 
 
+@pytest.mark.parametrize("norm", ["batch", "shift"])
 @pytest.mark.parametrize("kind", ["conv", "mlp"])
-def test_a_discriminator_has_no_statistics_of_the_batch(kind, key):
+def test_a_discriminator_has_no_statistics_of_the_batch(kind, norm, key):
   """D's update passes real and generated images together and G's apart: they would be two functions."""
   x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
   with pytest.raises(InputError, match="use norm='layer'"):
-    jax.eval_shape(lambda x: TINY_D[kind].clone(norm="batch").init(key, x, train=True), x)
+    jax.eval_shape(lambda x: TINY_D[kind].clone(norm=norm).init(key, x, train=True), x)
 
 
 @pytest.mark.parametrize("kernel", [None, 3])

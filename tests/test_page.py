@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gan_jax import evaluate, metrics, page, report
+from gan_jax import evaluate, figures, metrics, page, report
 from gan_jax.types import InputError
 
 EVIL = "<script>alert('&')</script>"
@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def png(tmp_path):
-  report.sample_grid(tmp_path / "grid.png", np.zeros((1, 8, 8, 3), np.float32))
+  figures.sample_grid(tmp_path / "grid.png", np.zeros((1, 8, 8, 3), np.float32))
   return tmp_path / "grid.png"
 
 
@@ -157,7 +157,7 @@ def classified(num_classes, tmp_path, num=300):
   shown = evaluate.Shown(rows, x, y[rows], probs[rows])
   counts = metrics.confusion_matrix(logits, y)
   for name in ("confusion.png", "reliability.png"):
-    report.sample_grid(tmp_path / name, np.zeros((1, 8, 8, 1), np.float32))
+    figures.sample_grid(tmp_path / name, np.zeros((1, 8, 8, 1), np.float32))
   return evaluate.Evaluation(0.0, {}, {}, logits, counts, y, shown, shown._replace(indices=rows + 4))
 
 
@@ -234,7 +234,7 @@ def write_run(path, **config):
   }
   report.write_json(path / "result.json", result)
   report.write_json(path / "config.json", {"config": config, "command": "python x"})
-  report.sample_grid(path / "samples" / "last.png", np.zeros((1, 8, 8, 1), np.float32))
+  figures.sample_grid(path / "samples" / "last.png", np.zeros((1, 8, 8, 1), np.float32))
 
 
 def test_runs_side_by_side(tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ CASES = {
   "whole recipe": {"objective": WHOLE, "augment": WEAK, **conv("layer", "shift")},
   "pairs, R1 and R2, spectral and batch norm": {"objective": RELATIVISTIC, **conv("spectral", "batch")},
   "noise and weight norm": {"objective": objectives.semi_supervised_gan(), "network": "mlp"},
+  "no labelled images": {"objective": objectives.gan(), "sizes": BatchSizes(0, 16, 8)},
   "ADA": {"objective": objectives.gan(), "augment": augment.Adaptive((WEAK,), num_images=200)},
 }
 
@@ -50,7 +51,8 @@ def test_eight_devices_compute_what_one_does(case, make_tiny):
   """A mesh, and pmap. With SGD, because Adam hides a constant factor in the gradient; to rounding."""
   changes = dict(CASES[case])
   tiny = make_tiny(tx=optax.sgd(0.05), network=changes.pop("network", "conv"))
-  sizes = BatchSizes(8, 8 if changes["objective"] is RELATIVISTIC else 16, 8)  # pairs need as many
+  num_unlabelled = 8 if changes["objective"] is RELATIVISTIC else 16  # pairs need as many
+  sizes = changes.pop("sizes", BatchSizes(8, num_unlabelled, 8))
   recipe = tiny.recipe(batch=sizes, **changes)
   start = recipe.init_state(jax.random.key(0), tiny.data)
   devices = jax.devices()

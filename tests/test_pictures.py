@@ -651,8 +651,9 @@ def test_a_class_that_cannot_be_read(pets):
     shutil.copy(pets / "train" / "cat" / "0.png", pets / "train" / "unsup" / f"{i}.png")
   for path in (pets / "train" / "dog").iterdir():
     path.write_bytes(b"")
-  with pytest.raises(InputError, match="holds no picture of dog that can be read"):
+  with pytest.raises(InputError, match="holds no picture of dog that can be read") as caught:
     pictures.load_folder(pets)
+  assert str(caught.value) in pictures.check(pets)["problems"]
 
 
 def test_a_closed_folder(pets, monkeypatch):
@@ -804,6 +805,7 @@ BAD_ARRAYS = {
   "text as images": ({"x": np.full((8, 3), "a")}, "vectors in x must be real numbers, not <U1"),
   "other test shape": ({"x_test": np.zeros((3, 6, 6), np.uint8)}, r"must be like x, \[8, 6, 5\] of uint8"),
   "other test type": ({"x_test": F[:3]}, r"x_test must be like x.* \[3, 6, 5\] of float32"),
+  "bytes and 16 bits": ({"x_test": np.zeros((3, 6, 5), np.uint16)}, "must be like x.* of uint16"),
   "short y": ({"y": np.array([0, 1, 2])}, "y has 3 labels for 8 images"),
   "short y_test": ({"y_test": np.array([0, 1])}, "y_test has 2 labels for 3 images"),
   "one-hot": ({"y": np.eye(8, 3)}, r"y must be \[N\], a class for each image, not \[8, 3\]"),

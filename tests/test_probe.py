@@ -33,6 +33,17 @@ def test_scale_and_dead_features_do_not_matter(key):
   np.testing.assert_allclose(plain.logits(x), scaled.logits(other), atol=1e-2)
 
 
+def test_constant_features_of_any_value_count_for_nothing(key):
+  """In float32 the deviation of a constant column is seldom zero; test images may have another constant."""
+  z = jax.random.normal(key, (30, 1))
+  y = (z[:, 0] > 0).astype(jnp.int32)
+  constant = jnp.broadcast_to(jnp.arange(256) / 255, (30, 256))
+  plain = probe.fit_linear(z, y, num_classes=2)
+  fitted = probe.fit_linear(jnp.concatenate([z, constant], axis=-1), y, num_classes=2)
+  elsewhere = jnp.concatenate([z, constant + 0.2], axis=-1)
+  np.testing.assert_allclose(plain.logits(z), fitted.logits(elsewhere), atol=1e-2)
+
+
 def test_the_nearest_neighbour_is_scikit_learns():
   x, y = load_digits(return_X_y=True)
   train, test = slice(100), slice(100, 400)

@@ -11,7 +11,7 @@ from conftest import leaves_equal
 
 from experiments import label_study
 from gan_jax import checkpoint, data, datasets, networks, probe, recipes, steps, train
-from gan_jax.recipes import gan, ssgan, study
+from gan_jax.recipes import gan, policies, ssgan, study
 from gan_jax.types import InputError
 
 SHAPE = (8, 8, 1)
@@ -225,6 +225,20 @@ def test_a_network_of_ones_own_is_frozen_probed_transferred_and_saved(residual):
   for name in ("body", "judgement"):
     assert not any(leaves_equal(state.d.params[name], fresh[name]))
   assert not any(leaves_equal(state.d.params["body"], trained.ema["d"]["body"]))
+
+
+def test_policies_of_a_shape_and_of_a_gan_that_mirrors(key):
+  shapes = {"none": (1, 64, 1), "digits": (8, 8, 1), "photos": (32, 32, 3)}
+  assert {policies.suited(shape): shape for shape in shapes.values()} == shapes
+  x = jax.random.uniform(key, (64, 8, 8, 3))
+  hparams = recipes.gan.Hparams(augmentation="affine", policy="photos", flip=True)
+  policies_without = {"photos": policies.POLICIES["photos"]._replace(strong={})}
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(policies, "POLICIES", policies_without)
+    mirrored = recipes.gan.build(hparams, (8, 8, 3), 3).augment(key, x)
+  is_mirror = (mirrored == x[:, :, ::-1]).all(axis=(1, 2, 3))
+  assert 10 < is_mirror.sum() < 54
+  np.testing.assert_array_equal(mirrored[~is_mirror], x[~is_mirror])
 
 
 def test_the_same_name_is_the_same_pair_everywhere():

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gan_jax import metrics, report
+from gan_jax import figures, metrics, report
 from gan_jax.types import InputError
 
 
@@ -51,7 +51,7 @@ def test_a_corrupt_line_of_metrics_is_a_sentence(tmp_path, line):
 def test_sample_grid_puts_images_in_rows(tmp_path):
   x = np.zeros((3, 64, 64, 1), np.float32)
   x[1] = 0.5
-  report.sample_grid(tmp_path / "grid.png", x, columns=2)
+  figures.sample_grid(tmp_path / "grid.png", x, columns=2)
   pixels = np.asarray(Image.open(tmp_path / "grid.png"))
   assert pixels.shape == (132, 132)
   assert pixels[30, 30] == 0
@@ -62,7 +62,7 @@ def test_sample_grid_puts_images_in_rows(tmp_path):
 def test_the_names_of_a_thousand_classes_are_not_drawn(tmp_path, monkeypatch):
   figure = Figure()
   monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
-  report.confusion(tmp_path / "c.png", np.eye(1000, dtype=int), [f"class {k}" for k in range(1000)])
+  figures.confusion(tmp_path / "c.png", np.eye(1000, dtype=int), [f"class {k}" for k in range(1000)])
   assert len(figure.axes[0].get_xticks()) < 20
 
 
@@ -71,7 +71,7 @@ def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
   figure = Figure()
   monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
   counts = np.arange(16).reshape(4, 4) ** 2
-  report.confusion(tmp_path / "c.png", counts, "abcd")
+  figures.confusion(tmp_path / "c.png", counts, "abcd")
   (axes,) = figure.axes
   (picture,) = axes.images
   luminance = lambda rgb: np.asarray(rgb)[:3] ** 2.2 @ [0.2126, 0.7152, 0.0722]
@@ -86,7 +86,7 @@ def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
 def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(tmp_path, monkeypatch):
   figure = Figure()
   monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
-  report.confusion(tmp_path / "c.png", np.eye(2, dtype=int), ("$\\nonsense$", 40 * "x"))
+  figures.confusion(tmp_path / "c.png", np.eye(2, dtype=int), ("$\\nonsense$", 40 * "x"))
   FigureCanvasAgg(figure).draw()  # a formula that cannot be read raises here
   (axes,) = figure.axes
   assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…"]
@@ -97,7 +97,7 @@ def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(tmp_path
   monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
   probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
   found = metrics.reliability(probs, np.array([0, 1, 0]), bins=4)
-  report.reliability_diagram(tmp_path / "r.png", found)
+  figures.reliability_diagram(tmp_path / "r.png", found)
   above, below = figure.axes
   assert [bar.get_height() for bar in above.patches] == [0, 0, 1, 0.5]
   assert [bar.get_height() for bar in below.patches] == [0, 0, 1, 2]
@@ -107,7 +107,7 @@ def test_every_kind_of_curve_has_a_panel(tmp_path, monkeypatch):
   figure = Figure()
   monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
   rows = [{"phase": "p", "step": t, "d/loss": 1.0 / t, "d/error": 5.0} for t in (1, 2)]
-  report.learning_curves(tmp_path / "curves.png", rows)
+  figures.learning_curves(tmp_path / "curves.png", rows)
   assert [axes.get_title() for axes in figure.axes] == ["losses of D", "error on the labelled batch, %"]
   (line,) = figure.axes[0].lines
   assert list(line.get_ydata()) == [1.0, 0.5]

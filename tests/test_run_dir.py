@@ -18,11 +18,12 @@ from gan_jax.types import InputError, Stopped
 def open_run(tiny):
   """Opens a run of the tiny problem with these flags."""
 
-  def open_one(split=None, hparams=None, files=("samples", "pretrained"), **flags):
+  def open_one(split=None, hparams=None, files=("samples", "pretrained"), note="", **flags):
     config = parsing.with_flags(mnist_ssgan.Config(), **flags)
     recipe = tiny.recipe(hparams=hparams or recipes.ssgan.Hparams())
     used, split = {"main": recipe}, split or tiny.split
-    return run_dir.open_run("test", config, tiny.dataset, split, recipes_used=used, files=files)
+    dataset = dataclasses.replace(tiny.dataset, note=note)
+    return run_dir.open_run("test", config, dataset, split, recipes_used=used, files=files)
 
   return open_one
 
@@ -63,7 +64,7 @@ def test_a_run_of_another_experiment_is_not_replaced(open_run):
 
 def test_a_run_is_resumed_with_its_own_split_and_recipe(open_run, tiny):
   run = opened(open_run(workdir="here"))
-  opened(open_run(workdir="here", resume=True))
+  opened(open_run(workdir="here", resume=True, note="skipped, hidden or no pictures: .DS_Store"))
   with pytest.raises(InputError, match="not the split"):
     opened(open_run(tiny.split._replace(seed=3), workdir="here", resume=True))
   other = recipes.ssgan.Hparams(threshold=0.9)

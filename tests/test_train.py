@@ -73,6 +73,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path
     assert checkpoints.latest_step is None
 
 
+def test_a_diagnostic_that_is_not_finite_is_of_the_step_that_it_was_measured_after():
+  metrics = log.MetricsLog(None, "main", 0, 8)
+  metrics.push(8, 4, {"diagnostics/x": np.float32("nan")})
+  with pytest.raises(InputError, match="diagnostics/x is not finite at step 8"):
+    metrics.flush()
+
+
 def overflowing(size):
   """An optimizer whose update overflows in step 4, or not, at a smaller rate: norms are sums of squares."""
 

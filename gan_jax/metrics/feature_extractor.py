@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,8 +82,7 @@ def load_feature_extractor(
   known_as = fingerprint(dataset)
   if known_as == MNIST_FINGERPRINT:
     return read_feature_extractor(MNIST_PATH, MNIST_SHA256)
-  root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  folder = Path(cache_dir or Path(root) / "gan_jax" / "feature_extractors")
+  folder = Path(cache_dir or report.cache_dir() / "feature_extractors")
   for path in sorted(folder.glob(f"{known_as}-*.npz")):
     with contextlib.suppress(InputError):
       return read_feature_extractor(path, path.stem.removeprefix(f"{known_as}-"))

@@ -134,7 +134,7 @@ class Block(nn.Module):
 
   Normalisation of the outputs: `layer` over the channels of each position, `group` over all positions of
   each group of 16 channels, `batch` with running averages for evaluation, `shift` as in
-  `BatchNormShift`. A discriminator refuses `batch`, see `heads`.
+  `BatchNormShift`. A discriminator refuses `batch` and `shift`, see `heads`.
   """
 
   features: int
@@ -199,10 +199,11 @@ def heads(d: Any, h: Float[Array, "b h"], features: Float[Array, "b f"], train: 
     train: as in the network.
 
   Raises:
-    InputError: `norm="batch"`. D's update passes real and generated images together and G's passes them
-      apart, so with statistics of the batch the two updates would play against different functions.
+    InputError: `norm="batch"` or "shift". D's update passes real and generated images together and G's
+      passes them apart, so with statistics of the batch the two updates would play against different
+      functions.
   """
-  if d.norm == "batch":
+  if d.norm in ("batch", "shift"):
     raise InputError("batch normalisation mixes the real and the generated images of D: use norm='layer'")
 
   def head(num: int, name: str) -> Array:

@@ -4,10 +4,10 @@ Nothing is silently dropped or replaced. What is skipped, left out or clipped is
 and what cannot be trained on is an `InputError` of one sentence.
 """
 
-from gan_jax.pictures.arrays import Scaling, load_arrays, scaled
+from gan_jax.pictures.arrays import Scaling, load_arrays, read_images, scaled
 from gan_jax.pictures.folder import load_folder
 from gan_jax.pictures.layout import below, labelled
-from gan_jax.pictures.reader import Fit, Reader, check_memory, resize
+from gan_jax.pictures.reader import Fit, Reader, check_memory, resize, resize_all
 from gan_jax.pictures.survey import check, print_check
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
   "load_arrays",
   "load_folder",
   "print_check",
+  "read_images",
   "resize",
+  "resize_all",
   "scaled",
 ]

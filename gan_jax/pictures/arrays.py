@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from gan_jax.datasets import Dataset
-from gan_jax.pictures.reader import Reader, listed
+from gan_jax.pictures.reader import Reader, listed, resize_all
 from gan_jax.types import InputError
 
 _KEYS = ("x", "y", "x_test", "y_test", "classes")
@@ -144,7 +144,8 @@ def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
       yield from _image_problems(key, arrays[key])
   if "x" in arrays and "x_test" in arrays:
     x, x_test = arrays["x"], arrays["x_test"]
-    if x.shape[1:] != x_test.shape[1:] or x.dtype.kind != x_test.dtype.kind:
+    alike = x.dtype.kind == x_test.dtype.kind and is_uint16(x) == is_uint16(x_test)
+    if x.shape[1:] != x_test.shape[1:] or not alike:
       yield (
         f"x_test must be like x, {_shape(x)} of {x.dtype}, but for the first number, and it is"
         f" {_shape(x_test)} of {x_test.dtype}"
@@ -244,6 +245,24 @@ def _class_numbers(y: np.ndarray, names: tuple[str, ...]) -> Int[np.ndarray, "n"
     number = {name: i for i, name in enumerate(names)} | {"": -1}
     return np.array([number[name] for name in y.tolist()], np.int64)
   return y.astype(np.int64)
+
+
+def read_images(x: np.ndarray, reader: Reader, name: str) -> UInt8[np.ndarray, "n h w c"]:
+  """Images `[N, H, W]` or `[N, H, W, C]` read as those of a training were: 16 bits scaled by the same
+  number, resized where those were.
+
+  Args:
+    x: uint8, uint16, or floats in [0, 1].
+    reader: of the training.
+    name: of the array, for messages.
+
+  Raises:
+    InputError: another type, shape or range.
+  """
+  for problem in _image_problems(name, x):
+    raise InputError(problem)
+  x = _as_bytes(x, reader.white)
+  return x if reader.size in (None, x.shape[1:3]) else resize_all(x, reader.size, reader.fit)
 
 
 def _as_bytes(x: np.ndarray, white: int) -> UInt8[np.ndarray, "n h w c"]:

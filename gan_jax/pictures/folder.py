@@ -150,10 +150,6 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice)
       reader, x_train = replace(reader, channels=1), np.ascontiguousarray(x_train[..., :1])
   x_test, failed_test = _read_all(reader, test, size)
   _raise_first(unreadable_problems(found, {len(paths) + i: reason for i, reason in failed_test.items()}))
-  left = {label for i, (_, label) in enumerate(found.train) if i not in failed}
-  gone = [name for name in found.classes if name not in left]
-  if gone:
-    raise InputError(f"{found.root} holds no picture of {listed(gone)} that can be read")
   if failed:
     names = listed(found.name(paths[i]) for i in failed)
     notes.append(
@@ -204,7 +200,7 @@ def suggested_side(sizes: list[tuple[int, int]]) -> int:
 
 
 def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
-  """Problems where pictures of the test set, or more than 1 % of the others, cannot be read."""
+  """Problems where pictures of the test set, over 1 % of the others, or all of a class cannot be read."""
   paths = [path for path, _ in found.train + found.test]
   problems, num = [], len(found.train)
   told = lambda which: "; ".join(f"{found.name(paths[i])} {reasons[i]}" for i in which[:3])
@@ -214,6 +210,10 @@ def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
       f"{len(of_train):,} of the {num:,} training pictures of {found.root}, more than 1 %, cannot be read,"
       f" mend or remove them: {told(of_train)}"
     )
+  left = {label for i, (_, label) in enumerate(found.train) if i not in reasons}
+  gone = [name for name in found.classes if name not in left]
+  if gone:
+    problems.append(f"{found.root} holds no picture of {listed(gone)} that can be read")
   if of_test:
     problems.append(
       f"{len(of_test):,} of the test pictures of {found.root} cannot be read, mend or remove them:"

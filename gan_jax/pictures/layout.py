@@ -168,6 +168,11 @@ def scan(root: Path) -> Found:
   _check_classes(found)
   used = {table for path in (root, *train, *parts[1]) for table in found.level(path).tables}
   tables = [table for level in found.levels.values() for table in level.tables if table not in used]
+  found.problems += [
+    f"{table} labels pictures of an unlabelled folder: move them into class folders, and the table away"
+    for table in tables
+    if table.name.lower() == "labels.csv" and table.parent.name.casefold() in _UNLABELLED
+  ]
   found.skipped = sorted({*found.skipped, *map(found.name, tables)})
   found.problems = list(dict.fromkeys(found.problems))
   return found

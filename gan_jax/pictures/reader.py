@@ -89,6 +89,17 @@ def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
   return np.pad(pixels, border[: pixels.ndim], mode="edge")
 
 
+def resize_all(
+  x: UInt8[np.ndarray, "n h w c"], size: tuple[int, int], fit: Fit
+) -> UInt8[np.ndarray, "n i j c"]:
+  """Images of this height and width, see `resize`."""
+  found = np.empty((len(x), *size, x.shape[-1]), np.uint8)
+  for i, image in enumerate(x):
+    for c in range(x.shape[-1]):  # Pillow knows no arrays of one channel
+      found[i, ..., c] = resize(Image.fromarray(image[..., c]), size, fit)
+  return found
+
+
 def check_memory(num: int, image_shape: tuple[int, int, int], hint: str, *, num_bytes: int = 1) -> None:
   """Raises `InputError` with the hint where so many images, of `num_bytes` a value, do not fit the free
   memory."""

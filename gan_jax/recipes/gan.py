@@ -58,13 +58,15 @@ class Hparams(base.Hparams):
   """One-sided label smoothing: the target probability of "real" for real images."""
   penalty: Penalty = "r1"
   gamma: float = 1.0
-  """Weight of the penalty, for pixels in [0, 1]: a quarter of the same weight for pixels in [-1, 1]."""
+  """Weight of the penalty, for pixels in [0, 1]. Of R1 and R2 a quarter of the same weight for pixels in
+  [-1, 1]; wgan_gp holds the slope to 1 in the units that there are, and takes its weight as it is."""
   penalty_every: int = 4
   """Steps from one application of the penalty to the next, which counts as many times."""
   norm: Norm = "none"
   """Normalisation in D."""
   augmentation: Augmentation = "none"
-  """Of all that D sees: none, mild affine maps, a stronger policy always, or the same as often as D
+  """Of all that D sees. none; affine: what a classifier of such pictures learns with, affine maps and, of
+  colour, changes of colour; fixed: the policy for generators, always; adaptive: the same as often as D
   overfits (ADA)."""
   policy: policies.Name = "digits"
   """Whose transformations these are, see `policies`."""
@@ -206,7 +208,7 @@ def _augment(h: Hparams) -> Augment | augment.Adaptive | None:
   if h.augmentation == "none":
     return None
   if h.augmentation == "affine":
-    return policies.build(policy.strong)
+    return policies.build({"flip": h.flip, **(policy.strong or {})})
   found = policies.augments(**{"flip": h.flip, **(policy.generator or {})})
   if h.augmentation == "fixed":
     return augment.chain(*found)

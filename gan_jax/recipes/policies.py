@@ -44,7 +44,10 @@ such as hands. objects: the same with mirror images."""
 
 
 def suited(image_shape: tuple[int, int, int], *, mirror: bool = False) -> Name:
-  """The policy for images of this shape: digits for grey ones, else photos or, with `mirror`, objects."""
+  """The policy for images of this shape: none for one row, a vector; digits for grey ones, else photos or,
+  with `mirror`, objects."""
+  if image_shape[0] == 1:
+    return "none"
   if image_shape[2] != 3:
     return "digits"
   return "objects" if mirror else "photos"

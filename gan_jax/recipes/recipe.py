@@ -77,6 +77,11 @@ class Recipe:
     """Whether D is asked for the class of every image: no image without a label, and a conditional G."""
     return not self.batch.unlabelled and self.batch.generated > 0 and steps.is_class_conditional(self.g)
 
+  @property
+  def has_generator(self) -> bool:
+    """Whether G is trained."""
+    return bool(self.objective.g)
+
   def init_state(self, key: Key[Array, ""], images: data.DeviceData) -> TrainState:
     """A fresh state; consumes the key. Weight-normalised layers start from 500 of the images."""
     x_init = data.to_float(data.seen(images.x_unl if len(images.x_unl) else images.x_lab))

@@ -68,7 +68,7 @@ def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) 
 
   conv: tuned on held-out training images, split seeds 100 to 105, of MNIST (weights, augmentation,
   schedule) and of the digits (number of steps, class balance). vgg, resnet: those of conv. mlp: the
-  published recipe of Improved GAN, for 12,000 steps where the paper has 180,000.
+  published recipe of Improved GAN, for 12,000 steps, 4,000 on small data, where the paper has 180,000.
 
   Args:
     network: the pair.

@@ -1,7 +1,9 @@
 """The methods of the few-label study: what differs between them is the objective and what it needs.
 
 All start from one semi-supervised GAN, so they share networks, optimizers, batches, augmentation and number
-of steps, and those that see unlabelled images also class balance, so that it decides nothing between them.
+of steps. Those that see unlabelled images also share class balance, so that it decides nothing between
+them, but for AdaMatch, whose distribution alignment takes its place. `bad_generator` keeps the published
+adversarial weight.
 """
 
 import dataclasses

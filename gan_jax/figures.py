@@ -1,0 +1,187 @@
+"""Pictures of a run: grids of images, curves, matrices."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gan_jax.metrics.uncertainty import Reliability
+from gan_jax.report import write_bytes
+from gan_jax.types import Json
+
+
+def sample_grid(path: Path, x: Float[np.ndarray, "n h w c"], columns: int = 10) -> None:
+  """Images in [0, 1] as one PNG file, see `grid_png`."""
+  write_bytes(path, grid_png(x, columns))
+
+
+def grid_png(x: Float[np.ndarray, "n h w c"], columns: int) -> bytes:
+  """Images in [0, 1] as one PNG, row by row, small ones enlarged pixel by pixel."""
+  from PIL import Image
+
+  n, height, width, channels = x.shape
+  rows = -(-n // columns)
+  grid = np.ones((rows * columns, height + 2, width + 2, channels), np.float32)
+  grid[:n, 1:-1, 1:-1] = x
+  grid = grid.reshape(rows, columns, height + 2, width + 2, channels).transpose(0, 2, 1, 3, 4)
+  grid = grid.reshape(rows * (height + 2), columns * (width + 2), channels)
+  pixels = np.round(255 * np.clip(grid, 0, 1)).astype(np.uint8)
+  picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+  factor = max(1, 64 // height)
+  picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+  buffer = io.BytesIO()
+  picture.save(buffer, "png")
+  return buffer.getvalue()
+
+
+def _figure(path: Path, size: tuple[float, float], draw: Callable) -> None:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=size, layout="constrained")
+  FigureCanvasAgg(figure)
+  draw(figure)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=110)
+  write_bytes(path, buffer.getvalue())
+
+
+_CURVES = {
+  "losses of D": ("d/loss", "d/supervised", "d/adversarial", "d/consistency", "d/rotation"),
+  "penalties": ("d/r1", "d/r2", "d/wgan_gp"),
+  "loss of G": ("g/loss",),
+  "real logit": ("d/real_logit_real", "d/real_logit_fake", "diagnostics/real_logit_held_out"),
+  "error on the labelled batch, %": ("d/error",),
+  "images that D classifies correctly, %": ("diagnostics/train_accuracy", "diagnostics/fake_accuracy"),
+  "overfitting": ("diagnostics/memorisation", "d/overfitting", "d/strength"),
+  "entropy of the generated classes, nats": ("diagnostics/class_entropy",),
+}
+
+
+def learning_curves(path: Path, rows: Sequence[Json]) -> None:
+  """Metrics over steps: a line a phase and metric, a panel a kind that the run has, one below the other."""
+  logged = set().union(*rows)
+  curves = {title: names for title, names in _CURVES.items() if logged & set(names)}
+
+  def draw(figure):
+    panels = figure.subplots(max(1, len(curves)), squeeze=False).flat
+    for axes, (title, names) in zip(panels, curves.items(), strict=False):
+      for phase in dict.fromkeys(row["phase"] for row in rows):
+        for name in names:
+          points = [(row["step"], row[name]) for row in rows if row["phase"] == phase and name in row]
+          if points:
+            dashes = "-" if phase == rows[0]["phase"] else "--"
+            axes.plot(*zip(*points, strict=True), dashes, label=f"{name}, {phase}", linewidth=1)
+      axes.set_title(title)
+      axes.spines[["top", "right"]].set_visible(False)
+      if axes.lines:
+        axes.legend(fontsize=9, frameon=False)
+    panels[-1].set_xlabel("steps")
+
+  _figure(path, (4.8, 2.6 * max(1, len(curves))), draw)
+
+
+def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:
+  """Confusion matrix; the diagonal is left blank so that the mistakes show. Numbers up to 20 classes, names
+  up to 100."""
+  many = len(counts) > 10
+  names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
+
+  def draw(figure):
+    axes = figure.subplots()
+    mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
+    picture = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, mistakes.max()))
+    ticks = range(len(names))
+    turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
+    axes.tick_params(labelsize=10 if many else 12)
+    if len(names) <= 100:  # beyond, they would lie on each other, and drawing them takes longest
+      axes.set_xticks(ticks, names, parse_math=False, **turned)
+      axes.set_yticks(ticks, names, parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(counts) <= 20:
+      cells = picture.to_rgba(mistakes)[..., :3] ** 2.2 @ [0.2126, 0.7152, 0.0722]  # luminance
+      for i in ticks:
+        for j in ticks:
+          if counts[i, j]:
+            colour = "0.4" if i == j else "white" if cells[i, j] < 0.18 else "black"
+            axes.text(
+              j, i, str(counts[i, j]), ha="center", va="center", fontsize=9 if many else 12, color=colour
+            )
+
+  _figure(path, (8, 8) if many else (6, 6), draw)
+
+
+def reliability_diagram(path: Path, found: Reliability) -> None:
+  """Accuracy over confidence, a bar a bin, above the number of images in each bin."""
+
+  def draw(figure):
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    edges = np.linspace(0, 1, len(found.count) + 1)
+    middles, width = (edges[1:] + edges[:-1]) / 2, 0.9 / len(found.count)
+    above.bar(middles, np.nan_to_num(found.accuracy), width, color="tab:blue", label="accuracy")
+    above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1, label="confidence = accuracy")
+    above.plot(found.confidence, found.accuracy, "o", color="black", markersize=4, label="mean confidence")
+    above.set_ylim(0, 1.02)
+    above.set_ylabel("accuracy")
+    figure.legend(fontsize=9, frameon=False, loc="outside upper center", ncols=3)
+    below.bar(middles, found.count, width, color="0.6")
+    below.set_yscale("symlog", linthresh=1)
+    below.set_ylabel("images")
+    below.set_xlabel("confidence")
+    below.set_xlim(0, 1)
+    for axes in (above, below):
+      axes.spines[["top", "right"]].set_visible(False)
+
+  _figure(path, (4.8, 4.8), draw)
+
+
+def label_curves(
+  path: Path, cells: Mapping[str, Mapping[int, Sequence[float]]], *, smallest: float, ylabel: str
+) -> None:
+  """Errors over the number of labels on logarithmic axes: a colour a method, a point a split.
+
+  Lines go through the medians. The methods stand side by side at each number, so that no point hides
+  another.
+
+  Args:
+    path: of the PNG.
+    cells: method -> number of labels -> errors in percent.
+    smallest: errors below are drawn there, because zero has no place on a logarithmic axis.
+    ylabel: of the errors' axis.
+  """
+
+  def draw(figure):
+    from matplotlib import colormaps
+    from matplotlib.ticker import NullFormatter
+
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for i, (name, budgets) in enumerate(cells.items()):
+      colour = colormaps["tab10"](i % 10)
+      aside = 1.035 ** (i - (len(cells) - 1) / 2)
+      drawn = {n * aside: np.maximum(errors, smallest) for n, errors in sorted(budgets.items())}
+      for x, errors in drawn.items():
+        axes.plot([x] * len(errors), errors, "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
+      medians = [float(np.median(errors)) for errors in drawn.values()]
+      axes.plot(list(drawn), medians, "-", color=colour, linewidth=1.2, label=name)
+    numbers = sorted({n for budgets in cells.values() for n in budgets})
+    axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", bottom=False)
+    low, high = axes.get_ylim()
+    ticks = [m * 10.0**k for k in range(-3, 3) for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", which="both", color="0.92", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("labels")
+    axes.set_ylabel(ylabel)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+
+  _figure(path, (9, 5), draw)
