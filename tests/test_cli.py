@@ -29,7 +29,10 @@ BAD = [
   ({"num_images": 0}, "--num-images must be at least 1"),
   ({"folds": 1}, "--folds must be at least 2, as one would leave out every label, or 0"),
   ({"frechet": True, "adversarial": 0.0}, "--frechet needs a generator"),
-  ({"dataset": "folder:x", "manual_dir": "y"}, "--manual-dir is for datasets of tfds, and folder:x is your own"),
+  (
+    {"dataset": "folder:x", "manual_dir": "y"},
+    "--manual-dir is for datasets of tfds, and folder:x is your own",
+  ),
   ({"hold_out": -1}, "--hold-out must not be negative"),
   ({"checkpoint_every": 0}, "--checkpoint-every must be at least 1"),
   ({"split_seed": -1}, "must not be negative"),

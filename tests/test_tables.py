@@ -3,9 +3,11 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import _runs, scaling, tables
+from benchmarks import _runs, augmentation, scaling, tables
+from gan_jax import run_dir
 from gan_jax.types import InputError
 
 PAGES = [tables.ROOT / "README.md", *sorted((tables.ROOT / "docs").glob("*.md"))]
@@ -146,3 +148,19 @@ def test_prose_has_no_measurement_that_no_table_has(path):
     text = re.sub(pattern, "", text, flags=re.DOTALL)
   found = set(re.findall(r"\d+\.\d+", text)) - set(re.findall(r"\d+\.\d+", blocks))
   assert found <= ALLOWED.get(path.name, set())
+
+
+def test_augmentations_are_timed_and_a_library_that_is_absent_is_said(monkeypatch):
+  monkeypatch.setattr(augmentation, "_is_there", lambda name: name == "ours")
+  x, environment = np.full((2, 8, 8, 3), 0.5, np.float32), run_dir.environment()
+  rows = [
+    {"operation": operation, "side": 8, "batch": 2, **row, **environment}
+    for operation in augmentation.OPERATIONS
+    for row in augmentation.measure(operation, x, rounds=1, seconds=1e-3)
+  ]
+  ours, saturation = rows[0], [row["library"] for row in rows if row["operation"] == "saturation"]
+  assert ours["ms"]["median"] > 0
+  assert ours["ours_is_faster_by"]["median"] == 1
+  assert saturation == ["ours", "dm_pix"]  # augmax has none
+  lines = augmentation.table(rows).splitlines()
+  assert lines[2].endswith("| dm_pix is not installed | augmax is not installed |")

@@ -1,0 +1,196 @@
+"""How fast differentiable augmentation is: ours beside public JAX libraries that do some of it, in turns.
+
+python -m benchmarks.augmentation
+python -m benchmarks.augmentation --sides 64 --batch 64 --rounds 5
+
+One draw an image, on random colour pictures, many batches a dispatch as in training. The libraries draw for
+one image and are mapped over the batch; augmax does not change saturation alone. In each round every
+library runs for about `--seconds`, in random order, and a ratio is between two runs of the same round. A
+library that is not installed (extra `bench`) is not run, and the result says so.
+"""
+
+import importlib
+import importlib.util
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from benchmarks import _runs
+from gan_jax import augment, run_dir
+from gan_jax.types import Augment, Json
+
+LIBRARIES = "ours", "dm_pix", "augmax"
+DISPATCH = 20
+"""Batches in one dispatch."""
+
+
+def main() -> None:
+  parser = _runs.parser(__doc__, "augmentation")
+  parser.add_argument(
+    "--sides", type=_runs.positive, nargs="+", default=[32, 64], help="of square pictures"
+  )
+  parser.add_argument("--batch", type=_runs.positive, default=146, help="images at once (146)")
+  parser.add_argument("--rounds", type=_runs.positive, default=7, help="rounds (7)")
+  parser.add_argument("--seconds", type=_runs.seconds, default=0.5, help="of a run in a round (0.5)")
+  args = parser.parse_args()
+  results = []
+  for side in args.sides:
+    x = jax.random.uniform(jax.random.key(0), (args.batch, side, side, 3))
+    for operation in OPERATIONS:
+      line = {"benchmark": "augmentation", "operation": operation, "side": side, "batch": args.batch}
+      results += [line | row for row in measure(operation, x, args.rounds, args.seconds)]
+  _runs.finish(args.name, [result | run_dir.environment() for result in results], table)
+
+
+def measure(operation: str, x: Array, rounds: int, seconds: float) -> list[Json]:
+  """A row a library: milliseconds a batch, and how many times faster ours is, over the rounds."""
+  found = {name: make(x.shape) for name, make in OPERATIONS[operation].items() if _is_there(name)}
+  programs = {name: _many(transform) for name, transform in found.items()}
+  num = {}
+  for name, program in programs.items():
+    _seconds(program, x, 1)  # compiles
+    num[name] = max(1, round(seconds / _seconds(program, x, 1)))
+  times: dict[str, list[float]] = {name: [] for name in programs}
+  for _ in range(rounds):
+    for name in random.sample(list(programs), len(programs)):
+      times[name].append(1e3 * _seconds(programs[name], x, num[name]) / num[name] / DISPATCH)
+  rows = []
+  for name in LIBRARIES:
+    if name not in OPERATIONS[operation]:
+      continue
+    if name not in times:
+      rows.append({"library": name, "not_run": f"{name} is not installed"})
+      continue
+    ratios = [theirs / ours for theirs, ours in zip(times[name], times["ours"], strict=True)]
+    spread = lambda values: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    rows.append({"library": name, "ms": spread(times[name]), "ours_is_faster_by": spread(ratios)})
+  return rows
+
+
+def _is_there(name: str) -> bool:
+  return name == "ours" or importlib.util.find_spec(name) is not None
+
+
+def _many(transform: Augment) -> Callable[[Array, Array], Array]:
+  @jax.jit
+  def run(key: Array, x: Array) -> Array:
+    keys = jax.random.split(key, DISPATCH)
+    return jax.lax.fori_loop(0, DISPATCH, lambda i, x: transform(keys[i], x), x)
+
+  return run
+
+
+def _seconds(program: Callable[[Array, Array], Array], x: Array, num: int) -> float:
+  begin = time.perf_counter()
+  for i in range(num):
+    program(jax.random.key(i), x).block_until_ready()
+  return time.perf_counter() - begin
+
+
+# --- The operations, each a function of the shape of a batch, by library
+
+
+def _pix(*named: tuple[Any, ...]) -> Callable[[Sequence[int]], Augment]:
+  """Functions of dm-pix with their arguments, one after the other."""
+
+  def make(shape: Sequence[int]) -> Augment:
+    dm_pix: Any = importlib.import_module("dm_pix")
+
+    def one(key: Array, x: Array) -> Array:
+      for key_one, (name, *args) in zip(jax.random.split(key, len(named)), named, strict=True):
+        x = getattr(dm_pix, name)(key_one, x, *args)
+      return jnp.clip(x, 0.0, 1.0)
+
+    each = jax.vmap(one)
+    return lambda key, x: each(jax.random.split(key, shape[0]), x)
+
+  return make
+
+
+def _pix_rotation(degrees: float) -> Callable[[Sequence[int]], Augment]:
+  def make(shape: Sequence[int]) -> Augment:
+    dm_pix: Any = importlib.import_module("dm_pix")
+    middle = jnp.array([(shape[1] - 1) / 2, (shape[2] - 1) / 2, 0.0])
+
+    def one(key: Array, x: Array) -> Array:
+      angle = math.radians(degrees) * jax.random.uniform(key, minval=-1.0, maxval=1.0)
+      cos, sin = jnp.cos(angle), jnp.sin(angle)
+      matrix = jnp.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+      return dm_pix.affine_transform(x, matrix, offset=middle - matrix @ middle, mode="constant")
+
+    each = jax.vmap(one)
+    return lambda key, x: each(jax.random.split(key, shape[0]), x)
+
+  return make
+
+
+def _augmax(name: str, *args: Any, **kwargs: Any) -> Callable[[Sequence[int]], Augment]:
+  def make(shape: Sequence[int]) -> Augment:
+    augmax: Any = importlib.import_module("augmax")
+    each = jax.vmap(augmax.Chain(getattr(augmax, name)(*args, **kwargs)))
+    return lambda key, x: each(jax.random.split(key, shape[0]), x)
+
+  return make
+
+
+_CONTRAST, _HUE = ("random_contrast", 0.6, 1.4), ("random_hue", 20 / 360)
+OPERATIONS: dict[str, dict[str, Callable[[Sequence[int]], Augment]]] = {
+  "mirror": {
+    "ours": lambda _: augment.flip,
+    "dm_pix": _pix(("random_flip_left_right",)),
+    "augmax": _augmax("HorizontalFlip", p=0.5),
+  },
+  "turn by up to 15 degrees, bilinear": {
+    "ours": lambda _: augment.affine(rotate=15.0),
+    "dm_pix": _pix_rotation(15.0),
+    "augmax": _augmax("Rotate", (-15, 15)),
+  },
+  "contrast": {
+    "ours": lambda _: augment.brightness_contrast(contrast=0.4),
+    "dm_pix": _pix(_CONTRAST),
+    "augmax": _augmax("RandomContrast", (-0.4, 0.4), p=1.0),
+  },
+  "saturation": {
+    "ours": lambda _: augment.saturation(0.5),
+    "dm_pix": _pix(("random_saturation", 0.5, 1.5)),
+  },
+  "brightness, contrast, hue": {
+    "ours": lambda _: augment.chain(
+      augment.brightness_contrast(brightness=0.2, contrast=0.4), augment.hue(20.0)
+    ),
+    "dm_pix": _pix(("random_brightness", 0.2), _CONTRAST, _HUE),
+    "augmax": _augmax("ColorJitter", brightness=0.2, contrast=0.4, saturation=0.0, hue=20 / 360, p=1.0),
+  },
+}
+"""Operation -> library -> its transformation."""
+
+
+def _ratio(row: Json) -> str:
+  return f"{row['ours_is_faster_by']['median']:.1f}"
+
+
+def table(results: Sequence[dict]) -> str:
+  """Markdown: a row an operation and side."""
+  found = {(row["operation"], row["side"], row["library"]): row for row in results}
+  rows = []
+  for operation, side in dict.fromkeys((row["operation"], row["side"]) for row in results):
+    ours = found[operation, side, "ours"]
+    rows.append([f"{operation}{_runs.mark(ours)}", f"{side}x{side}", f"{ours['ms']['median']:.2f}"])
+    for library in LIBRARIES[1:]:
+      row = found.get((operation, side, library), {"not_run": ""})
+      done = "ms" in row
+      rows[-1].append(f"{row['ms']['median']:.2f} ({_ratio(row)})" if done else row["not_run"])
+  head = "operation", "pictures", "ours, ms", "dm-pix", "augmax"
+  note = f"Batches of {results[0]['batch']} colour pictures."
+  return _runs.with_environment(_runs.markdown(head, rows), results, note)
+
+
+if __name__ == "__main__":
+  _runs.cli(main)
