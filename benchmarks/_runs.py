@@ -66,14 +66,21 @@ def seconds(text: str) -> float:
 
 
 def run(experiment: str, flags: Sequence[str], workdir: Path, env: Mapping[str, str] | None = None) -> dict:
-  """The `result.json` of `python -m experiments.EXPERIMENT FLAGS`; where it is there, nothing is run."""
-  path = workdir / "result.json"
-  if not path.exists():
+  """The `result.json` of `python -m experiments.EXPERIMENT FLAGS`; where it is there, nothing is run.
+
+  Raises:
+    InputError: the run that is there had other flags.
+  """
+  path, asked = workdir / "result.json", workdir / "benchmark.json"
+  if not path.exists() or json.loads(path.read_text())["interrupted"]:
     command = [sys.executable, "-m", f"experiments.{experiment}", *flags]
     command += ["--workdir", str(workdir), "--overwrite"]
     process = subprocess.run(command, env={**os.environ, **(env or {})}, stdout=sys.stderr, check=False)
     if process.returncode:
       sys.exit(process.returncode)
+    report.write_json(asked, [experiment, *flags])
+  elif asked.exists() and json.loads(asked.read_text()) != [experiment, *flags]:
+    raise InputError(f"{workdir} holds a run of other flags: remove it, or name another folder with --runs")
   return json.loads(path.read_text())
 
 
@@ -103,9 +110,8 @@ def _today(row: Json) -> Json:
 
 def finish(name: str, results: Sequence[dict], table: Callable[[Sequence[dict]], str]) -> None:
   """Writes `results/<name>.jsonl`, a line a result, and prints the table."""
-  RESULTS.mkdir(exist_ok=True)
   path = RESULTS / f"{name}.jsonl"
-  path.write_text("".join(json.dumps(result) + "\n" for result in results))
+  report.write_bytes(path, "".join(json.dumps(result) + "\n" for result in results).encode())
   print(f"written to {path}\n{table(results)}")
 
 

@@ -4,6 +4,7 @@ The only argument is its task as JSON. On standard input come `run N`, `matmul`,
 answer is a line of JSON on standard output. While it waits it uses no processor.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks import _recipes
 from gan_jax import data, datasets, parallel, run_dir, steps
 from gan_jax.datasets import Dataset
-from gan_jax.recipes import Recipe
+from gan_jax.recipes import Recipe, gan
 from gan_jax.types import Json, TrainState
 
 OPTIONS = ("strategy", "batch_size", "data_dir", "manual_dir", "random_side")
@@ -87,6 +88,7 @@ def main() -> None:
     seconds_per_step=seconds(contender, 4 * every) / (4 * every),
     rows=list(recipe.batch),
     every=every,
+    num_devices=jax.device_count(),
     dataset=dataset.name,
     note=dataset.note,
     **environment,
@@ -169,9 +171,18 @@ def cost(recipe: Recipe, dataset: Dataset) -> Json:
 
   It counts the operations of the optimized program: two for each multiply-add of a product or convolution
   (inside the image, not of its padding) and one for each elementwise result, but none for exponentials and
-  the like. Integers count as well: a random normal number is about 90 operations. Of the two branches of a
-  term that is due once in k steps it counts the larger, in every step.
+  the like. Integers count as well: a random normal number is about 90 operations. A penalty that is due
+  once in k steps, which XLA counts in every one, counts for a k-th.
   """
+  found, every = _counted(recipe, dataset), _recipes.penalty_every(recipe)
+  if every > 1:
+    hparams: Any = dataclasses.replace(recipe.hparams, penalty="none")  # pyright: ignore[reportCallIssue]
+    without = _counted(gan.build(hparams, recipe.image_shape, recipe.num_classes), dataset)
+    found = {name: without[name] + (value - without[name]) / every for name, value in found.items()}
+  return found
+
+
+def _counted(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
   state, images = _recipes.start(recipe, dataset, [0])
   step, sample_batch = recipe.make_step(), data.make_sample_batch(recipe.batch)
 
@@ -180,7 +191,7 @@ def cost(recipe: Recipe, dataset: Dataset) -> Json:
     return step(state, sample_batch(key_batch, images))
 
   found: Any = jax.jit(one).lower(state, images).compile().cost_analysis()
-  return {"flops_per_step": found["flops"], "bytes_per_step": found.get("bytes accessed")}
+  return {"flops_per_step": found["flops"], "bytes_per_step": found["bytes accessed"]}
 
 
 if __name__ == "__main__":

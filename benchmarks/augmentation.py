@@ -1,15 +1,17 @@
 """How fast differentiable augmentation is: ours beside public JAX libraries that do some of it, in turns.
 
 python -m benchmarks.augmentation
-python -m benchmarks.augmentation --sides 64 --batch 64 --rounds 5
+python -m benchmarks.augmentation --sides 64 --batch 64 --name augmentation-64
 
 One draw an image, on random colour pictures, many batches a dispatch as in training. The libraries draw for
-one image and are mapped over the batch; augmax does not change saturation alone. In each round every
-library runs for about `--seconds`, in random order, and a ratio is between two runs of the same round. A
-library that is not installed (extra `bench`) is not run, and the result says so.
+one image and are mapped over the batch. Operations are alike, not the same: augmax resamples its mirror
+images, its contrast is a curve about grey, its jitter is of HSV, and it does not change saturation alone.
+In each round every library runs for about `--seconds`, in random order, and a ratio is between two runs of
+the same round. A library that is not installed (extra `bench`) is not run, and the result says so.
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import math
 import random
@@ -45,8 +47,11 @@ def main() -> None:
     x = jax.random.uniform(jax.random.key(0), (args.batch, side, side, 3))
     for operation in OPERATIONS:
       line = {"benchmark": "augmentation", "operation": operation, "side": side, "batch": args.batch}
+      line |= {"rounds": args.rounds, "dispatch": DISPATCH}
       results += [line | row for row in measure(operation, x, args.rounds, args.seconds)]
-  _runs.finish(args.name, [result | run_dir.environment() for result in results], table)
+  found = run_dir.environment()
+  found["versions"] |= {name: importlib.metadata.version(name) for name in LIBRARIES[1:] if _is_there(name)}
+  _runs.finish(args.name, [result | found for result in results], table)
 
 
 def measure(operation: str, x: Array, rounds: int, seconds: float) -> list[Json]:
@@ -97,35 +102,12 @@ def _seconds(program: Callable[[Array, Array], Array], x: Array, num: int) -> fl
 # --- The operations, each a function of the shape of a batch, by library
 
 
-def _pix(*named: tuple[Any, ...]) -> Callable[[Sequence[int]], Augment]:
-  """Functions of dm-pix with their arguments, one after the other."""
+def _pix(one: Callable[[Any, Array, Array], Array]) -> Callable[[Sequence[int]], Augment]:
+  """From a function of dm-pix, a key and an image."""
 
   def make(shape: Sequence[int]) -> Augment:
-    dm_pix: Any = importlib.import_module("dm_pix")
-
-    def one(key: Array, x: Array) -> Array:
-      for key_one, (name, *args) in zip(jax.random.split(key, len(named)), named, strict=True):
-        x = getattr(dm_pix, name)(key_one, x, *args)
-      return jnp.clip(x, 0.0, 1.0)
-
-    each = jax.vmap(one)
-    return lambda key, x: each(jax.random.split(key, shape[0]), x)
-
-  return make
-
-
-def _pix_rotation(degrees: float) -> Callable[[Sequence[int]], Augment]:
-  def make(shape: Sequence[int]) -> Augment:
-    dm_pix: Any = importlib.import_module("dm_pix")
-    middle = jnp.array([(shape[1] - 1) / 2, (shape[2] - 1) / 2, 0.0])
-
-    def one(key: Array, x: Array) -> Array:
-      angle = math.radians(degrees) * jax.random.uniform(key, minval=-1.0, maxval=1.0)
-      cos, sin = jnp.cos(angle), jnp.sin(angle)
-      matrix = jnp.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
-      return dm_pix.affine_transform(x, matrix, offset=middle - matrix @ middle, mode="constant")
-
-    each = jax.vmap(one)
+    pix = importlib.import_module("dm_pix")
+    each = jax.vmap(lambda key, x: one(pix, key, x))
     return lambda key, x: each(jax.random.split(key, shape[0]), x)
 
   return make
@@ -135,37 +117,51 @@ def _augmax(name: str, *args: Any, **kwargs: Any) -> Callable[[Sequence[int]], A
   def make(shape: Sequence[int]) -> Augment:
     augmax: Any = importlib.import_module("augmax")
     each = jax.vmap(augmax.Chain(getattr(augmax, name)(*args, **kwargs)))
-    return lambda key, x: each(jax.random.split(key, shape[0]), x)
+    return lambda key, x: _clip(each(jax.random.split(key, shape[0]), x))
 
   return make
 
 
-_CONTRAST, _HUE = ("random_contrast", 0.6, 1.4), ("random_hue", 20 / 360)
+def _clip(x: Array) -> Array:
+  return jnp.clip(x, 0.0, 1.0)
+
+
+def _turned(pix: Any, key: Array, x: Array) -> Array:
+  angle = math.radians(15) * jax.random.uniform(key, minval=-1.0, maxval=1.0)
+  return pix.rotate(x, angle, mode="constant")
+
+
+def _jittered(pix: Any, key: Array, x: Array) -> Array:
+  keys = jax.random.split(key, 3)
+  x = pix.random_contrast(keys[1], pix.random_brightness(keys[0], x, 0.2), 0.6, 1.4)
+  return _clip(pix.random_hue(keys[2], x, 20 / 360))
+
+
 OPERATIONS: dict[str, dict[str, Callable[[Sequence[int]], Augment]]] = {
   "mirror": {
     "ours": lambda _: augment.flip,
-    "dm_pix": _pix(("random_flip_left_right",)),
+    "dm_pix": _pix(lambda pix, key, x: pix.random_flip_left_right(key, x)),
     "augmax": _augmax("HorizontalFlip", p=0.5),
   },
   "turn by up to 15 degrees, bilinear": {
     "ours": lambda _: augment.affine(rotate=15.0),
-    "dm_pix": _pix_rotation(15.0),
+    "dm_pix": _pix(_turned),
     "augmax": _augmax("Rotate", (-15, 15)),
   },
   "contrast": {
     "ours": lambda _: augment.brightness_contrast(contrast=0.4),
-    "dm_pix": _pix(_CONTRAST),
-    "augmax": _augmax("RandomContrast", (-0.4, 0.4), p=1.0),
+    "dm_pix": _pix(lambda pix, key, x: _clip(pix.random_contrast(key, x, 0.6, 1.4))),
+    "augmax": _augmax("RandomContrast", (-0.8, 0.8), p=1.0),
   },
   "saturation": {
     "ours": lambda _: augment.saturation(0.5),
-    "dm_pix": _pix(("random_saturation", 0.5, 1.5)),
+    "dm_pix": _pix(lambda pix, key, x: _clip(pix.random_saturation(key, x, 0.5, 1.5))),
   },
   "brightness, contrast, hue": {
     "ours": lambda _: augment.chain(
       augment.brightness_contrast(brightness=0.2, contrast=0.4), augment.hue(20.0)
     ),
-    "dm_pix": _pix(("random_brightness", 0.2), _CONTRAST, _HUE),
+    "dm_pix": _pix(_jittered),
     "augmax": _augmax("ColorJitter", brightness=0.2, contrast=0.4, saturation=0.0, hue=20 / 360, p=1.0),
   },
 }
@@ -188,7 +184,9 @@ def table(results: Sequence[dict]) -> str:
       done = "ms" in row
       rows[-1].append(f"{row['ms']['median']:.2f} ({_ratio(row)})" if done else row["not_run"])
   head = "operation", "pictures", "ours, ms", "dm-pix", "augmax"
-  note = f"Batches of {results[0]['batch']} colour pictures."
+  first, versions = results[0], results[0]["versions"]
+  theirs = " and ".join(f"{name} {versions[name]}" for name in LIBRARIES[1:] if name in versions)
+  note = f"Batches of {first['batch']} colour pictures, medians of {first['rounds']} rounds. {theirs}."
   return _runs.with_environment(_runs.markdown(head, rows), results, note)
 
 

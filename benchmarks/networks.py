@@ -1,7 +1,7 @@
 """What each pair of networks costs at each size of colour pictures.
 
 python -m benchmarks.networks
-python -m benchmarks.networks --networks vgg --sides 32 64
+python -m benchmarks.networks --networks vgg --sides 32 64 --name vgg
 
 Parameters, operations of one image's way forward, and the step of the semi-supervised GAN of `ssgan.tuned`:
 steps per second, and memory by the compiler's own count, that of the state and what a step needs beside it.
@@ -52,7 +52,7 @@ def measure(network: ssgan.Tuned, side: int, seconds: float) -> Json:
   begin = time.perf_counter()
   ours.run(1)
   ours.synchronize()
-  num = max(1, round(seconds / (time.perf_counter() - begin)))
+  num = max(3, round(seconds / (time.perf_counter() - begin)))
   rate = num / _worker.seconds(ours, num)
   leaves = jax.tree.leaves((state.g, state.d, state.ema))
   return {
@@ -60,6 +60,7 @@ def measure(network: ssgan.Tuned, side: int, seconds: float) -> Json:
     "g_parameters": size(state.g.params),
     **{f"{name}_mflop": round(flops / 1e6, 2) for name, flops in forward_flops(recipe).items()},
     "rows": list(recipe.batch),
+    "steps": num,
     "steps_per_second": rate,
     "seconds_compile": round(ours.seconds_compile, 1),
     "state_mb": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**20,

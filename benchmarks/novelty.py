@@ -1,6 +1,6 @@
 """Does the discriminator know images that it has never seen? AUROC of telling foreign images apart.
 
-python -m benchmarks.novelty --foreign folder:sign_digits mnist -- --steps 800
+python -m benchmarks.novelty --foreign folder:sign_digits mnist --name foreign -- --steps 800
 
 Methods of the study on the digits, with 50 labels. A score should be higher for test images than for
 foreign ones: the real logit, `logsumexp(l)`, and the highest class probability. Foreign images are the test
@@ -32,13 +32,20 @@ SCORES = ("real_logit", "confidence")
 def main() -> None:
   parser = _runs.parser(__doc__, "novelty")
   parser.add_argument("--foreign", nargs="*", default=["mnist"], help="datasets, see --dataset (mnist)")
-  parser.add_argument("--methods", nargs="+", default=list(METHODS), help="methods of the study")
+  parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the study")
   parser.add_argument("--splits", type=int, nargs="+", default=[20, 21, 22, 23, 24], help="split seeds")
   parser.add_argument("--data-dir", help="where tfds keeps its datasets")
   parser.add_argument("--manual-dir", help="a folder with MNIST's original files")
   _runs.add_run_flags(parser)
   args = parser.parse_args()
   config = parsing.parse(label_study.Config, ["--dataset", "digits", *args.flags])
+  default = label_study.Config()
+  if any(
+    getattr(config, name) != getattr(default, name) for name in ("budgets", "splits", "methods", "tune")
+  ):
+    parser.error(
+      "budgets, splits and methods of the study have no use here: name splits and methods before --"
+    )
   digits = cli.load(config.data)
   test = evaluate.with_test_set(digits)
   rng = np.random.default_rng(0)
@@ -53,7 +60,10 @@ def main() -> None:
     classify = jax.jit(steps.make_classifier(recipe.d))
     for seed in args.splits:
       split = data.split_labels(digits.y_train, 5, seed)
-      images, key = data.to_device(digits, split), jax.random.fold_in(jax.random.key(0), seed)
+      images, key = (
+        data.to_device(digits, split),
+        jax.random.fold_in(jax.random.key(config.train.seed), seed),
+      )
       state = train.fit(recipe, images, key, verbose=False).state
       read = partial(metrics.predict, partial(classify, state))
       own, _ = read(test.x_test)

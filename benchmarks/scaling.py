@@ -291,10 +291,17 @@ def rate(name: str, num: int, seconds: float) -> Json:
   """Steps per second of all replicates together, on so many devices."""
   env = {"JAX_NUM_CPU_DEVICES": str(num), "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num)))}
   task = {"contender": "ours", "recipe": name, "replicates": REPLICATES, "random_side": SIDE}
-  worker = step_time.Worker(task, env=env)
-  entry = step_time.Entry("ours", REPLICATES, worker, found=worker.ready)
-  step_time.run(entry, seconds)
-  entry.close()
+  entry = step_time.Entry("ours", REPLICATES)
+  try:
+    entry.worker = step_time.Worker(task, env=env)
+    entry.found |= entry.worker.ready
+    if entry.found["num_devices"] < num:
+      return {"not_run": f"there are {entry.found['num_devices']} devices"}
+    step_time.run(entry, seconds)
+  except step_time.WorkerError as error:
+    return {"not_run": str(error)}
+  finally:
+    entry.close()
   return {"per_second": REPLICATES * entry.rates[0]}
 
 

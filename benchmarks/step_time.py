@@ -1,8 +1,8 @@
 """How fast one step, an update of D and of G, is: ours, the plain way in JAX, and PyTorch, side by side.
 
 python -m benchmarks.step_time
-python -m benchmarks.step_time --recipes article_gan --batch-sizes 32 256 4096 --pairs 7
-python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --strategy vmap
+python -m benchmarks.step_time --recipes article_gan --batch-sizes 32 512 4096 --name batch_sizes
+python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --strategy vmap --name replicates
 
 Each contender is a process of its own, which waits without using a processor while the others run. They
 run in turns: in each of `--pairs` rounds every contender runs for about `--seconds`, in random order, and a

@@ -280,6 +280,9 @@ def peers(rows: _runs.Rows) -> str:
     lines.append([f"{name} ({'/'.join(map(str, ours['rows']))}){_runs.mark(*found.values())}"])
     lines[-1].append(f"{ours['steps_per_second']['median']:.4g}")
     for row in (found[peer] for peer in PEERS):
+      if "not_run" in row:
+        lines[-1].append("not run")
+        continue
       rate, ratio = row["steps_per_second"]["median"], row["ours_is_faster_by"]["median"]
       lines[-1].append(f"{rate:.4g} ({ratio:.2f})")
     lines[-1].append(f"{100 * ours['fraction_of_matmul_rate']:.0f} %")

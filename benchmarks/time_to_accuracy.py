@@ -1,7 +1,7 @@
 """How long until it is good: seconds of training to a fixed test error with few labels.
 
 python -m benchmarks.time_to_accuracy
-python -m benchmarks.time_to_accuracy --target 1 --splits 20 --contenders ours torch_fixmatch
+python -m benchmarks.time_to_accuracy --target 1 --splits 20 --contenders ours torch_fixmatch --name race
 
 The semi-supervised GAN of `experiments.mnist_ssgan`, its recipe and schedule unchanged. Every `--every`
 steps the averaged discriminator is evaluated on the test set; this takes no part in training, and the clock
@@ -41,6 +41,12 @@ def main() -> None:
   add("--limit", type=_runs.seconds, default=1800.0, help="seconds of training of FixMatch at most (1800)")
   _runs.add_data_flags(parser, "mnist")
   args = parser.parse_args()
+  needed = [args.torch_python, "-c", "import torch, numpy"]
+  if (
+    "torch_fixmatch" in args.contenders
+    and subprocess.run(needed, capture_output=True, check=False).returncode
+  ):
+    parser.error("--torch-python must be an interpreter with PyTorch and NumPy")
   target = args.target
   if target is None:
     target = 2.0 if jax.default_backend() == "cpu" else 1.0
@@ -87,6 +93,14 @@ def main() -> None:
   _runs.finish(args.name, results, table)
 
 
+def _has_torch(python: str) -> bool:
+  try:
+    subprocess.run([python, "-c", "import torch, numpy"], capture_output=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return False
+  return True
+
+
 def train(ours: _worker.Ours, num_steps: int, every: int, target: float, test_error: Callable) -> dict:
   """Seconds and steps to the target, or to the end of the schedule."""
   seconds, done, error, curve = 0.0, 0, 100.0, []
@@ -116,12 +130,14 @@ def fixmatch(args: argparse.Namespace, dataset: Dataset, split: LabelSplit, targ
     )
     program = Path(__file__).parent / "peers" / "torch_fixmatch.py"
     command = [args.torch_python, str(program), f"{folder}/data.npz", json.dumps(flags)]
-    try:
-      process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-      raise InputError("--torch-python must be an interpreter with PyTorch and NumPy") from error
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
   rows = [json.loads(line) for line in process.stdout.splitlines()]
+  if process.returncode or not rows:
+    raise InputError(
+      f"FixMatch ended with code {process.returncode} after {len(rows)} evaluations, see above"
+    )
   return {
+    **({"device": rows[-1]["gpu"]} if rows[-1]["gpu"] else {}),
     "recipe": f"fixmatch {num} + {7 * num}",
     "reached": rows[-1]["error"] <= target,
     "seconds": rows[-1]["seconds"],

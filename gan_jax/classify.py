@@ -89,6 +89,8 @@ def main(config: Config, *, name: str = "train") -> Json:
   dataset = cli.load(config.data, config.stream, needs_test=config.frechet)
   if config.frechet and dataset.workers is not None:
     raise InputError("--frechet needs all training images in memory: leave it out, or pass --stream no")
+  if config.frechet and dataset.of_vectors:
+    raise InputError("--frechet needs images, and these are vectors: leave it out")
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = make_recipe(config, dataset, split)
   control, afresh = recipes.supervised_control(recipe), recipe

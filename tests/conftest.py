@@ -12,12 +12,17 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel
 if metadata.version("jaxlib") < "0.12":
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
+import hypothesis
 import jax
 import numpy as np
 import optax
 import pytest
 from PIL import Image
 
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
+for _name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):  # of the user's terminal
+  os.environ.pop(_name, None)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")

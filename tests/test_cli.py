@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import mnist_low_data, mnist_ssgan
 from gan_jax import cli, parsing, program, report
-from gan_jax.types import InputError
+from gan_jax.types import BatchSizes, InputError
 
 BAD = [
   ({"steps": 0}, "--steps must be at least 1, not 0"),
@@ -142,8 +142,18 @@ def test_a_file_that_cannot_be_written_is_known_before(tmp_path):
 
 
 def test_an_unknown_flag_is_refused(monkeypatch, capsys):
-  assert run(monkeypatch, "--no-such-flag") == 2
-  assert run(monkeypatch, "--norm", "batch") == 2  # not a flag of this experiment
+  for flags in (["--no-such-flag"], ["--norm", "batch"]):  # a flag of another experiment
+    assert run(monkeypatch, *flags) == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_the_devices_of_the_flag(tiny):
+  recipe = tiny.recipe(batch=BatchSizes(8, 16, 8))
+  assert cli.devices(None, recipe) == cli.devices(1, recipe) == []
+  assert cli.devices(4, recipe) == jax.devices()[:4]
+  for num, words in ((9, "--devices 9: there are 8; XLA_FLAGS"), (3, "cannot be split over 3 devices")):
+    with pytest.raises(InputError, match=words):
+      cli.devices(num, recipe)
 
 
 def test_the_command_itself():

@@ -1,9 +1,11 @@
 import dataclasses
 import gzip
 import hashlib
+import http.server
 import os
 import re
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,21 @@ def test_auto_falls_back_to_digits_and_says_so(offline):
   dataset = datasets.load("auto")
   assert dataset.name == "digits"
   assert "bundled digits" in dataset.note
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_any_answer_is_one(status):
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+      self.send_response(status)
+      self.end_headers()
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    assert prepared._reachable(f"http://127.0.0.1:{server.server_port}/")
 
 
 def test_nobody_answers():

@@ -2,7 +2,9 @@
 
 import json
 import re
+import types
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,9 @@ from experiments import (
   mnist_ssgan,
   transfer,
 )
-from gan_jax import classify, cli, data, evaluate, parsing, recipes, run_dir
+from gan_jax import classify, cli, data, evaluate, metrics, parsing, recipes, run_dir
 from gan_jax.datasets import Dataset
+from gan_jax.recipes import study
 from gan_jax.types import InputError
 
 CONTRACT = {
@@ -59,6 +62,7 @@ def run(tmp_path, monkeypatch, reads, cache):
     assert result.keys() >= CONTRACT
     assert result == json.loads((path / "result.json").read_text())
     assert result["experiment"] == module.__name__.rpartition(".")[2]
+    assert opened or flags.get("resume")
     for folder, kwargs in opened:
       check_files(folder, kwargs["files"])
       check_recipes(folder, kwargs["recipes_used"])
@@ -103,9 +107,42 @@ def program(recipe) -> str:
   return re.sub(r"0x[0-9a-f]+", "", text)
 
 
+def made(counts):
+  """Black images of two classes, so many of each, without a test set."""
+  y = np.repeat([0, 1], counts)
+  x = np.zeros((len(y), 8, 8, 1), np.uint8)
+  return Dataset("made", x, y, x[:0], y[:0], ("a", "b"))
+
+
+def test_class_balance_is_to_the_frequencies_of_the_labels():
+  dataset = made((3, 1))
+  config = classify.Config(network="mlp", class_balance=(1.0, 1.0))
+  recipe = classify.make_recipe(config, dataset, data.split_labels(dataset.y_train, None, 0))
+  term = recipe.objective.d["class_balance"][1]
+  outputs = types.SimpleNamespace(unl=types.SimpleNamespace(logits=jnp.log(jnp.array([[4 / 6, 2 / 6]]))))
+  np.testing.assert_allclose(term(outputs), 0, atol=1e-6)  # these are the smoothed frequencies
+
+
+@pytest.mark.parametrize(("counts", "num"), [((1, 4), 0), ((2, 9), 2), ((6, 9), 5)])
+def test_there_are_at_most_as_many_folds_as_labels_of_a_class(counts, num, capsys):
+  dataset = made(counts)
+  assert len(classify._folds(dataset, data.split_labels(dataset.y_train, None, 0), 5)) == num
+  assert ("class a has a single label" in capsys.readouterr().err) == (num == 0)
+
+
+@pytest.mark.parametrize("method", get_args(study.Method))
+def test_every_method_of_the_study_takes_a_step(method, small_mlp, key):
+  digits = cli.load(cli.DataFlags("digits"))
+  recipe = label_study.make_recipe(label_study.Config(network="mlp"), digits, method)
+  images = data.DeviceData.from_arrays(digits.x_train[:20], digits.y_train[:20], digits.x_train[:50])
+  batch = jax.eval_shape(data.make_sample_batch(recipe.batch), key, images)
+  _, found = jax.eval_shape(recipe.make_step(), recipe.abstract_state(), batch)
+  assert {f"{net}/{name}" for net in "dg" for name in getattr(recipe.objective, net)} <= found.keys()
+
+
 @pytest.mark.parametrize("network", ["conv", "mlp"])
 def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
-  result = run(mnist_ssgan, network=network, labels_per_class=5)
+  result = run(mnist_ssgan, network=network, labels_per_class=5, frechet=network == "mlp")
   assert (result["num_labels"], result["steps"], result["interrupted"]) == (50, 2, False)
   for name in ("test_error", "supervised_test_error", "probe_test_error"):
     assert 0 <= result[name] <= 100
@@ -113,7 +150,10 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
   assert low < result["test_error"] < high
   assert (len(result["test_recall"]), result["num_test_images"]) == (10, 599)
   assert 0 <= result["calibration_error"] <= 1
-  assert reads == ["digits"]  # once for the run, its control, its probe and its page
+  # Once for the run, its control, its probe and its page; for the moments of a distance before.
+  assert reads == ["digits"] * (1 + (network == "mlp"))
+  distances = [key for key in result if key.startswith("frechet_") and key.endswith("_n10000")]
+  assert len(distances) == (network == "mlp")
   opened = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
   probs = gan_jax.load(tmp_path / "run").predict(opened.x_test)
   assert 100 * np.mean(probs.argmax(axis=1) != opened.y_test) == pytest.approx(result["test_error"])
@@ -252,6 +292,11 @@ def test_the_experiment_of_the_feature_extractor(reads, tmp_path, monkeypatch):
   result = feature_network.main(config)
   assert reads == ["digits"]
   assert result["bytes"] == (tmp_path / "deep" / "digits.npz").stat().st_size < 3e6
+  written = metrics.read_feature_extractor(tmp_path / "deep" / "digits.npz", result["sha256"])
+  assert result["feature_extractor"] == written.name
+  digits = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
+  assert result["fingerprint"] == metrics.feature_extractor.fingerprint(digits)
+  assert f"frechet_{written.name}_n1198" in result
   with pytest.raises(InputError, match="is a folder: name a file"):
     feature_network.Config(out=tmp_path).check()
 

@@ -12,8 +12,7 @@ import scipy.linalg
 from sklearn.metrics import accuracy_score
 from sklearn.metrics import confusion_matrix as reference
 
-from experiments import feature_network as experiment
-from gan_jax import cli, datasets, metrics
+from gan_jax import datasets, metrics
 from gan_jax.metrics import feature_extractor, feature_network
 from gan_jax.types import InputError
 
@@ -249,17 +248,6 @@ def test_training_is_deterministic_and_has_a_seed(digits):
   assert not any(same[1][f"Conv_{i}"]["kernel"] for i in range(3))
 
 
-def test_the_experiment_writes_an_extractor(digits, tmp_path, monkeypatch):
-  monkeypatch.setattr(feature_network, "default_steps", lambda num_images: 2)
-  result = experiment.main(
-    experiment.Config(out=tmp_path / "deep" / "digits.npz", data=cli.DataFlags(dataset="digits"))
-  )
-  written = metrics.read_feature_extractor(tmp_path / "deep" / "digits.npz", result["sha256"])
-  assert (result["feature_extractor"], result["bytes"] < 3e6) == (written.name, True)
-  assert result["fingerprint"] == feature_extractor.fingerprint(digits)
-  assert f"frechet_{written.name}_n1198" in result
-
-
 def read_idx(path, offset):
   with gzip.open(path) as file:
     return np.frombuffer(file.read(), np.uint8, offset=offset)
@@ -299,8 +287,3 @@ if REAL:
       feature_extractor.fingerprint(dataclasses.replace(mnist, x_test=changed))
       != feature_extractor.MNIST_FINGERPRINT
     )
-
-
-def test_a_place_that_cannot_be_a_file_is_refused_before_training(tmp_path):
-  with pytest.raises(InputError, match="is a folder: name a file"):
-    experiment.Config(out=tmp_path).check()

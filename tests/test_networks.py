@@ -10,15 +10,19 @@ from gan_jax import networks, types
 from gan_jax.types import InputError
 
 SHAPES = [(8, 8, 1), (28, 13, 2), (64, 48, 3)]
+PAIRS = [*(("conv", shape) for shape in SHAPES), ("mlp", SHAPES[1]), ("vgg", (16, 18, 3))]
 
 
 def pair(kind, shape):
+  if kind == "vgg":
+    g, d = networks.make_pair("vgg", shape, num_logits=5)
+    return g.clone(width=8), d.clone(width=8, num_features=16)
   if kind == "conv":
     return networks.ConvGenerator(shape), networks.ConvDiscriminator(5, dropout=0.3)
   return networks.MLPGenerator(shape), networks.MLPDiscriminator(5)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [*(("conv", shape) for shape in SHAPES), ("mlp", SHAPES[1])])
+@pytest.mark.parametrize(("kind", "shape"), PAIRS)
 def test_shapes_ranges_and_gradients(kind, shape, key):
   """From the latents to D's logits: the shapes fit, pixels are in [0, 1], every parameter matters."""
   g, d = pair(kind, shape)

@@ -234,6 +234,10 @@ def test_methods_of_the_study_by_hand():
   }
   assert bad.g["low_density"][0] == 0.1
   np.testing.assert_allclose(bad.d["entropy"][1](outputs), -(p * np.log(p)).sum() / 2, rtol=1e-5)
+  again = dataclasses.replace(outputs, key=jax.random.key(0), d_fn=lambda x, key: (x, x))
+  mutual = terms.mutual_information(lambda key, x: x)(again)
+  np.testing.assert_allclose(mutual, -losses.mutual_information(outputs.unl.logits, outputs.unl.logits))
+  assert mutual < 0
   augmented = objectives.generator_augmented(weight=0.2)
   assert augmented.g == {}
   np.testing.assert_allclose(augmented.d["generated"][1](outputs), -np.log(p[:, 0]).mean(), rtol=1e-5)

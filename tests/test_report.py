@@ -11,6 +11,14 @@ from gan_jax import figures, metrics, report
 from gan_jax.types import InputError
 
 
+@pytest.fixture
+def figure(monkeypatch):
+  """What is drawn, in place of a file."""
+  figure = Figure()
+  monkeypatch.setattr(figures, "_figure", lambda path, size, draw: draw(figure))
+  return figure
+
+
 def test_json_is_replaced_whole(tmp_path):
   path = tmp_path / "deep" / "a.json"
   report.write_json(path, {"a": 1})
@@ -59,17 +67,13 @@ def test_sample_grid_puts_images_in_rows(tmp_path):
   assert pixels[100, 100] == 255  # no fourth image
 
 
-def test_the_names_of_a_thousand_classes_are_not_drawn(tmp_path, monkeypatch):
-  figure = Figure()
-  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+def test_the_names_of_a_thousand_classes_are_not_drawn(figure, tmp_path):
   figures.confusion(tmp_path / "c.png", np.eye(1000, dtype=int), [f"class {k}" for k in range(1000)])
   assert len(figure.axes[0].get_xticks()) < 20
 
 
-def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
+def test_numbers_in_the_confusion_matrix_can_be_read(figure, tmp_path):
   """Their contrast with the cell is at least 4.5, the guideline for text, from light cells to dark ones."""
-  figure = Figure()
-  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
   counts = np.arange(16).reshape(4, 4) ** 2
   figures.confusion(tmp_path / "c.png", counts, "abcd")
   (axes,) = figure.axes
@@ -83,18 +87,14 @@ def test_numbers_in_the_confusion_matrix_can_be_read(tmp_path, monkeypatch):
     assert (high + 0.05) / (low + 0.05) >= 4.5, (i, j)
 
 
-def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(tmp_path, monkeypatch):
-  figure = Figure()
-  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(figure, tmp_path):
   figures.confusion(tmp_path / "c.png", np.eye(2, dtype=int), ("$\\nonsense$", 40 * "x"))
   FigureCanvasAgg(figure).draw()  # a formula that cannot be read raises here
   (axes,) = figure.axes
   assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…"]
 
 
-def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(tmp_path, monkeypatch):
-  figure = Figure()
-  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(figure, tmp_path):
   probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
   found = metrics.reliability(probs, np.array([0, 1, 0]), bins=4)
   figures.reliability_diagram(tmp_path / "r.png", found)
@@ -103,9 +103,7 @@ def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(tmp_path
   assert [bar.get_height() for bar in below.patches] == [0, 0, 1, 2]
 
 
-def test_every_kind_of_curve_has_a_panel(tmp_path, monkeypatch):
-  figure = Figure()
-  monkeypatch.setattr(report, "_figure", lambda path, size, draw: draw(figure))
+def test_every_kind_of_curve_has_a_panel(figure, tmp_path):
   rows = [{"phase": "p", "step": t, "d/loss": 1.0 / t, "d/error": 5.0} for t in (1, 2)]
   figures.learning_curves(tmp_path / "curves.png", rows)
   assert [axes.get_title() for axes in figure.axes] == ["losses of D", "error on the labelled batch, %"]

@@ -93,12 +93,24 @@ def test_a_second_call_neither_traces_nor_changes_types(make_tiny):
     step(after, batch)
 
 
+class Consuming:
+  """D that consumes the key of its noise, which Flax only folds: else no reuse would be seen."""
+
+  def __init__(self, net):
+    self.net = net
+
+  def apply(self, variables, x, *, rngs, **kwargs):
+    return self.net.apply(variables, x + 0 * jax.random.uniform(rngs["noise"]), rngs=rngs, **kwargs)
+
+
 def test_no_key_is_used_twice(make_tiny):
   """With the MLP, whose D is noisy: it uses every key that there is."""
   tiny = make_tiny(objective=FULL, network="mlp")
+  tiny.d = Consuming(tiny.d)
   multi_step = steps.make_multi_step(tiny.step(augment=WEAK), tiny.sample_batch, max_steps=2)
+  state = make_tiny(objective=FULL, network="mlp").state()
   with jax.debug_key_reuse(True):
-    jax.jit(multi_step).trace(tiny.state(), tiny.data, 2)
+    jax.jit(multi_step).trace(state, tiny.data, 2)
 
 
 FINE_TUNES = [("conv", objectives.supervised_only()), ("mlp", objectives.Objective(d=FULL.d))]
@@ -170,8 +182,11 @@ def test_sampler_and_classifier_read_the_averages(tiny):
   x, same = (sample(steps.generator_variables(tiny.g, each), key, 5) for each in (state, other))
   np.testing.assert_array_equal(x, same)
   assert x.shape == (5, 8, 8, 1)
-  logits, features = jax.jit(steps.make_classifier(tiny.d))(state, tiny.batch().x_lab)
+  classify = jax.jit(steps.make_classifier(tiny.d))
+  logits, features = classify(state, tiny.batch().x_lab)
   assert (logits.shape, features.shape) == ((4, 3), (4, 8))
+  other = state.replace(d=state.d.replace(params=jax.tree.map(jnp.zeros_like, state.d.params)))
+  np.testing.assert_array_equal(classify(other, tiny.batch().x_lab)[0], logits)
 
 
 def test_wrong_shapes_are_refused(tiny):
@@ -288,7 +303,7 @@ def test_everything_at_once_neither_traces_again_nor_changes_types():
 def test_everything_at_once_uses_no_key_twice():
   """With a noisy D, so that the keys of its passes are used at all."""
   tiny, _, states, _ = three_steps("conditional")
-  d = tiny.d.clone(noise_in=0.3, noise_hidden=0.5)
+  d = Consuming(tiny.d.clone(noise_in=0.3, noise_hidden=0.5))
   step = steps.make_step(tiny.g, d, **tiny.txs, objective=tiny.objective, augment=tiny.augment)
   with jax.debug_key_reuse(True):
     jax.jit(step).trace(states[0], tiny.batch(1))

@@ -70,11 +70,13 @@ def strong(x):
 
 def main() -> None:
   path, flags = sys.argv[1], json.loads(sys.argv[2])
+  on_gpu = torch.cuda.is_available()
+  torch.set_default_device("cuda" if on_gpu else "cpu")
   torch.manual_seed(flags["seed"])
   arrays = np.load(path)
-  images = lambda name: torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).contiguous()
+  images = lambda name: torch.tensor(arrays[name]).permute(0, 3, 1, 2).contiguous()
   x_lab, x_unl, x_test = images("x_lab"), images("x_unl"), images("x_test").float() / 255
-  y_lab, y_test = (torch.from_numpy(arrays[name]).long() for name in ("y_lab", "y_test"))
+  y_lab, y_test = (torch.tensor(arrays[name]).long() for name in ("y_lab", "y_test"))
   net = Net(x_lab.shape[1:], int(y_lab.max()) + 1)
   ema = copy.deepcopy(net).eval()
   decayed = [p for p in net.parameters() if p.ndim > 1]
@@ -88,9 +90,10 @@ def main() -> None:
       group["lr"] = 0.03 * math.cos(7 * math.pi * t / (16 * num_steps))
     rows = torch.randint(len(x_lab), (num_lab,))
     x = x_unl[torch.randint(len(x_unl), (num_unl,))].float() / 255
-    every = torch.cat([weak(x_lab[rows].float() / 255), weak(x), strong(x)])
-    logits_lab, logits_weak, logits_strong = net(every).split([num_lab, num_unl, num_unl])
-    confidence, target = logits_weak.detach().softmax(1).max(1)
+    with torch.no_grad():
+      confidence, target = net(weak(x)).softmax(1).max(1)
+    views = torch.cat([weak(x_lab[rows].float() / 255), strong(x)])
+    logits_lab, logits_strong = net(views).split([num_lab, num_unl])
     loss = F.cross_entropy(logits_lab, y_lab[rows])
     loss = loss + ((confidence >= 0.95) * F.cross_entropy(logits_strong, target, reduction="none")).mean()
     optimizer.zero_grad(set_to_none=True)
@@ -111,10 +114,14 @@ def main() -> None:
     begin = time.perf_counter()
     for t in range(done, min(done + flags["every"], num_steps)):
       step(t)
+    if on_gpu:
+      torch.cuda.synchronize()
     seconds, done = seconds + time.perf_counter() - begin, min(done + flags["every"], num_steps)
     now = error()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    print(json.dumps({"step": done, "seconds": seconds, "error": now, "versions": versions}), flush=True)
+    line = {"step": done, "seconds": seconds, "error": now, "versions": versions}
+    line["gpu"] = torch.cuda.get_device_name() if on_gpu else None
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
