@@ -8,10 +8,12 @@ rows that are done become lines of `benchmarks/results/generators.jsonl`. A row 
 result already is not run again.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import _runs
+from gan_jax.types import Json
 
 ROWS = {
   "article": ("mnist_gan", "the article's GAN", "--network article --loss min_max"),
@@ -28,6 +30,8 @@ ROWS = {
   "feature-matching": ("mnist_ssgan", "conv, feature matching and consistency, 100 labels", "--frechet"),
 }
 """Row -> experiment, name in the table, flags."""
+FRECHET = "frechet_mnist-5e89338e_n10000"
+"""The distance, by its extractor and number of images."""
 
 
 def main() -> None:
@@ -39,33 +43,27 @@ def main() -> None:
   for row in args.only:
     experiment, _, own = ROWS[row]
     _runs.run(experiment, ["--dataset", "mnist", *own.split(), *args.flags], args.runs / row)
-  done = [row for row in ROWS if (args.runs / row / "result.json").exists()]
-  results = [{"row": row, **_runs.run("", [], args.runs / row)} for row in done]
+  paths = {row: args.runs / row / "result.json" for row in ROWS}
+  results = [{"row": row, **json.loads(path.read_text())} for row, path in paths.items() if path.exists()]
   _runs.finish(args.name, results, table)
 
 
-def table(results: Sequence[dict]) -> str:
-  """Markdown: a row a generator."""
-  rows = []
-  for result in results:
-    distance = next(value for key, value in result.items() if key.startswith("frechet_"))
-    agreement = f"{result['class_agreement']:.2f} %" if "class_agreement" in result else ""
-    rows.append(
-      [
-        *(ROWS[result["row"]][1], f"{distance:.2f}", result["classes_covered"], agreement),
-        *(
-          f"{result['probe_test_error']:.2f} %",
-          f"{result['steps']:,}",
-          f"{result['seconds_train']:.0f} s",
-        ),
-      ]
-    )
-  replayed = [r["frechet_replayed_training_set"] for r in results if "frechet_replayed_training_set" in r]
-  references = {"training images, replayed": replayed[:1], "the test set itself": [0.0]}
-  rows += [[f"*{name}*", f"{v:.2f}", 10, *[""] * 4] for name, values in references.items() for v in values]
-  header = "generator", "distance", "classes", "of the class asked for", "probe error", "steps", "training"
-  return f"{_runs.markdown(header, rows)}\n\n{_runs.environment(results[0])}"
+def table(results: Sequence[Json], two_cores: Sequence[Json] = ()) -> str:
+  """Markdown: a row a generator; that of `two_cores` is the article's once more, with its time there."""
+  lines = []
+  for row in (*results, *two_cores):
+    name = ROWS[row["row"]][1] if "row" in row else "article's GAN, non-saturating loss, two cores"
+    lines.append([f"{name}{_runs.mark(row)}", f"{row[FRECHET]:.2f}", row["classes_covered"]])
+    for key in ("class_agreement", "probe_test_error", "test_error"):
+      value = row.get(key)
+      lines[-1].append("" if value is None else f"{value:.2f} %")
+    lines[-1] += [f"{row['steps']:,}", f"{row['seconds_train']:.0f} s", f"{row['steps_per_second']:.0f}"]
+  replayed = results[0]["frechet_replayed_training_set"]
+  lines.append(["*training images, replayed*", f"{replayed:.2f}", 10, *[""] * 6])
+  head = "generator", "Frechet distance", "classes", "class agreement", "probe error", "test error", "steps"
+  rows = [*results, *two_cores]
+  return _runs.with_environment(_runs.markdown((*head, "training", "steps/s"), lines), rows)
 
 
 if __name__ == "__main__":
-  main()
+  _runs.cli(main)

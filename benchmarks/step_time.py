@@ -5,7 +5,7 @@ python -m benchmarks.step_time --recipes article_gan --batch-sizes 32 512 4096 -
 python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --strategy vmap --name replicates
 
 Each contender is a process of its own, which waits without using a processor while the others run. They
-run in turns: in each of `--pairs` rounds every contender runs for about `--seconds`, in random order, and a
+run in turns: in each of `--rounds` rounds every contender runs for about `--seconds`, in random order, and a
 ratio is between two runs of the same round.
 
   ours            many steps a dispatch, data on the device
@@ -137,7 +137,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
   add("--replicates", type=_runs.positive, nargs="+", default=[1], help="GANs in one program, ours only")
   add("--strategy", choices=("sequential", "vmap"), help="one GAN after the other, or all in lockstep")
   add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="who takes part")
-  add("--pairs", type=_runs.positive, default=5, help="rounds (5)")
+  add("--rounds", type=_runs.positive, default=5, help="rounds (5)")
   add("--seconds", type=_runs.seconds, default=3.0, help="of a run in a round (3)")
   _runs.add_data_flags(parser, "auto")
   add("--torch-python", default=sys.executable, help="interpreter of PyTorch's contenders (this one)")
@@ -171,7 +171,7 @@ def race(name: str, batch_size: int | None, args: argparse.Namespace, order: ran
         entry.worker = Worker(task, python)
         entry.found |= entry.worker.ready
         print(f"{name}, {entry.name}: ready", file=sys.stderr, flush=True)
-    for _ in range(args.pairs):
+    for _ in range(args.rounds):
       for entry in order.sample(entries, len(entries)):
         with _failing(entry):
           run(entry, args.seconds)

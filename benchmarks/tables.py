@@ -232,26 +232,6 @@ def photographs_tuning(rows: _runs.Rows) -> str:
 
 # --- Generators
 
-FRECHET = "frechet_mnist-5e89338e_n10000"
-
-
-def mnist_generators(rows: _runs.Rows, two_cores: Json) -> str:
-  """A row a kind of generator; that of `two_cores` once more at the end, with the time it takes there."""
-  lines = []
-  for row in (*rows, two_cores):
-    name = (
-      generators.ROWS[row["row"]][1] if "row" in row else "article's GAN, non-saturating loss, two cores"
-    )
-    lines.append([f"{name}{_runs.mark(row)}", f"{row[FRECHET]:.2f}", row["classes_covered"]])
-    for key in ("class_agreement", "probe_test_error", "test_error"):
-      value = row.get(key)
-      lines[-1].append("" if value is None else f"{value:.2f} %")
-    lines[-1] += [f"{row['steps']:,}", f"{row['seconds_train']:.0f} s", f"{row['steps_per_second']:.0f}"]
-  replayed = rows[0]["frechet_replayed_training_set"]
-  lines.append(["*training images, replayed*", f"{replayed:.2f}", 10, *[""] * 6])
-  head = "generator", "Frechet distance", "classes", "class agreement", "probe error", "test error", "steps"
-  return _runs.with_environment(_runs.markdown((*head, "training", "steps/s"), lines), [*rows, two_cores])
-
 
 def few_images(row: Json) -> str:
   """A row a number of images, a column a kind of augmentation."""
@@ -374,7 +354,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "bfloat16": lambda: study(_lines("bfloat16-digits.jsonl")),
   "digits": lambda: study(_lines("label_study-digits.jsonl")),
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
-  "generators": lambda: mnist_generators(_lines("generators.jsonl"), *_lines("article-2-cores.json")),
+  "generators": lambda: generators.table(_lines("generators.jsonl"), _lines("article-2-cores.json")),
   "few-images": lambda: few_images(*_lines("mnist_low_data.json")),
   "networks": lambda: networks.table(_lines("networks.jsonl")),
   "streaming": lambda: streaming.table(_lines("streaming.jsonl")),

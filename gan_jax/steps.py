@@ -323,9 +323,10 @@ def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps
 def with_statistics(g: Generator, state: TrainState) -> TrainState:
   """The state for sampling: with these statistics, an image depends on its latent alone.
 
-  Only a generator that normalises by statistics of its batch has any: those that the averaged G has for
-  1,000 latents, always the same, in the collection "statistics" of `state.g.model_state`. A state that has
-  them keeps them. Training does without: go on with the state as it was.
+  Only a generator with `norm="shift"` has any (`"batch"` keeps running averages of its own): those that the
+  averaged G has for 1,000 latents, always the same, in the collection "statistics" of
+  `state.g.model_state`. A state that has them keeps them. Training does without: go on with the state as it
+  was.
   """
   variables = {"params": state.ema["g"], **state.g.model_state}
   latents = g.latents(objectives.named_key(jax.random.key(0), "statistics"), NUM_STATISTICS)

@@ -68,7 +68,7 @@ def test_ratios_are_of_the_same_round_and_a_failure_is_a_line():
   assert "| torch_compile | not run: no compiler |" in step_time.table(lines)
 
 
-@pytest.mark.parametrize("flags", [["--pairs", "0"], ["--seconds", "nan"], ["--recipes", "nothing"]])
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--seconds", "nan"], ["--recipes", "nothing"]])
 def test_a_bad_flag_is_one_sentence(flags, capsys):
   with pytest.raises(SystemExit, match="2"):
     step_time.parse(flags)
