@@ -5,7 +5,7 @@ python -m benchmarks.step_time --recipes article_gan --batch-sizes 32 512 4096 -
 python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --strategy vmap --name replicates
 
 Each contender is a process of its own, which waits without using a processor while the others run. They
-run in turns: in each of `--rounds` rounds every contender runs for about `--seconds`, in random order, and a
+run in turns: in each of the `--rounds` every contender runs for about `--seconds`, in random order, and a
 ratio is between two runs of the same round.
 
   ours            many steps a dispatch, data on the device
