@@ -7,9 +7,9 @@ https://arxiv.org/abs/1511.06390).
   python -m experiments.mnist_ssgan                 MNIST where it can be had, else the bundled digits
   python -m experiments.mnist_ssgan --network mlp   the published networks and losses
 
-100 labels of MNIST: 0.73 +- 0.10 % test error over splits 0-4 (supervised control 5.53), 446 to 522 s on
-two CPU cores. 50 labels of the digits: 1.47 +- 0.74 % (control 8.78), 12 to 14 s. It is the library's main
-job, `python -m gan_jax train`, by the name of its benchmark.
+100 labels of MNIST: 0.72 +- 0.08 % test error over splits 20-29 (supervised control 5.67), 485 to 580 s
+on two CPU cores that other work shared. 50 labels of the digits: 1.47 +- 0.74 % over splits 0-4 (control
+8.78), 12 to 14 s. It is the library's main job, `python -m gan_jax train`, by the name of its benchmark.
 """
 
 from gan_jax import classify, program
