@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks import (
   _gan_map,
   _runs,
+  augmentation,
   generators,
   networks,
   novelty,
@@ -360,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "streaming": lambda: streaming.table(_lines("streaming.jsonl")),
   "peers": lambda: peers(_lines("step_time.jsonl")),
   "batch-sizes": lambda: batch_sizes(_lines("batch_sizes.jsonl")),
+  "augmentation": lambda: augmentation.table(_lines("augmentation.jsonl")),
   "race": lambda: time_to_accuracy.table(_lines("time_to_1_percent.jsonl")),
   "other-figures": lambda: other_figures(
     _lines("time_to_accuracy.jsonl"),
