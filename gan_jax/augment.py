@@ -167,9 +167,11 @@ def saturation(most: float) -> Augment:
   """
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    if x.shape[3] != 3:
+      return x
     draws = jax.random.uniform(key, (len(x), 1, 1, 1), minval=-1.0, maxval=1.0)
-    mean = x.mean(axis=3, keepdims=True)
-    return jnp.clip(mean + (x - mean) * (1 + most * draws), 0.0, 1.0) if x.shape[3] == 3 else x
+    mean = _mean_colour(x)
+    return jnp.clip(mean + (x - mean) * (1 + most * draws), 0.0, 1.0)
 
   return transform
 
@@ -189,11 +191,16 @@ def hue(degrees: float) -> Augment:
       return x
     angle = jnp.deg2rad(degrees) * jax.random.uniform(key, (len(x), 1, 1, 1), minval=-1.0, maxval=1.0)
     # Rodrigues' rotation: with the axis a = (1, 1, 1) / sqrt 3, a x v = (b - g, r - b, g - r) / sqrt 3.
-    mean = x.mean(axis=3, keepdims=True)
+    mean = _mean_colour(x)
     across = (jnp.roll(x, 1, axis=3) - jnp.roll(x, -1, axis=3)) / jnp.sqrt(3.0)
     return jnp.clip(mean + (x - mean) * jnp.cos(angle) + across * jnp.sin(angle), 0.0, 1.0)
 
   return transform
+
+
+def _mean_colour(x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
+  # As a sum: XLA's CPU backend takes 16 times as long for the mean over an axis of three.
+  return (x[..., :1] + x[..., 1:2] + x[..., 2:]) / 3
 
 
 def flip(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
