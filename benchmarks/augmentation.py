@@ -168,10 +168,6 @@ OPERATIONS: dict[str, dict[str, Callable[[Sequence[int]], Augment]]] = {
 """Operation -> library -> its transformation."""
 
 
-def _ratio(row: Json) -> str:
-  return f"{row['ours_is_faster_by']['median']:.1f}"
-
-
 def table(results: Sequence[dict]) -> str:
   """Markdown: a row an operation and side."""
   found = {(row["operation"], row["side"], row["library"]): row for row in results}
@@ -181,12 +177,17 @@ def table(results: Sequence[dict]) -> str:
     rows.append([f"{operation}{_runs.mark(ours)}", f"{side}x{side}", f"{ours['ms']['median']:.2f}"])
     for library in LIBRARIES[1:]:
       row = found.get((operation, side, library), {"not_run": ""})
-      done = "ms" in row
-      rows[-1].append(f"{row['ms']['median']:.2f} ({_ratio(row)})" if done else row["not_run"])
+      if "ms" in row:
+        ratio = row["ours_is_faster_by"]["median"]
+        rows[-1].append(f"{row['ms']['median']:.2f} ({ratio:.1f})")
+      else:
+        rows[-1].append(row["not_run"])
   head = "operation", "pictures", "ours, ms", "dm-pix", "augmax"
   first, versions = results[0], results[0]["versions"]
-  theirs = " and ".join(f"{name} {versions[name]}" for name in LIBRARIES[1:] if name in versions)
-  note = f"Batches of {first['batch']} colour pictures, medians of {first['rounds']} rounds. {theirs}."
+  used = ["", *(f"{name} {versions[name]}" for name in LIBRARIES[1:] if name in versions)]
+  note = (
+    f"Batches of {first['batch']} colour pictures, medians of {first['rounds']} rounds{', '.join(used)}."
+  )
   return _runs.with_environment(_runs.markdown(head, rows), results, note)
 
 

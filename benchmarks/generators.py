@@ -32,6 +32,7 @@ ROWS = {
 """Row -> experiment, name in the table, flags."""
 FRECHET = "frechet_mnist-5e89338e_n10000"
 """The distance, by its extractor and number of images."""
+REPLAYED = "frechet_replayed_training_set"
 
 
 def main() -> None:
@@ -58,8 +59,8 @@ def table(results: Sequence[Json], two_cores: Sequence[Json] = ()) -> str:
       value = row.get(key)
       lines[-1].append("" if value is None else f"{value:.2f} %")
     lines[-1] += [f"{row['steps']:,}", f"{row['seconds_train']:.0f} s", f"{row['steps_per_second']:.0f}"]
-  replayed = results[0]["frechet_replayed_training_set"]
-  lines.append(["*training images, replayed*", f"{replayed:.2f}", 10, *[""] * 6])
+  replayed = [row[REPLAYED] for row in results if REPLAYED in row]
+  lines += [["*training images, replayed*", f"{distance:.2f}", 10, *[""] * 6] for distance in replayed[:1]]
   head = "generator", "Frechet distance", "classes", "class agreement", "probe error", "test error", "steps"
   rows = [*results, *two_cores]
   return _runs.with_environment(_runs.markdown((*head, "training", "steps/s"), lines), rows)

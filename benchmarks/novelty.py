@@ -39,13 +39,9 @@ def main() -> None:
   _runs.add_run_flags(parser)
   args = parser.parse_args()
   config = parsing.parse(label_study.Config, ["--dataset", "digits", *args.flags])
-  default = label_study.Config()
-  if any(
-    getattr(config, name) != getattr(default, name) for name in ("budgets", "splits", "methods", "tune")
-  ):
-    parser.error(
-      "budgets, splits and methods of the study have no use here: name splits and methods before --"
-    )
+  default, unused = label_study.Config(), ("budgets", "splits", "methods", "tune")
+  if any(getattr(config, name) != getattr(default, name) for name in unused):
+    parser.error("the study's budgets, splits and methods have no use here: name them before the bare --")
   digits = cli.load(config.data)
   test = evaluate.with_test_set(digits)
   rng = np.random.default_rng(0)
@@ -60,10 +56,8 @@ def main() -> None:
     classify = jax.jit(steps.make_classifier(recipe.d))
     for seed in args.splits:
       split = data.split_labels(digits.y_train, 5, seed)
-      images, key = (
-        data.to_device(digits, split),
-        jax.random.fold_in(jax.random.key(config.train.seed), seed),
-      )
+      images = data.to_device(digits, split)
+      key = jax.random.fold_in(jax.random.key(config.train.seed), seed)
       state = train.fit(recipe, images, key, verbose=False).state
       read = partial(metrics.predict, partial(classify, state))
       own, _ = read(test.x_test)

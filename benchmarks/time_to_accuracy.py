@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import _recipes, _runs, _worker
 from gan_jax import datasets, evaluate, metrics, run_dir, steps
 from gan_jax.datasets import Dataset
-from gan_jax.types import InputError, LabelSplit
+from gan_jax.types import LabelSplit
 
 
 def main() -> None:
@@ -41,11 +41,7 @@ def main() -> None:
   add("--limit", type=_runs.seconds, default=1800.0, help="seconds of training of FixMatch at most (1800)")
   _runs.add_data_flags(parser, "mnist")
   args = parser.parse_args()
-  needed = [args.torch_python, "-c", "import torch, numpy"]
-  if (
-    "torch_fixmatch" in args.contenders
-    and subprocess.run(needed, capture_output=True, check=False).returncode
-  ):
+  if "torch_fixmatch" in args.contenders and not _has_torch(args.torch_python):
     parser.error("--torch-python must be an interpreter with PyTorch and NumPy")
   target = args.target
   if target is None:
@@ -85,6 +81,9 @@ def main() -> None:
         **reached,
       }
       results.append(result)
+      if "not_run" in result:
+        print(f"{contender}, split {seed}: not run: {result['not_run']}", flush=True)
+        continue
       time = f"{result['seconds']:.0f} s" if result["reached"] else "not reached"
       print(
         f"{contender}, split {seed}: {time}, {result['steps']} steps, {result['test_error']:.2f} %",
@@ -132,13 +131,12 @@ def fixmatch(args: argparse.Namespace, dataset: Dataset, split: LabelSplit, targ
     command = [args.torch_python, str(program), f"{folder}/data.npz", json.dumps(flags)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
   rows = [json.loads(line) for line in process.stdout.splitlines()]
-  if process.returncode or not rows:
-    raise InputError(
-      f"FixMatch ended with code {process.returncode} after {len(rows)} evaluations, see above"
-    )
+  recipe = f"fixmatch {num} + {7 * num}"
+  if process.returncode or not rows:  # what the others reached is kept
+    return {"recipe": recipe, "not_run": f"it ended with code {process.returncode}"}
   return {
     **({"device": rows[-1]["gpu"]} if rows[-1]["gpu"] else {}),
-    "recipe": f"fixmatch {num} + {7 * num}",
+    "recipe": recipe,
     "reached": rows[-1]["error"] <= target,
     "seconds": rows[-1]["seconds"],
     "steps": rows[-1]["step"],
@@ -153,10 +151,13 @@ def table(results: Sequence[dict]) -> str:
   """Markdown: a row a contender and split."""
   rows = []
   for result in results:
+    if "not_run" in result:
+      rows.append((result["recipe"], result["split_seed"], f"not run: {result['not_run']}", "", ""))
+      continue
     reached, recipe = result["reached"], result["recipe"]
     seconds = f"{result['seconds']:.0f} s"
     took = seconds if reached else f"not reached in {seconds}: {result['test_error']:.2f} %"
-    compiling = max(each["seconds_compile"] for each in results if each["recipe"] == recipe)
+    compiling = max(each.get("seconds_compile", 0) for each in results if each["recipe"] == recipe)
     rows.append((recipe, result["split_seed"], took, f"{compiling:.0f} s", f"{result['steps']:,}"))
   first = results[0]
   header = "recipe", "split", f"training to {first['target']:g} %", "and compilation", "steps"

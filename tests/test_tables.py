@@ -1,12 +1,14 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import _runs, augmentation, scaling, tables
+from benchmarks import _runs, augmentation, scaling, tables, time_to_accuracy
 from gan_jax import run_dir
 from gan_jax.types import InputError
 
@@ -165,3 +167,32 @@ def test_augmentations_are_timed_and_a_library_that_is_absent_is_said(monkeypatc
   assert saturation == ["ours", "dm_pix"]  # augmax has none
   lines = augmentation.table(rows).splitlines()
   assert lines[2].endswith("| dm_pix is not installed | augmax is not installed |")
+
+
+def test_a_run_that_is_there_is_used_again_with_the_same_flags_alone(tmp_path, monkeypatch):
+  """And only where it is complete."""
+  ran = []
+
+  def experiment(command, **_):
+    ran.append(command[2:4])
+    folder = Path(command[command.index("--workdir") + 1])
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").write_text(json.dumps({"interrupted": len(ran) == 1}))
+    return subprocess.CompletedProcess(command, 0)
+
+  monkeypatch.setattr(_runs.subprocess, "run", experiment)
+  assert _runs.run("mnist_ssgan", ["--steps", "60"], tmp_path / "a") == {"interrupted": True}
+  for _ in range(2):
+    assert _runs.run("mnist_ssgan", ["--steps", "60"], tmp_path / "a") == {"interrupted": False}
+  assert ran == [["experiments.mnist_ssgan", "--steps"]] * 2
+  with pytest.raises(InputError, match="a run of other flags"):
+    _runs.run("mnist_ssgan", ["--steps", "90"], tmp_path / "a")
+
+
+def test_a_contender_that_failed_is_a_row():
+  shared = {"target": 1.0, "split_seed": 20, "num_labels": 100, "dataset": "mnist", **run_dir.environment()}
+  done = {"recipe": "conv_ssgan", "reached": True, "seconds": 200.0, "steps": 4000, "seconds_compile": 9.0}
+  failed = {"recipe": "fixmatch 64 + 448", "not_run": "it ended with code 1"}
+  lines = time_to_accuracy.table([shared | done | {"test_error": 0.9}, shared | failed]).splitlines()
+  assert lines[2] == "| conv_ssgan | 20 | 200 s | 9 s | 4,000 |"
+  assert lines[3] == "| fixmatch 64 + 448 | 20 | not run: it ended with code 1 |  |  |"
