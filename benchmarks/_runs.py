@@ -147,13 +147,17 @@ def with_environment(table: str, rows: Rows, note: str = "") -> str:
   found = [device for device, _ in pairs] + [versions for _, versions in pairs]
   for versions in (row["versions"] for row in rows if "torch" in row["versions"]):
     found.append(f"PyTorch {versions['torch'].partition('+')[0]} under Python {versions['python']}")
-  found += [f"commit `{row['commit'].removesuffix('-dirty')}`{mark(row)}" for row in rows]
+  found += [f"commit `{_commit(row).removesuffix('-dirty')}`{mark(row)}" for row in rows]
   return f"{table}\n\n{f'{note} '.lstrip()}{'; '.join(dict.fromkeys(found))}."
 
 
 def mark(*rows: Json) -> str:
-  """A dagger where one of the lines was made with local changes."""
-  return "†" if any(row["commit"].endswith("-dirty") for row in rows) else ""
+  """A dagger where one of the lines was made with local changes, or outside of a checkout."""
+  return "†" if any(_commit(row).endswith(("-dirty", "unknown")) for row in rows) else ""
+
+
+def _commit(row: Json) -> str:
+  return row["commit"] or "unknown"
 
 
 def mean_std(values: Sequence[float]) -> str:

@@ -110,8 +110,8 @@ def prepare(
 ) -> tuple[Callable[[], Contender], Callable[[], float | None]]:
   """What makes the contender, and its device memory in MB; completes the environment."""
   if task["contender"] == "ours":
-    seeds, strategy = range(task["replicates"]), task["strategy"]
-    return lambda: Ours(recipe, *_recipes.start(recipe, dataset, seeds), strategy=strategy), _jax_memory
+    start = _recipes.start(recipe, dataset, range(task["replicates"]))
+    return lambda: Ours(recipe, *start, strategy=task["strategy"]), _jax_memory
   state, images = _recipes.start(recipe, dataset, [0])
   if task["contender"] == "plain_jax":
     from benchmarks.peers import plain_jax

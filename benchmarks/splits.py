@@ -3,8 +3,9 @@
 python -m benchmarks.splits --name mnist-conv-100 -- --dataset mnist
 
 Everything after the bare `--` goes to `python -m experiments.mnist_ssgan`. Each split is a process of
-its own, one after the other; its `result.json` becomes a line of `benchmarks/results/<name>.jsonl`.
-A split whose run directory holds a result already is not run again.
+its own, one after the other, with the split's seed for all else that is random unless --seed is named; its
+`result.json` becomes a line of `benchmarks/results/<name>.jsonl`. A split whose run directory holds a
+result already is not run again.
 """
 
 import statistics
@@ -29,7 +30,9 @@ def main() -> None:
   results = []
   for split in args.splits:
     workdir = args.runs / args.name / f"split-{split}"
-    results.append(_runs.run("mnist_ssgan", [*args.flags, "--split-seed", str(split)], workdir))
+    seeds = [] if "--seed" in args.flags else ["--seed", str(split)]
+    seeds += ["--split-seed", str(split)]
+    results.append(_runs.run("mnist_ssgan", [*args.flags, *seeds], workdir))
   _runs.finish(args.name, results, table)
 
 

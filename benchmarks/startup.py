@@ -23,7 +23,8 @@ def main() -> None:
   args = parser.parse_args()
   results = []
   for network in args.networks:
-    flags = ["--network", network, "--steps", "1", *args.flags]
+    # Of one step alone, the first would wait for the diagnostics and the first picture too.
+    flags = ["--network", network, "--steps", "40", *args.flags]
     for _ in range(args.repeats):
       with tempfile.TemporaryDirectory() as folder:
         for time in ("first", "second"):

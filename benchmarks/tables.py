@@ -206,6 +206,7 @@ WEIGHTS = {
 def weights(rows: _runs.Rows) -> str:
   """A row an arm, weight and number of steps, with augmentation."""
   rows = [row for row in rows if row["method"] in WEIGHTS and not _is_plain(row)]
+  rows = [row for row in rows if row["splits"] == rows[0]["splits"]]
   value_of = lambda row: row["flags"][WEIGHTS[row["method"]]]
   found = {(row["method"], value_of(row), row["steps"], row["budget"]): row for row in rows}
   budgets, lines = sorted({key[-1] for key in found}), []

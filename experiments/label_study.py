@@ -115,7 +115,7 @@ class Config:
 
 def main(config: Config) -> Json:
   """Trains every method on every budget and all splits; returns what `result.json` holds."""
-  dataset = cli.load(config.data)
+  dataset = cli.load(config.data, needs_test=not config.tune)
   if config.tune:
     dataset = datasets.for_tuning(dataset, config.train.seed)
   splits = {budget: split_labels(dataset, budget, config.splits) for budget in config.budgets}
@@ -139,7 +139,7 @@ def main(config: Config) -> Json:
       with open(path, "ab") as file:
         file.write(_lines(found))  # the classifier's own line is the last: with it the cell is complete
       if config.tune and TUNING.is_dir():
-        with open(TUNING / f"{dataset.name}.jsonl", "ab") as file:
+        with open(TUNING / f"{dataset.name.replace('/', '_')}.jsonl", "ab") as file:
           about = {"flags": parsing.flags_of_recipe(config), "note": dataset.note}
           file.write(_lines([about | found[-1]]))
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
@@ -332,10 +332,7 @@ class Study:
     case = recipe.hparams.precision, every_layer  # else the methods have the same discriminator
     if case not in self._evaluate:
       self._evaluate[case] = evaluate.make_evaluate(recipe, every_layer=every_layer)
-    labelled = [
-      (self._dataset.x_train[list(split.indices)], self._dataset.y_train[list(split.indices)])
-      for split in splits
-    ]
+    labelled = [data.labelled(self._dataset, split) for split in splits]
     replicates = [parallel.pick(states, i) for i in range(len(splits))]
     found = self._evaluate[case](self._dataset, replicates, labelled)
     readings: dict[str, list[float]] = {}

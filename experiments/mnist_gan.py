@@ -59,7 +59,8 @@ class GanFlags:
   rotation: float | None = None
   """Weight of rotation prediction (default: 1 for images of objects, 0 for signs such as digits)."""
   num_scored: int = 10_000
-  """Generated images for the Frechet distance; 0: none, and no feature extractor has to be trained."""
+  """Generated images for the Frechet distance, at most as many as training images, which are scored too;
+  0: none, and no feature extractor has to be trained."""
 
   def check(self) -> None:
     cli.not_negative(self, "gamma", "rotation")
@@ -150,7 +151,7 @@ def fit_gan(
     workdir=run.path,
     resume=config.run.resume,
     phase="gan",
-    checkpoint_every=config.loop.checkpoint_every,
+    checkpoint_every=config.loop.steps_between_checkpoints(recipe.num_steps),
     on_nonfinite=config.loop.on_nonfinite,
     start=run_dir.start_from(config.transfer, recipe),
     diagnose=True,
@@ -180,9 +181,10 @@ def finish(
     table.append(("test error of the discriminator as a classifier", f"{found.error:.2f} %"))
   quality = {}
   if extractor is not None:
-    x_fake = evaluate.sample(recipe, fit.state, flags.num_scored, seed=run.seed, purpose="frechet")
+    num = min(flags.num_scored, len(dataset.x_train))  # distances compare at equal numbers only
+    x_fake = evaluate.sample(recipe, fit.state, num, seed=run.seed, purpose="frechet")
     quality = metrics.generator_quality(extractor, x_fake)
-    replayed = metrics.replay_quality(extractor, dataset, min(flags.num_scored, len(dataset.x_train)))
+    replayed = metrics.replay_quality(extractor, dataset, num)
     (name, distance), (_, replay) = (
       next((key, value) for key, value in each.items() if key.startswith("frechet_"))
       for each in (quality, replayed)

@@ -60,7 +60,7 @@ def main(config: Config) -> Json:
   with run_dir.open_run("transfer", config, dataset, split, recipes_used={}, files=parts) as run:
     source = mnist_gan.Config(
       data=source_data,
-      labels=config.labels,
+      labels=cli.LabelFlags(labels_per_class=1),  # for a probe that nobody reads
       train=dataclasses.replace(config.train, steps=config.pretrain_steps),
       # layer: that of the discriminator which is fine-tuned. The discriminator is what is wanted.
       gan_flags=mnist_gan.GanFlags(norm="layer", num_scored=0),
@@ -70,10 +70,11 @@ def main(config: Config) -> Json:
     init_from = str(run.path / "pretrained")
     pairs: list[Json] = []
     interrupted = pretrained["interrupted"]
-    for seed in seeds:
+    for i, seed in enumerate(seeds):
       if not interrupted:
         pair = dataclasses.replace(
           _pair(config),
+          train=dataclasses.replace(config.train, seed=config.train.seed + i),
           labels=dataclasses.replace(config.labels, split_seed=seed),
           transfer=cli.TransferFlags(init_from=init_from, init_parts="d", freeze_d=config.freeze_d),
         )

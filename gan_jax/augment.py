@@ -90,7 +90,7 @@ def sample(
 
 def _inside(position: Array, size: int, border: Border) -> Array:
   """Positions along a side, those outside as the positions of the pixels that stand there."""
-  if border == "edge":
+  if border == "edge" or (border == "mirror" and size == 1):
     return jnp.clip(position, 0, size - 1)
   if border == "mirror":
     last = size - 1

@@ -23,7 +23,7 @@ from gan_jax.types import InputError, Json, NetState, TrainState
 class Checkpoints:
   """The checkpoints of one run, named by their step; the last two are kept.
 
-  A context manager: leaving it waits until what was saved is on disk. Reading changes nothing on disk.
+  A context manager: leaving it closes what writes. Reading changes nothing on disk.
   """
 
   def __init__(self, directory: Path):
@@ -53,7 +53,7 @@ class Checkpoints:
       extra: what `extra` gives back.
 
     Raises:
-      InputError: the disk is full; here or, because it is written meanwhile, by a later call.
+      InputError: the disk is full.
     """
     step, packed = int(state.step), _pack(state)
     if not processes.largest(step == self.latest_step):  # of several processes, all or none save
@@ -113,6 +113,7 @@ class Checkpoints:
     for step in self._steps():
       if step > int(restored.step):  # else it would count as the newest
         self._lay_aside(step)
+    processes.wait("restored")  # no other process shall see a newest step that is laid aside
     impl = jax.random.key_impl(like.key)
     return restored.replace(key=jax.random.wrap_key_data(restored.key, impl=impl))
 

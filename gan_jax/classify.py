@@ -23,6 +23,7 @@ from gan_jax import (
   metrics,
   networks,
   page,
+  pictures,
   processes,
   recipes,
   report,
@@ -36,6 +37,8 @@ from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
 PICTURES = ("samples", "learning_curves.png", "confusion.png", "reliability.png")
+_NUM_SCORED = 10_000
+"""Generated images that go into a Frechet distance."""
 FILES = (*run_dir.TRAINING_FILES, *PICTURES, "supervised", "folds")
 
 
@@ -91,6 +94,8 @@ def main(config: Config, *, name: str = "train") -> Json:
     raise InputError("--frechet needs all training images in memory: leave it out, or pass --stream no")
   if config.frechet and dataset.of_vectors:
     raise InputError("--frechet needs images, and these are vectors: leave it out")
+  if config.frechet:
+    pictures.check_memory(_NUM_SCORED, dataset.image_shape, "leave --frechet out", num_bytes=8)
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = make_recipe(config, dataset, split)
   control, afresh = recipes.supervised_control(recipe), recipe
@@ -115,7 +120,7 @@ def main(config: Config, *, name: str = "train") -> Json:
       found, measured_on = _read_test_set(recipe, dataset, split, fits), "test images"
     quality = {}
     if extractor is not None:
-      x_fake = evaluate.sample(recipe, fits[0].state, 10_000, seed=run.seed, purpose="frechet")
+      x_fake = evaluate.sample(recipe, fits[0].state, _NUM_SCORED, seed=run.seed, purpose="frechet")
       quality = metrics.generator_quality(extractor, x_fake)
     errors = {
       "test_error": found[0].error if found else None,
@@ -144,8 +149,8 @@ def main(config: Config, *, name: str = "train") -> Json:
       if "frechet" in key
     ]
     table += [("alarm", alarm) for alarm in fits[0].alarms]
-    pictures, sections = _pictures(run, recipe, fits[0].state, found, split, measured_on)
-    return run_dir.finish(run, result, table=table, pictures=pictures, sections=sections)
+    shown, sections = _pictures(run, recipe, fits[0].state, found, split, measured_on)
+    return run_dir.finish(run, result, table=table, pictures=shown, sections=sections)
 
 
 NAMES = {
@@ -199,7 +204,7 @@ def cross_validate(
   for i, (split, out) in enumerate(folds):
     x_out: Any = data.Chosen(dataset.x_train, out)  # of a stream they are read when they are asked for
     left_out = dataclasses.replace(dataset, x_test=x_out, y_test=dataset.y_train[out])
-    path = workdir / "folds" / f"{i + 1}.npz"
+    path = workdir / "folds" / f"{i + 1}-of-{len(folds)}.npz"
     if stored := _stored_fold(path, left_out):
       parts.append(stored)
       continue
@@ -239,7 +244,7 @@ def _fit(
     jax.random.key(run.seed),
     phase="semi-supervised",
     resume=config.run.resume,
-    checkpoint_every=config.loop.checkpoint_every,
+    checkpoint_every=config.loop.steps_between_checkpoints(recipe.num_steps),
     start=run_dir.start_from(config.transfer, recipe),
     diagnose=recipe.has_generator,
     class_names=run.dataset.class_names,
@@ -282,8 +287,10 @@ def _fit_control(run: run_dir.Run, control: Recipe, images: data.DeviceData, log
       start=kept.restore if done else None,
       **logged,
     )
-    if alone and not (done or fit.interrupted):
-      kept.save(fit.state)
+    if done:
+      return dataclasses.replace(fit, rollbacks=tuple(kept.extra.get("rollbacks", ())))
+    if alone and not fit.interrupted:
+      kept.save(fit.state, {"rollbacks": fit.rollbacks})
   return fit
 
 
@@ -300,9 +307,9 @@ def _snapshot(run: run_dir.Run, recipe: Recipe) -> Callable[[TrainState], None]:
 def _on_the_way(run: run_dir.Run) -> list[page.Section]:
   """What `_snapshot` wrote, in the order of the steps."""
   paths = sorted((run.path / "samples").glob("step-*.png"))
-  pictures = [page.Picture(path, f"step {int(path.stem.removeprefix('step-')):,}") for path in paths]
+  found = [page.Picture(path, f"step {int(path.stem.removeprefix('step-')):,}") for path in paths]
   text = "The same ten latents at ten times of the training."
-  return [page.Section("The generator on the way", text=text, pictures=pictures)] if pictures else []
+  return [page.Section("The generator on the way", text=text, pictures=found)] if found else []
 
 
 def _pictures(
@@ -314,23 +321,30 @@ def _pictures(
   measured_on: str,
 ) -> tuple[list[tuple[str, str]], list[page.Section]]:
   """Writes the pictures of a run; those at the head of its page, and the page's sections."""
-  pictures, sections = [], []
+  shown, sections = [], []
   if _draws_images(recipe, run.dataset):
     x_fake = evaluate.sample(recipe, state, 100, seed=run.seed)
     figures.sample_grid(run.path / "samples" / "last.png", x_fake)
-    pictures.append(("Generated images", "samples/last.png"))
+    shown.append(("Generated images", "samples/last.png"))
   if found:
     first, names = found[0], run.dataset.class_names
     assert first.confusion is not None  # D has the classes
     figures.confusion(run.path / "confusion.png", first.confusion, names)
     figures.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
+    dataset, in_folds = run.dataset, measured_on != "test images"
     sections = page.of_classifier(
-      run.path, first, names, *data.labelled(run.dataset, split), measured_on=measured_on
+      run.path,
+      first,
+      names,
+      *data.labelled(dataset, split),
+      measured_on=measured_on,
+      image_names=dataset.names_train if in_folds else dataset.names_test,
+      visible=not dataset.of_vectors,
     )
   sections += _on_the_way(run)
   figures.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
   curves = [page.Picture(run.path / "learning_curves.png")]
-  return pictures, [*sections, page.Section("Learning curves", pictures=curves)]
+  return shown, [*sections, page.Section("Learning curves", pictures=curves)]
 
 
 def _stored_fold(path: Path, left_out: Dataset) -> list[Evaluation] | None:

@@ -120,8 +120,8 @@ class TrainFlags:
 class LoopFlags:
   """What is written during training."""
 
-  checkpoint_every: int = 1000
-  """Steps between checkpoints."""
+  checkpoint_every: int | None = None
+  """Steps between checkpoints (default: a quarter of the steps, at most 1,000)."""
   on_nonfinite: Literal["stop", "rollback"] = "stop"
   """Where a loss is not finite: stop, or go back to the last checkpoint at half the learning rates, three
   times at most (rollback)."""
@@ -132,6 +132,10 @@ class LoopFlags:
 
   def check(self) -> None:
     at_least_one(self, "checkpoint_every", "devices")
+
+  def steps_between_checkpoints(self, num_steps: int) -> int:
+    """For a run of so many steps."""
+    return self.checkpoint_every or max(1, min(1000, num_steps // 4))
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,11 @@ class Predict:
   out: str | None = None
   """CSV file of the predictions (default: standard output)."""
   top_k: int = 1
-  """The so many most probable classes of each image."""
+  """How many of the most probable classes to write for each image."""
   review: int | None = None
-  """Write only the so many images whose label would teach most, uncertain and unlike each other, as a
-  labels.csv to fill in; without those that a single folder's own table of labels gives one."""
+  """Write only this many images whose label would teach most, uncertain and unlike each other, as a
+  labels.csv to fill in; of a single folder without those that its table or its class folders already
+  label, and without its test set."""
 
   def check(self) -> None:
     cli.at_least_one(self, "top_k", "review")
@@ -60,7 +61,7 @@ def predict(config: Predict) -> Json:
   say(f"opening {config.model}")
   loaded, first = model.load(config.model), Path(config.images[0])
   alone = len(config.images) == 1 and first.is_dir()
-  known = pictures.labelled(first) if config.review and alone else set()
+  known = pictures.labelled(first, loaded.classes) if config.review and alone else set()
   names, images = loaded.read(config.images)
   say(f"{len(images):,} images, {len(loaded.classes)} classes")
   probs = loaded.predict(images)
@@ -85,7 +86,7 @@ def _predictions(
   rows: list[list[str]] = [[*head, "real_logit"]]
   for name, p, logit in zip(names, probs, real_logit, strict=True):
     best = np.argsort(-p, kind="stable")[:top_k]
-    rows.append([name, *(cell for k in best for cell in (classes[int(k)], f"{p[k]:.4f}")), f"{logit:.3f}"])
+    rows.append([name, *(cell for k in best for cell in (classes[int(k)], str(p[k]))), f"{logit:.3f}"])
   return rows
 
 

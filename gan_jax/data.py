@@ -186,9 +186,14 @@ class DeviceData(struct.PyTreeNode):
       x_lab: labelled images, `[N, H, W, C]`.
       y_lab: their classes, 0 .. K-1.
       x_unl: all images that may be used without a label; the labelled ones may be among them.
+
+    Raises:
+      InputError: a label below 0.
     """
     chex.assert_equal_shape([x_lab, x_unl], dims=(1, 2, 3))
     chex.assert_type([x_lab, x_unl], np.uint8)
+    if np.min(y_lab, initial=0) < 0:
+      raise InputError("y_lab must be classes from 0 on: an image without a label is one of x_unl alone")
     held_out = jnp.asarray(x_unl[:0]), jnp.zeros(0, jnp.int32)
     return cls(jnp.asarray(x_lab), jnp.asarray(y_lab, jnp.int32), jnp.asarray(x_unl), *held_out)
 
@@ -253,8 +258,9 @@ def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats:
   Args:
     dataset: where the images are.
     splits: the unlabelled images are those of all of them, labelled ones included.
-    repeats: copies of each labelled image. Sampling with replacement is the same for any number,
-      and label budgets that are repeated to one size share one compiled program.
+    repeats: copies of each labelled image, so that label budgets of one size share one compiled program.
+      They are drawn as often as without, but for a set of exactly the batch's size, which is then no longer
+      taken whole in every step, see `draw_rows`.
 
   Raises:
     InputError: the splits differ in their images, or in how many labels they have.

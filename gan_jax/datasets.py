@@ -31,7 +31,12 @@ _OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "image
 
 @dataclass(frozen=True)
 class Dataset:
-  """Images and labels in host memory. The test part is for the last evaluation of a run alone."""
+  """Images and labels in host memory. The test part is for the last evaluation of a run alone.
+
+  Raises:
+    InputError: images that are not bytes `[N, H, W, C]`, other than one label an image, or labels that are
+      no classes.
+  """
 
   name: str
   x_train: UInt8[np.ndarray, "n h w c"]
@@ -50,9 +55,33 @@ class Dataset:
   """How its pictures were read, so that new ones are read alike."""
   scaling: "Scaling | None" = None
   """How its vectors became bytes."""
+  names_train: Sequence[str] = ()
+  """Of the training images, such as their files; empty where they have none."""
+  names_test: Sequence[str] = ()
+  """Of the test images."""
   workers: int | None = None
   """Threads that read its training images while a run trains, 0: its loop does; None: they are put on the
   device before."""
+
+  def __post_init__(self) -> None:
+    for part, x, y, lowest in (
+      ("training", self.x_train, self.y_train, -1),
+      ("test", self.x_test, self.y_test, 0),
+    ):
+      if isinstance(x, np.ndarray) and (x.dtype != np.uint8 or x.ndim != 4):
+        shape = ", ".join(map(str, x.shape))
+        raise InputError(f"{part} images must be bytes (uint8) [N, H, W, C], not {x.dtype} [{shape}]")
+      if len(x) != len(y):
+        raise InputError(f"there are {len(x):,} {part} images and {len(y):,} labels of them")
+      if (
+        isinstance(y, np.ndarray)
+        and len(y)
+        and not lowest <= np.min(y) <= np.max(y) < len(self.class_names)
+      ):
+        raise InputError(
+          f"{part} labels must be {lowest} to {len(self.class_names) - 1}, as there are"
+          f" {len(self.class_names)} class names, and they are {np.min(y)} to {np.max(y)}"
+        )
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -177,6 +206,8 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
     y_train=dataset.y_train[kept],
     x_test=dataset.x_train[held_out],
     y_test=dataset.y_train[held_out],
+    names_train=[dataset.names_train[i] for i in kept] if dataset.names_train else (),
+    names_test=[dataset.names_train[i] for i in held_out] if dataset.names_train else (),
     note=f"{dataset.note} {note}".strip(),
   )
 

@@ -1,6 +1,7 @@
 """The semi-supervised GAN as a classifier of scikit-learn's kind."""
 
 import dataclasses
+import warnings
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -92,6 +93,8 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     images = data.DeviceData.from_arrays(x[labelled], y_lab, x)
     seed = check_random_state(self.random_state).randint(2**31)
     fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
+    if fit.interrupted:
+      warnings.warn("training was interrupted: this is the classifier so far", stacklevel=2)
     self.n_iter_ = int(fit.state.step)
     self._described = recipes.describe(recipe)
     self._averages = jax.tree.map(np.asarray, checkpoint.averages(fit.state))

@@ -31,7 +31,7 @@ def export(run: str | Path, out: str | Path, formats: Sequence[Format]) -> list[
   Args:
     run: the directory of a run, or a folder that was exported from one.
     out: a new or empty folder: safetensors give it four files, see `to_safetensors`, the others
-      `model.onnx` and `model.stablehlo`.
+      `model.onnx`, and `model.stablehlo` with `model.stablehlo.json`.
     formats: which ones.
 
   Returns:
@@ -79,7 +79,7 @@ def to_onnx(model: Model, path: str | Path) -> None:
   """Writes the classifier as ONNX, in float32.
 
   Its input `images [N, H, W, C]` is in [0, 1], with any N; its outputs are `probabilities [N, K]` and
-  `features [N, F]`. The names of the classes are JSON in its property "classes".
+  `features [N, F]`. What `about` says of the model is JSON in its properties of these names.
 
   Raises:
     InputError: a model without a classifier, or jax2onnx is not installed.
@@ -100,14 +100,15 @@ def to_onnx(model: Model, path: str | Path) -> None:
         )
   except ImportError as error:
     raise InputError(f"ONNX needs jax2onnx, which is not installed: {_JAX2ONNX}") from error
-  onnx.helper.set_model_props(proto, {"classes": json.dumps(model.classes)})
+  onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in about(model).items()})
   report.write_bytes(Path(path), proto.SerializeToString())
 
 
 def to_stablehlo(model: Model, path: str | Path) -> None:
   """Writes the classifier for `jax.export.deserialize`, inputs and outputs as in `to_onnx`.
 
-  It is for CPU, CUDA and TPU, and needs no gan_jax.
+  It is for CPU, CUDA and TPU, and needs no gan_jax. A file beside it, with `.json` at the end of its name,
+  holds what `about` says of the model.
 
   Raises:
     InputError: a model without a classifier, or flatbuffers is not installed.
@@ -120,6 +121,18 @@ def to_stablehlo(model: Model, path: str | Path) -> None:
   except ImportError as error:
     raise InputError("StableHLO needs flatbuffers: pip install 'gan-jax[export]'") from error
   report.write_bytes(Path(path), bytes(content))
+  report.write_json(Path(f"{path}.json"), about(model))
+
+
+def about(model: Model) -> Json:
+  """What a user of the bare classifier must know: `classes`, `image_shape`, and how a picture or a vector
+  becomes its input, the fields of `pictures.Reader` and `pictures.Scaling`; None where there is none."""
+  return {
+    "classes": list(model.classes),
+    "image_shape": list(model.recipe.image_shape),
+    "reader": model.reader and dataclasses.asdict(model.reader),
+    "scaling": model.scaling and dataclasses.asdict(model.scaling),
+  }
 
 
 def _classifier(model: Model) -> Callable[[Float[Array, "n h w c"]], tuple[Array, Array]]:
@@ -150,19 +163,23 @@ def _silent(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-  """A folder to write to, which becomes `path` when all is written."""
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+  """A folder to write to, which becomes `path`, or goes into the empty one there, when all is written."""
+  there, name = path.exists(), f".{path.absolute().name}.{getpid()}"
+  if there and not (path.is_dir() and not any(path.iterdir())):
     raise InputError(f"{path} is there already and not an empty folder: name a new one")
-  beside = path.absolute().with_name(f".{path.absolute().name}.{getpid()}")
+  beside = path / name if there else path.absolute().with_name(name)
   try:
     beside.mkdir(parents=True)
   except OSError as error:
     raise InputError(f"{path} cannot be made: {error.strerror}") from error
   try:
     yield beside
-    if path.exists():
-      path.rmdir()
-    beside.rename(path)
+    if there:  # not replaced: it may be the working directory, or where a disk is mounted
+      for file in beside.iterdir():
+        file.rename(path / file.name)
+      beside.rmdir()
+    else:
+      beside.rename(path)
   except BaseException:
     shutil.rmtree(beside)
     raise
@@ -170,20 +187,29 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 # --- What a folder of safetensors says of its model
 
-_PROVENANCE = (*("experiment", "dataset", "note", "command", "device", "versions", "commit"),)
+_PROVENANCE = ("experiment", "dataset", "note", "command", "device", "versions", "commit")
 _MEASURED = (
-  *("num_images", "num_labels", "label_split_sha256", "split_seed", "seed", "steps", "interrupted"),
-  *("seconds_train", "test_error", "supervised_test_error", "probe_test_error"),
+  "num_images",
+  "num_labels",
+  "label_split_sha256",
+  "split_seed",
+  "seed",
+  "steps",
+  "interrupted",
+  "seconds_train",
+  "test_error",
+  "supervised_test_error",
+  "probe_test_error",
+  "error_from",
 )
 
 
 def _write_safetensors(model: Model, folder: Path, run: Path | None) -> None:
+  facts = about(model)
   config: Json = {
     "recipes": {"model": recipes.describe(model.recipe)},
-    "image_shape": list(model.recipe.image_shape),
-    "class_names": list(model.classes),
-    "reader": model.reader and dataclasses.asdict(model.reader),
-    "scaling": model.scaling and dataclasses.asdict(model.scaling),
+    "class_names": facts.pop("classes"),
+    **facts,
     **({} if run is None else _facts(run, int(model.state.step))),
   }
   checkpoint.save_averages(folder, steps.with_statistics(model.recipe.g, model.state))
@@ -217,6 +243,7 @@ def _card(model: Model, config: Json) -> str:
   environment = Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
   )
+  result: Json = dict.fromkeys(_MEASURED) | config.get("result", {})
   environment.filters["cell"] = lambda value: str(value).replace("|", "/").replace("\n", " ")
   return environment.from_string(_CARD).render(
     model=model,
@@ -224,7 +251,8 @@ def _card(model: Model, config: Json) -> str:
     shape="x".join(map(str, model.recipe.image_shape)),
     step=int(model.state.step),
     config=dict.fromkeys(_PROVENANCE) | config,
-    result=dict.fromkeys(_MEASURED) | config.get("result", {}),
+    result=result,
+    in_folds=result["error_from"] not in (None, "test images"),
   )
 
 
@@ -236,7 +264,11 @@ of one run of gan_jax.
 
 | | |
 |---|---|
+{% if model.scaling is none %}
 | images | {{ shape }} (height, width, channels), bytes or floats in [0, 1] |
+{% else %}
+| vectors | [N, {{ model.recipe.image_shape[1] }}], on the scale of those of the training |
+{% endif %}
 {% if model.has_classifier %}
 | classes | {{ model.classes | length }}: {{ model.classes[:20] | join(", ") | cell }}\
 {{ ", ..." if model.classes | length > 20 }} |
@@ -264,6 +296,9 @@ generator {{ "{:,}".format(model.num_parameters.g) }} |
 {% endif %}
 {% if result.seconds_train is not none and config.device %}
 | training | {{ result.seconds_train }} s on {{ config.device | cell }} |
+{% endif %}
+{% if in_folds %}
+| errors | cross-validated: {{ result.error_from }} |
 {% endif %}
 {% if result.test_error is not none %}
 | test error | {{ "%.2f" | format(result.test_error) }} % |
@@ -296,7 +331,8 @@ samples = model.sample(16, seed=0)
 
 ## Limits
 
-- It takes images of {{ shape }} alone; others are refused, not resized.
+- It takes {{ "images of " ~ shape if model.scaling is none else "vectors of this length" }} alone; others
+  are refused, not resized.
 {% if model.has_classifier %}
 - Every image gets one of the classes, whatever it shows. `real_logit` is meant to be lower for images that
   are unlike the training images; no threshold for it comes with the model.
@@ -304,6 +340,9 @@ samples = model.sample(16, seed=0)
 {% endif %}
 {% if result.test_error is none and result.probe_test_error is none %}
 - No error is stored for these parameters.
+{% elif in_folds %}
+- The errors were estimated with other classifiers, each trained without some of the labels; this one has
+  seen all of them, and nothing was measured for it.
 {% else %}
 - The errors are those of one run: one seed, one label split, test images of the same dataset. Other seeds,
   splits and images give other errors.

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import checkpoint, data, evaluate, losses, objectives, pictures, probe, recipes, steps
-from gan_jax.pictures import Reader, Scaling, below
+from gan_jax import checkpoint, data, evaluate, losses, objectives, pictures, probe, recipes, report, steps
+from gan_jax.pictures import Reader, Scaling, below, for_all
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
 
 Images = UInt8[Any, "n h w c"] | Float[Any, "n h w c"]
-"""Bytes, or floats in [0, 1]; the axis of a single channel may be left out."""
+"""Bytes, or floats in [0, 1]; the axis of a single channel may be left out. Of a model of vectors also the
+vectors `[N, F]`, on the scale of those that it was trained on."""
 
 _BATCH = 100
 _SAMPLES = 500
@@ -109,19 +110,24 @@ class Model:
   def _generator(self) -> Any:
     return steps.generator_variables(self.recipe.g, self.state)
 
-  def read(self, paths: Sequence[str | Path]) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
+  def read(
+    self, paths: str | Path | Sequence[str | Path]
+  ) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
     """Files as images of this model, read as those of its training were.
 
     Args:
-      paths: pictures, folders of them, or arrays in .npy files or under `x` in .npz files: images as
-        `predict` takes them or, where the model was trained on vectors, vectors `[N, F]`.
+      paths: one or several: pictures, folders of them, or arrays in .npy files or under `x` in .npz files:
+        images as `predict` takes them or, where the model was trained on vectors, vectors `[N, F]`.
 
     Returns:
-      A name an image, for the pictures of a single folder as it is in that folder; and the images.
+      A name an image, for the pictures of a single folder as it is in that folder; and the images. Pictures
+      of a folder that cannot be decoded are left out, and named on the terminal.
 
     Raises:
-      InputError: a path that is none of these, a picture that cannot be decoded, arrays of another shape.
+      InputError: a path that is none of these, a picture named by itself that cannot be decoded, or a
+        folder without any that can, arrays of another shape.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     names, images = [], []
     shape = self.recipe.image_shape
     reader = self.reader or Reader(channels=shape[2], size=shape[:2])  # pyright: ignore[reportArgumentType]
@@ -137,8 +143,9 @@ class Model:
       else:
         files = below(path) if path.is_dir() else {"": path}
         alone = len(paths) == 1 and path.is_dir()
-        names += files if alone else map(str, files.values())
-        images += [reader.read(file)[None] for file in files.values()]
+        read = _read_pictures(reader, files if alone else {str(file): file for file in files.values()})
+        names += read
+        images += [image[None] for image in read.values()]
     if not images:
       raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
     wrong = next((i for i, x in enumerate(images) if x.shape[1:] != shape), None)
@@ -179,8 +186,10 @@ class Model:
     return np.array([number[name] for name in classes])
 
   def _checked(self, images: Images) -> np.ndarray:
-    """Bytes, or floats in [0, 1], `[N, H, W, C]`."""
+    """Bytes, or floats in [0, 1], `[N, H, W, C]`; vectors `[N, F]` on their own scale become such."""
     x, shape = np.asarray(images), self.recipe.image_shape
+    if self.scaling is not None and x.ndim == 2:
+      return self.scaling.apply(x)
     if x.ndim == 3 and shape[-1] == 1:
       x = x[..., None]
     if x.shape[1:] != shape:
@@ -220,6 +229,17 @@ def load(run: str | Path) -> Model:
     like = jax.eval_shape(partial(steps.with_statistics, recipe.g), like)
     return Model(recipe, checkpoint.read_averages(path, like), classes, *read_alike)
   return Model(recipe, checkpoint.restore_averages(path, like), classes, *read_alike)
+
+
+def _read_pictures(reader: Reader, files: dict[str, Path]) -> dict[str, UInt8[np.ndarray, "h w c"]]:
+  """Those that can be decoded, by the same names; says which cannot."""
+  read = for_all(reader.read, list(files.values()), f"reading {len(files):,} pictures")
+  failed = [reason for reason in read if isinstance(reason, str)]
+  if failed and len(failed) == len(files):
+    raise InputError(failed[0])
+  for reason in failed:
+    report.say(f"left out: {reason}")
+  return {name: image for name, image in zip(files, read, strict=True) if not isinstance(image, str)}
 
 
 def _batched(read: Any, x: np.ndarray) -> Any:

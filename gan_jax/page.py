@@ -153,6 +153,8 @@ def of_classifier(
   y_lab: Int[Any, "n"],
   *,
   measured_on: str = "test images",
+  image_names: Sequence[str] = (),
+  visible: bool = True,
 ) -> list[Section]:
   """The labelled images, test images to look at, reliability, and mistakes of a K-class discriminator.
 
@@ -163,19 +165,17 @@ def of_classifier(
     x_lab: the labelled images that were used, as bytes, an array or `data.Chosen`.
     y_lab: their classes.
     measured_on: what `found` is an evaluation of.
+    image_names: of those images, by the positions that `found` gives; else they are known by their number.
+    visible: whether there is something to look at; of vectors there is not.
   """
-  sections = [_labelled(class_names, x_lab, np.asarray(y_lab))]
+  sections = [_labelled(class_names, x_lab, np.asarray(y_lab))] if visible else []
   if found.least_certain is None or found.worst is None or found.confusion is None or not len(found.y):
     return sections
-  tiles = lambda shown: _tiles(shown, class_names)
-  sections.append(
-    Section(
-      "Least certain images",
-      text=f"Of the {measured_on}; the lowest probability of the predicted class is first.",
-      tiles=tiles(found.least_certain),
-    )
-  )
-  if len(found.worst.indices):
+  tiles = lambda shown: _tiles(shown, class_names, image_names)
+  if visible:
+    text = f"Of the {measured_on}; the lowest probability of the predicted class is first."
+    sections.append(Section("Least certain images", text=text, tiles=tiles(found.least_certain)))
+  if len(found.worst.indices) and visible:
     text = f"Misclassified {measured_on}; the lowest probability of the true class is first."
     sections.append(Section("Worst mistakes", text=text, tiles=tiles(found.worst)))
   ece = 100 * metrics.calibration_error(found.probs, found.y)
@@ -201,7 +201,7 @@ def _labelled(class_names: Sequence[str], x: np.ndarray, y: np.ndarray) -> Secti
   return Section("Labelled images", text=f"All {len(y):,} labels that were used.", pictures=strips)
 
 
-def _tiles(shown: Shown, class_names: Sequence[str]) -> list[Picture]:
+def _tiles(shown: Shown, class_names: Sequence[str], image_names: Sequence[str]) -> list[Picture]:
   tiles = []
   for index, x, y, p in zip(*shown, strict=True):
     predicted = int(p.argmax())
@@ -210,7 +210,8 @@ def _tiles(shown: Shown, class_names: Sequence[str]) -> list[Picture]:
       caption += f", {_percent(p[y])}\ncorrect"
     else:
       caption += f", {_percent(p[y])}\npredicted {class_names[predicted]}, {_percent(p[predicted])}"
-    tiles.append(Picture(figures.grid_png(x[None] / np.float32(255), columns=1), f"{caption}\nno. {index}"))
+    name = image_names[index] if image_names else f"no. {index}"
+    tiles.append(Picture(figures.grid_png(x[None] / np.float32(255), columns=1), f"{caption}\n{name}"))
   return tiles
 
 
@@ -220,7 +221,8 @@ def _abstaining(found: Evaluation, measured_on: str) -> list[Section]:
   for limit in (error / 2, error / 4, 0.0) if error else ():
     kept = metrics.abstention_threshold(found.probs, found.y, limit)
     if kept is not None:
-      rows.append((f"{limit:.2f} %", f"{kept[0]:.4f}", f"{100 * kept[1]:.1f} %"))
+      # In full: close to 1, where most thresholds are, a rounded one would let other images in.
+      rows.append((f"{limit:.2f} %", str(np.float32(kept[0])), f"{100 * kept[1]:.1f} %"))
   section = Section(
     "Leaving images undecided",
     text=f"The error where images below a confidence are left to a person. Of these {measured_on}: other"
@@ -279,9 +281,10 @@ def _detail(result: Json) -> str:
   if not result.get("test_error_interval"):
     return ""
   (low, high), images = result["test_error_interval"], result.get("error_from") or "test images"
+  whose = "for this one classifier" if images == "test images" else "of those trained for the folds"
   return (
     f"On {result['num_test_images']:,} {images}; 95{_PERCENT} interval of the error"
-    f" {low:.2f} to {high:.2f}{_PERCENT}, for this one classifier. Lower is better."
+    f" {low:.2f} to {high:.2f}{_PERCENT}, {whose}. Lower is better."
   )
 
 

@@ -30,6 +30,8 @@ NOT_RECIPE = {
   "resume",
   "overwrite",
   "tensorboard",
+  "checkpoint_every",
+  "folds",
   "devices",
   "on_nonfinite",
   *PROCESSES,
@@ -144,11 +146,17 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
   config = _parse(config_cls, flags, default=stored)
   old, new = flags_of_recipe(stored), flags_of_recipe(config)
   for name in old:
-    if old[name] != new[name]:
+    if _named(old[name]) != _named(new[name]):
       raise InputError(
         f"{path} was begun with {flag(name)} {old[name]}, not {new[name]}: leave the flag out"
       )
   return config
+
+
+def _named(value: Any) -> Any:
+  """A flag's value; of a folder or file of the user's own its name, as they may have been moved."""
+  kind, colon, path = value.partition(":") if isinstance(value, str) else (value, "", "")
+  return f"{kind}:{Path(path).absolute().name}" if colon and kind in ("folder", "arrays") else value
 
 
 def _check_types(config: Any) -> None:

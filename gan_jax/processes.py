@@ -9,11 +9,13 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -68,12 +70,14 @@ def initialize(
     ) from error
   except (RuntimeError, OSError) as error:
     raise InputError(f"--coordinator {coordinator} cannot be used: {error}") from error
+  if threading.current_thread() is threading.main_thread():  # JAX has put a handler of its own in its place
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _check_reachable(address: str, *, listens: bool, timeout: int) -> None:
   """What JAX ends the process for: a port in use, and a coordinator that nobody hears."""
   host, _, port = address.rpartition(":")
-  if not host or not port.isdigit():
+  if not host or not port.isdigit() or int(port) > 65535:
     raise InputError(f"--coordinator {address} must be HOST:PORT or auto")
   if listens:
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
@@ -136,11 +140,13 @@ def check_same(what: Any, arrays: Any) -> None:
     return
   digest = zlib.crc32(json.dumps(what, sort_keys=True).encode())
   for leaf in jax.tree.leaves(arrays):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
     digest = zlib.crc32(np.ascontiguousarray(leaf).data, digest)
   found = np.asarray(multihost_utils.process_allgather(np.uint32(digest))).ravel()
   if other := np.flatnonzero(found != found[0]).tolist():
     raise InputError(
-      f"process {other[0]} has other flags or other images than process 0: give all the same"
+      f"process {other[0]} has other flags, images or networks than process 0: give all the same"
     )
 
 

@@ -93,6 +93,7 @@ def open_run(
   values = parsing.flags_of(config)
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(flags.workdir or Path("runs") / experiment / stamp)
+  _check_outside(path, values)
   if not processes.writes():
     processes.wait("open")
     if not (path / "config.json").exists():
@@ -230,6 +231,18 @@ def _check_folder(path: Path) -> None:
   names = set(os.listdir(path)) if path.exists() else set()
   if names - {".lock"} and not names & {"config.json", _REPLACED, _REPLACING}:
     raise InputError(f"--workdir {path} holds other files: name an empty or a new folder")
+
+
+def _check_outside(path: Path, values: Json) -> None:
+  """Raises `InputError` where a run would lie among the pictures that a flag names."""
+  for value in values.values():
+    if isinstance(value, str) and value.startswith("folder:"):
+      folder = Path(value.removeprefix("folder:")).expanduser()
+      if path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+          f"the run would lie in {path}, among the pictures of {value}, and be read as one of their"
+          " classes: name a folder elsewhere with --workdir"
+        )
 
 
 def _check_replaceable(path: Path, flags: cli.RunFlags, experiment: str) -> None:

@@ -312,9 +312,10 @@ def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps
       state, metrics = one(state, data, i)
       return state, {name: history[name].at[i].set(metrics[name]) for name in history}
 
-    _, shapes = jax.eval_shape(one, state, data, jnp.int32(0))
+    first = jnp.int32(0)  # a Python 0 is weakly typed, and would be traced for itself
+    _, shapes = jax.eval_shape(one, state, data, first)
     history = {name: jnp.zeros(max_steps, shape.dtype) for name, shape in shapes.items()}
-    return jax.lax.fori_loop(0, num, body, (state, history))
+    return jax.lax.fori_loop(first, num, body, (state, history))
 
   return multi_step
 

@@ -1,7 +1,6 @@
 """The loop around the step: many steps a dispatch, metrics, checkpoints, diagnostics, signals."""
 
 import contextlib
-import functools
 import os
 import signal
 import threading
@@ -9,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,9 +16,7 @@ from jaxtyping import Array, Key
 
 from gan_jax import checkpoint, data, diagnostics, log, parallel, processes, recipes, report, stream
 from gan_jax.recipes import Recipe
-from gan_jax.types import InputError, Stopped, TrainState
-
-Params = ParamSpec("Params")
+from gan_jax.types import InputError, Json, Metrics, Stopped, TrainState
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Fit:
   first_step_at: float | None
   """`time.time()` when the first step of this call was done; None where there was nothing left to do."""
   interrupted: bool
+  """Whether Ctrl-C was pressed: nothing that was to follow should."""
   alarms: tuple[str, ...] = ()
   """Problems that the diagnostics report at the end of training, a sentence each."""
   rollbacks: tuple[str, ...] = ()
@@ -42,35 +40,12 @@ class Fit:
   """Spent waiting for streamed images while the device had nothing to do."""
 
 
-MAX_ROLLBACKS = 3
-
-
-def _with_rollbacks(fit: Callable[Params, Fit]) -> Callable[Params, Fit]:
-  """For `on_nonfinite="rollback"`: a rollback is a resumption at half the learning rates."""
-
-  @functools.wraps(fit)
-  def attempts(*args: Params.args, **kwargs: Params.kwargs) -> Fit:
-    while True:
-      try:
-        return fit(*args, **kwargs)
-      except log.NonFiniteError as error:
-        if kwargs.get("on_nonfinite") != "rollback" or len(error.rollbacks) > MAX_ROLLBACKS:
-          raise
-        rollbacks = error.rollbacks
-      number = f"rollback {len(rollbacks)} of {MAX_ROLLBACKS}"
-      report.say(f"{rollbacks[-1]}: back to the last checkpoint, at half the learning rates ({number})")
-      kwargs |= {"resume": True, "rollbacks": rollbacks}
-
-  return attempts
-
-
-@_with_rollbacks
 def fit(
   recipe: Recipe,
   images: data.DeviceData,
   key: Key[Array, ""],
   *,
-  workdir: Path | None = None,
+  workdir: str | Path | None = None,
   resume: bool = False,
   phase: str = "train",
   checkpoint_every: int | None = 1000,
@@ -84,7 +59,6 @@ def fit(
   verbose: bool = True,
   devices: Sequence[Any] = (),
   on_nonfinite: Literal["stop", "rollback"] = "stop",
-  rollbacks: Sequence[str] = (),
 ) -> Fit:
   """Trains a recipe: `recipe.num_steps` steps, or fewer on Ctrl-C.
 
@@ -113,8 +87,6 @@ def fit(
       the first alone logs and calls `snapshot`.
     on_nonfinite: whether a metric that is not finite is an error, or training goes back to the last
       checkpoint, or to its beginning, at half the learning rates; three times, then it is an error.
-    rollbacks: those there were, so that the learning rates are halved as often; a run that is resumed
-      knows its own.
 
   Raises:
     Stopped: SIGTERM or SIGHUP; what was reached has been saved.
@@ -122,117 +94,156 @@ def fit(
       and is not to be resumed, the batch cannot be split over so many devices, or the processes differ in
       their images or arguments. Or a streamed image cannot be read; what was reached has been saved.
   """
+  workdir = None if workdir is None else Path(workdir)
+  num_steps, save_every = recipe.num_steps, None if workdir is None else checkpoint_every
   together = bool(devices) and jax.process_count() > 1
-  if together:
-    flags = [steps_per_dispatch, checkpoint_every, diagnose, snapshot is None]
-    rows = images.stream and (images.stream.rows, images.stream.labelled)
-    processes.check_same([recipes.describe(recipe), recipe.num_steps, *flags], (images, rows))
   largest = processes.largest if together else lambda value: value
-  state, num_steps = recipe.init_state(key, images), recipe.num_steps
+  if together:
+    flags = [steps_per_dispatch, checkpoint_every, diagnose, snapshot is None, resume, on_nonfinite]
+    rows = images.stream and (images.stream.rows, images.stream.labelled)
+    processes.check_same([recipes.describe(recipe), num_steps, *flags], (images, rows))
   split = parallel.over_devices(recipe, devices) if devices else recipe
-  if devices:
-    state, images = parallel.replicated((state, images), devices)
-  with contextlib.ExitStack() as stack:
-    saved = None
-    if workdir is not None and checkpoint_every is not None:
-      saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
-    state, rollbacks = _begin(state, saved, phase, resume=resume, start=start, rollbacks=rollbacks)
-    if rollbacks:
-      split = recipes.with_learning_rates(split, 0.5 ** len(rollbacks))
-    dispatches = stack.enter_context(
-      stream.Dispatches(
-        images, recipe.batch, state, num_steps=num_steps, max_steps=steps_per_dispatch, devices=devices
+  x = parallel.replicated(images, devices) if devices else images
+
+  hooks: list[tuple[int, Callable[[TrainState], Metrics]]] = []  # steps between two calls, and what to call
+  if snapshot:
+    hooks.append((max(1, num_steps // 10), lambda state: _written(snapshot, state)))
+  if diagnose:
+    observe = diagnostics.make_diagnostics(recipe.g, recipe.d, classify=classify, by_class=recipe.by_class)
+    observe = jax.jit(observe)
+    hooks.append((max(1, num_steps // 20), lambda state: observe(*processes.local((state, x)))))
+
+  def attempt(resume: bool, rollbacks: Sequence[str]) -> Fit:
+    """Training from the newest checkpoint or from the start, at learning rates halved for each rollback."""
+    with contextlib.ExitStack() as stack:
+      saved = None
+      if workdir is not None and save_every is not None:
+        saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
+      state = recipe.init_state(key, images)
+      state = parallel.replicated(state, devices) if devices else state
+      state, before = _restore_or_start(state, saved, phase, resume=resume, start=start)
+      rollbacks = max(rollbacks, before.get("rollbacks", ()), key=len)
+      if together:
+        processes.check_same([*rollbacks], processes.local(state))
+      done = int(state.step)
+      dispatches = stack.enter_context(
+        stream.Dispatches(
+          x, recipe.batch, state, num_steps=num_steps, max_steps=steps_per_dispatch, devices=devices
+        )
       )
-    )
-    if verbose:
-      report.say(f"{phase}: compiling")
-    begin = time.perf_counter()
-    multi_step = jax.jit(split.make_multi_step(dispatches.max_steps), donate_argnums=0)
-    multi_step = multi_step.lower(state, dispatches.abstract, np.int32(0)).compile()
-    seconds_compile = time.perf_counter() - begin
-    observe = jax.jit(
-      diagnostics.make_diagnostics(recipe.g, recipe.d, classify=classify, by_class=recipe.by_class)
-    )
+      if verbose:
+        report.say(f"{phase}: compiling")
+      slowed = recipes.with_learning_rates(split, 0.5 ** len(rollbacks)) if rollbacks else split
+      begin = time.perf_counter()
+      multi_step = jax.jit(slowed.make_multi_step(dispatches.max_steps), donate_argnums=0)
+      multi_step = multi_step.lower(state, dispatches.abstract, np.int32(0)).compile()
+      seconds_compile = time.perf_counter() - begin
 
-    done = int(state.step)
-    show = stack.enter_context(log.progress(phase, done, num_steps)) if verbose else None
-    metrics_log = log.MetricsLog(
-      workdir if processes.writes() else None,
-      *(phase, done, num_steps),
-      class_names=class_names,
-      tensorboard=tensorboard,
-      rollbacks=rollbacks,
-      show=show,
-    )
-    stack.enter_context(metrics_log)
-    save_every = checkpoint_every if saved else None
-    observe_every = max(1, num_steps // 20) if diagnose else None
-    snapshot_every = max(1, num_steps // 10) if snapshot else None
-    periods = [dispatches.max_steps, *filter(None, (save_every, observe_every, snapshot_every))]
-    due = lambda every: every is not None and done % every == 0
-    first_step_at, unreadable = None, None
-    with _stop_on_interrupt() as stop:
-      for num in _lengths(done, num_steps, periods):
-        drawn = None
-        if not stop.is_set:
-          try:
-            drawn = dispatches.take(num, state.step)
-          except InputError as error:
-            unreadable = error
-        if largest(drawn is None):  # what ends one process ends all, at the same step
-          break
-        state, metrics = multi_step(state, drawn, np.int32(num))
-        done += num
-        if snapshot and due(snapshot_every) and processes.writes():
-          snapshot(processes.local(state))
-        if due(observe_every):
-          metrics |= observe(*processes.local((state, images)))
-        metrics_log.push(done, num, metrics)
-        if first_step_at is None:
-          jax.block_until_ready(metrics)
-          first_step_at = time.time()
-        if saved and due(save_every) and done < num_steps:
-          metrics_log.flush()  # what is not finite must not be saved
-          saved.save(state, {"rollbacks": rollbacks})
-    metrics_log.flush()
-    if saved:
-      saved.save(state, {"rollbacks": rollbacks})
-    _raise_what_ended_it(stop, unreadable, largest, reached=done if saved else None)
-    seconds, idle = metrics_log.seconds, dispatches.seconds_idle
-    if verbose and idle > 0.05 * seconds:
-      report.say(
-        f"{phase}: reading images did not keep up: the device waited {idle / seconds:.0%} of the time"
+      metrics_log = stack.enter_context(
+        log.MetricsLog(
+          workdir if processes.writes() else None,
+          phase,
+          done,
+          num_steps,
+          class_names=class_names,
+          tensorboard=tensorboard,
+          rollbacks=rollbacks,
+          show=stack.enter_context(log.progress(phase, done, num_steps)) if verbose else None,
+        )
       )
-    return Fit(
-      processes.local(state),
-      *(seconds, seconds_compile, first_step_at, done < num_steps),
-      alarms=metrics_log.alarms,
-      rollbacks=tuple(rollbacks),
-      seconds_idle=idle,
-    )
+      idle = lambda: before.get("seconds_idle", 0.0) + dispatches.seconds_idle
+
+      def save() -> None:
+        metrics_log.flush()  # what is not finite must not be saved
+        if saved:
+          saved.save(state, {"rollbacks": rollbacks, "seconds_idle": idle()})
+
+      periods = [dispatches.max_steps, *(every for every, _ in hooks), *filter(None, [save_every])]
+      first_step_at, unreadable = None, None
+      with _stop_on_interrupt() as stop:
+        for num in _dispatch_sizes(done, num_steps, periods):
+          drawn = None
+          if not stop.is_set:
+            try:
+              drawn = dispatches.take(num, state.step)
+            except InputError as error:
+              unreadable = error
+          if largest(drawn is None):  # what ends one process ends all, at the same step
+            break
+          state, metrics = multi_step(state, drawn, np.int32(num))
+          done += num
+          for every, hook in hooks:
+            if done % every == 0:
+              metrics |= hook(state)
+          metrics_log.push(done, num, metrics)
+          if first_step_at is None:
+            jax.block_until_ready(metrics)
+            first_step_at = time.time()
+          if save_every and done % save_every == 0 and done < num_steps:
+            save()
+        save()  # with signals still waiting: the last dispatch may be under way
+      _raise_what_ended_it(stop, unreadable, largest, reached=done if saved and done else None)
+      if verbose and idle() > 0.05 * metrics_log.seconds:
+        share = f"{idle() / metrics_log.seconds:.0%}"
+        report.say(f"{phase}: reading images did not keep up: the device waited {share} of the time")
+      return Fit(
+        state=processes.local(state),
+        seconds_train=metrics_log.seconds,
+        seconds_compile=seconds_compile,
+        first_step_at=first_step_at,
+        interrupted=done < num_steps or largest(stop.signum) == signal.SIGINT,
+        alarms=metrics_log.alarms,
+        rollbacks=tuple(rollbacks),
+        seconds_idle=idle(),
+      )
+
+  return _with_rollbacks(attempt, resume=resume, retry=on_nonfinite == "rollback")
 
 
-def _begin(
+MAX_ROLLBACKS = 3
+
+
+def _with_rollbacks(attempt: Callable[[bool, Sequence[str]], Fit], *, resume: bool, retry: bool) -> Fit:
+  """A rollback is a resumption at half the learning rates."""
+  rollbacks: Sequence[str] = ()
+  while True:
+    try:
+      return attempt(resume, rollbacks)
+    except log.NonFiniteError as error:
+      if not retry or len(error.rollbacks) > MAX_ROLLBACKS:
+        raise
+      rollbacks = error.rollbacks
+    number = f"rollback {len(rollbacks)} of {MAX_ROLLBACKS}"
+    report.say(f"{rollbacks[-1]}: back to the last checkpoint, at half the learning rates ({number})")
+    resume = True
+
+
+def _restore_or_start(
   state: TrainState,
   saved: checkpoint.Checkpoints | None,
   phase: str,
   *,
   resume: bool,
   start: Callable[[TrainState], TrainState] | None,
-  rollbacks: Sequence[str],
-) -> tuple[TrainState, Sequence[str]]:
-  """The state that training goes on from, and the rollbacks there were: from the newest checkpoint, or the
-  fresh state as `start` would have it."""
+) -> tuple[TrainState, Json]:
+  """The newest checkpoint and what was saved beside it, or the fresh state as `start` would have it."""
   if saved is not None and saved.latest_step is not None:
     if not resume:
       folder = saved.directory.parent
       raise InputError(f"{folder} holds checkpoints: pass resume=True to go on, or name another folder")
     state = saved.restore(state)
     report.say(f"{phase}: going on from step {int(state.step):,}")
-    return state, max(rollbacks, saved.extra.get("rollbacks", ()), key=len)
+    return state, saved.extra
   if saved is not None and resume:
     report.say(f"{phase}: there is no checkpoint to go on from, so it begins anew")
-  return state if start is None else start(state), rollbacks
+  return state if start is None else start(state), {}
+
+
+def _written(snapshot: Callable[[TrainState], None], state: TrainState) -> Metrics:
+  """A snapshot by the process that writes; the others end their dispatches at the same steps."""
+  if processes.writes():
+    snapshot(processes.local(state))
+  return {}
 
 
 def _raise_what_ended_it(
@@ -255,7 +266,7 @@ def _raise_what_ended_it(
     raise Stopped(signum)
 
 
-def _lengths(done: int, num_steps: int, periods: Sequence[int]) -> Iterator[int]:
+def _dispatch_sizes(done: int, num_steps: int, periods: Sequence[int]) -> Iterator[int]:
   """The steps of each dispatch: it ends at the next multiple of each period, or at the last step.
 
   The very first step goes alone: it tells when the run began to move.

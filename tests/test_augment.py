@@ -261,3 +261,10 @@ def test_the_policy_of_a_shape():
   assert policies.suited((28, 28, 1)) == policies.suited((28, 28, 1), mirror=True) == "digits"
   assert policies.suited((32, 32, 3)) == "photos"
   assert policies.suited((96, 64, 3), mirror=True) == "objects"
+
+
+@pytest.mark.parametrize("border", ["mirror", "edge"])
+def test_a_side_of_one_pixel_has_no_outside(border):
+  x = jnp.ones((5, 1, 8, 1))
+  shift = augment.affine(shift=0.3, border=border)
+  np.testing.assert_allclose(shift(jax.random.key(0), x), x, atol=1e-6)

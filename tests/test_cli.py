@@ -331,3 +331,10 @@ def test_the_groups_are_frozen_values():
   groups = [value for value in vars(mnist_ssgan.Config()).values() if dataclasses.is_dataclass(value)]
   assert len(groups) == 9
   assert len(set(groups)) == len(groups)  # hashed, and none is another
+
+
+@pytest.mark.parametrize(
+  ("given", "num_steps", "expected"), [(None, 10_000, 1000), (None, 1000, 250), (None, 2, 1), (7, 1000, 7)]
+)
+def test_short_runs_are_saved_before_their_end(given, num_steps, expected):
+  assert cli.LoopFlags(checkpoint_every=given).steps_between_checkpoints(num_steps) == expected

@@ -128,6 +128,11 @@ def test_arrays_alone_are_a_training_set():
     data.DeviceData.from_arrays(x[:2, :3], np.array([1, 0]), x)
 
 
+def test_no_label_is_no_class(tiny):
+  with pytest.raises(InputError, match="y_lab must be classes from 0 on"):
+    data.DeviceData.from_arrays(tiny.dataset.x_train[:2], np.array([0, -1]), tiny.dataset.x_train)
+
+
 def test_images_without_a_label_are_images():
   labels = np.where(np.arange(40) % 2, -1, np.arange(40) // 2 % 4)
   every = data.split_labels(labels, None, seed=1)

@@ -71,6 +71,27 @@ def offline(monkeypatch):
   monkeypatch.setattr(prepared, "_reachable", lambda url: False)
 
 
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    (
+      {"x_train": np.zeros((4, 8, 8, 1), np.float32)},
+      r"must be bytes \(uint8\) .*, not float32 \[4, 8, 8, 1\]",
+    ),
+    ({"x_train": np.zeros((4, 8, 8), np.uint8)}, r"not uint8 \[4, 8, 8\]"),
+    ({"y_train": np.zeros(3, int)}, "4 training images and 3 labels"),
+    ({"y_train": np.array([0, 1, 2, -1])}, "training labels must be -1 to 1, .* they are -1 to 2"),
+    ({"y_test": np.array([0, -1])}, "test labels must be 0 to 1"),
+  ],
+)
+def test_arrays_that_are_no_dataset(changes, words):
+  """Floats in [0, 1] would be divided by 255 once more, and trained on as black."""
+  x = np.zeros((4, 8, 8, 1), np.uint8)
+  made = datasets.Dataset("mine", x, np.array([0, 1, -1, 0]), x[:2], np.array([0, 1]), ("a", "b"))
+  with pytest.raises(InputError, match=words):
+    dataclasses.replace(made, **changes)
+
+
 def test_unknown_dataset_lists_what_there_is():
   with pytest.raises(InputError, match=r"unknown dataset 'mnits'.*digits, mnist, fashion_mnist, kmnist"):
     datasets.load("mnits")

@@ -11,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import gan_jax
+from gan_jax import train
 from gan_jax.estimator import SemiSupervisedGAN
 from gan_jax.pictures import Scaling
 
@@ -116,6 +117,14 @@ def test_it_learns_the_digits_from_few_labels():
     few[np.flatnonzero(y[train] == k)[:5]] = k
   gan = gan_jax.SemiSupervisedGAN(network="article", num_steps=150, random_state=0)
   assert gan.fit(images[train], few).score(images[~train], y[~train]) > 0.7
+
+
+def test_training_that_was_interrupted_warns(digits, small_mlp, monkeypatch):
+  x, y = digits[:2]
+  fit = train.fit
+  monkeypatch.setattr(train, "fit", lambda *a, **k: dataclasses.replace(fit(*a, **k), interrupted=True))
+  with pytest.warns(UserWarning, match="training was interrupted: this is the classifier so far"):
+    assert SemiSupervisedGAN(network="mlp", num_steps=2).fit(x, y).n_iter_ == 2
 
 
 BAD = [

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import os
 import re
 import shlex
 import sys
@@ -13,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 import gan_jax
 from experiments import mnist_ssgan
 from gan_jax import checkpoint, data, export, parsing, recipes, steps
+from gan_jax.pictures import Scaling
 from gan_jax.types import InputError
 
 FILES = ["MODEL_CARD.md", "config.json", "generator.safetensors", "model.safetensors"]
@@ -131,6 +134,37 @@ def test_an_error_of_other_parameters_is_not_told(run, tmp_path):
   card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
   assert "| test error" not in card
   assert "No error is stored for these parameters." in card
+
+
+def test_an_error_of_folds_is_told_as_such(run, tmp_path):
+  """It is that of other classifiers."""
+  folds = "labelled images, each left out once in 5 folds"
+  path = run(recipe(), test_error=12.3, error_from=folds)
+  export.export(path, tmp_path / "out", ["safetensors"])
+  card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+  assert f"| errors | cross-validated: {folds} |" in card
+  assert "nothing was measured for it" in card
+  assert "test images of the same dataset" not in card
+
+
+def test_into_the_empty_folder_where_one_is(run, tmp_path, monkeypatch):
+  """It is filled, not replaced."""
+  path, here = run(recipe()), tmp_path / "here"
+  here.mkdir()
+  monkeypatch.chdir(here)
+  inode = here.stat().st_ino
+  assert [each.name for each in export.export(path, ".", ["safetensors"])] == FILES
+  assert here.stat().st_ino == inode
+  assert sorted(os.listdir()) == FILES
+
+
+def test_what_a_bare_classifier_is_fed_with(small_mlp):
+  """As the fields of the classes that read pictures and vectors."""
+  model = dataclasses.replace(model_of(recipe(shape=(1, 2, 1))), scaling=Scaling((0.0, 1.0), (2.0, 3.0)))
+  found = json.loads(json.dumps(export.about(model)))
+  assert found["classes"] == ["a", "b", "c"]
+  assert (found["image_shape"], found["reader"]) == ([1, 2, 1], None)
+  assert Scaling(**found["scaling"]) == model.scaling
 
 
 def test_a_card_of_a_model_alone(small_mlp, tmp_path):

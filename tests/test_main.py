@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,14 +136,13 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
   control = lambda: [row for row in rows() if row["phase"] == "supervised"]
   trained_once = control()
   monkeypatch.setattr(train, "fit", counted)
-  for left, content, again in (("1.npz", None, 1), ("2.npz", b"PK", 2), (None, None, 0)):
-    if left and content is None:
-      (trained / "folds" / left).unlink()
-    elif left:
-      (trained / "folds" / left).write_bytes(content)
+  for damage, again in ((True, (1, 2)), (False, ())):
+    if damage:
+      (trained / "folds" / "1-of-2.npz").unlink()
+      (trained / "folds" / "2-of-2.npz").write_bytes(b"PK")
     assert command("train", "--resume", "--workdir", trained) == 0
     assert "semi-supervised: going on from step 30" in capsys.readouterr().err
-    assert phases == ["semi-supervised", "supervised", *[f"fold {again} of 2"] * (2 if again else 0)]
+    assert phases == ["semi-supervised", "supervised", *(f"fold {i} of 2" for i in again for _ in range(2))]
     phases.clear()
     after = json.loads((trained / "result.json").read_text())
     measured = [name for name in before if "test" in name or "calibration" in name]
@@ -149,6 +150,55 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
     assert control() == trained_once  # with their seconds
   page = (trained / "report.html").read_text()
   assert "test images" not in page
+
+
+def test_a_run_is_resumed_where_its_pictures_have_been_moved(trained, command, tmp_path, capsys):
+  """Nor are folds and checkpoints part of what it computes."""
+  (tmp_path / "elsewhere").mkdir()
+  (tmp_path / "pictures").rename(tmp_path / "elsewhere" / "pictures")
+  flags = "--resume", "--workdir", trained, "--checkpoint-every", 7, "--folds", 0
+  assert command("train", *flags, "--dataset", f"folder:{tmp_path / 'elsewhere' / 'pictures'}") == 0
+  assert json.loads((trained / "result.json").read_text())["test_error"] is None
+  (tmp_path / "elsewhere" / "pictures").rename(tmp_path / "others")
+  capsys.readouterr()
+  assert command("train", *flags, "--dataset", f"folder:{tmp_path / 'others'}") == 2
+  assert "was begun with --dataset" in capsys.readouterr().err
+
+
+def test_a_run_among_its_own_pictures_is_refused(trained, command, tmp_path, monkeypatch, capsys):
+  """The next one would take its samples for a class."""
+  monkeypatch.chdir(tmp_path / "pictures")
+  assert command("train", "--dataset", "folder:.", "--network", "mlp", "--steps", 1) == 2
+  said = " ".join(capsys.readouterr().err.split())
+  assert "among the pictures of folder:., and be read as one of their classes" in said
+  assert not (tmp_path / "pictures" / "runs").exists()
+
+
+def test_a_damaged_picture_does_not_end_the_predictions_of_others(trained, command, tmp_path, capsys):
+  new = tmp_path / "pictures" / "unlabelled"
+  num = len(list(new.iterdir()))
+  (new / "broken.png").write_bytes(b"\x89PNG")
+  assert command("predict", trained, new) == 0
+  said = capsys.readouterr()
+  assert len(said.out.splitlines()) == 1 + num
+  assert "left out: " in said.err
+  assert "broken.png" in said.err
+  assert command("predict", trained, new / "broken.png") == 2
+
+
+def test_what_has_a_label_is_not_proposed_for_one(trained, command, tmp_path, capsys):
+  """Pictures in a folder of their class, nor those of the test set."""
+  root = tmp_path / "laid out"
+  (tmp_path / "pictures").rename(root)
+  (root / "train").mkdir()
+  for folder in [*root.iterdir()]:
+    if folder.name != "train":
+      folder.rename(root / "train" / folder.name)
+  shutil.copytree(root / "train" / "digit 1", root / "test" / "digit 1")
+  capsys.readouterr()
+  assert command("predict", trained, root, "--review", 100) == 0
+  chosen = {row["file_name"] for row in csv.DictReader(capsys.readouterr().out.splitlines())}
+  assert chosen == {f"train/unlabelled/{path.name}" for path in (root / "train" / "unlabelled").iterdir()}
 
 
 def test_a_result_is_printed_whole(trained, command, capsys, tmp_path):
@@ -341,3 +391,19 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(words, code, tmp_
   env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
   done = subprocess.run([sys.executable, "-c", STARTED, *words], env=env, capture_output=True, check=False)
   assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_rollbacks_of_the_control_are_kept(tiny, tmp_path, monkeypatch):
+  """A resumed run, which does not train it again, tells them too."""
+
+  def fit(recipe, images, key, *, start, **_):
+    state = recipe.init_state(key, images)
+    rollbacks = () if start else ("d/loss is not finite",)
+    return train.Fit(start(state) if start else state, 1.0, 1.0, None, False, rollbacks=rollbacks)
+
+  monkeypatch.setattr(train, "fit", fit)
+  run: Any = SimpleNamespace(path=tmp_path, seed=0)
+  control = tiny.recipe()
+  for _ in range(2):
+    found = classify._fit_control(run, control, tiny.data, {})
+    assert found.rollbacks == ("d/loss is not finite",)

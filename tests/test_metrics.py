@@ -287,3 +287,13 @@ if REAL:
       feature_extractor.fingerprint(dataclasses.replace(mnist, x_test=changed))
       != feature_extractor.MNIST_FINGERPRINT
     )
+
+
+def test_a_feature_network_learns_from_labelled_images_alone():
+  """Rows without a label would be most of a batch, and teach nothing."""
+  digits = datasets.load("digits")
+  few = np.where(np.arange(len(digits.y_train)) % 20, -1, digits.y_train)
+  known = few >= 0
+  of = lambda **changes: feature_network.train(dataclasses.replace(digits, **changes), num_steps=2)
+  expected = of(x_train=digits.x_train[known], y_train=few[known])
+  jax.tree.map(np.testing.assert_array_equal, of(y_train=few), expected)

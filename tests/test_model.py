@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import gan_jax
-from gan_jax import checkpoint, recipes, steps
+from gan_jax import checkpoint, data, recipes, steps
+from gan_jax.pictures import Scaling
 from gan_jax.types import InputError
 
 
@@ -94,6 +95,27 @@ def test_arrays_are_read_as_those_of_the_training_were(run, tmp_path):
     model.read([tmp_path / "ints.npy"])
   with pytest.raises(InputError, match=r"none\.npy does not exist"):
     model.read([tmp_path / "none.npy"])
+
+
+def test_one_path_is_as_good_as_several(run, tmp_path):
+  model = gan_jax.load(run(recipe())[0])
+  np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.uint8))
+  for path in (tmp_path / "x.npy", str(tmp_path / "x.npy")):
+    assert len(model.read(path)[1]) == 2
+
+
+def test_vectors_are_predicted_on_their_own_scale(small_mlp):
+  hparams = recipes.ssgan.Hparams(network="mlp", num_steps=2)
+  of_vectors = recipes.ssgan.build(hparams, (1, 4, 1), 3)
+  x = np.random.default_rng(0).normal(size=(30, 4))
+  scaling = Scaling.of(x)
+  images = data.DeviceData.from_arrays(scaling.apply(x), np.arange(30) % 3, scaling.apply(x))
+  model = gan_jax.Model(
+    of_vectors, of_vectors.init_state(jax.random.key(0), images), ("a", "b", "c"), scaling=scaling
+  )
+  np.testing.assert_array_equal(model.predict(x), model.predict(scaling.apply(x)))
+  with pytest.raises(InputError, match=r"vectors must be \[N, 4\]"):
+    model.features(x[:, :3])
 
 
 def test_a_generator_that_was_not_trained_draws_nothing(run):

@@ -174,7 +174,7 @@ def test_sections_of_a_classifier(tmp_path):
   titles = ["Labelled images", "Least certain images", "Worst mistakes", "Reliability"]
   assert list(sections) == [*titles, "Leaving images undecided", "Confusion matrix", "Recall by class"]
   for limit, threshold, share in sections["Leaving images undecided"].rows:
-    kept = found.probs.max(axis=1) >= float(threshold) - 5e-5
+    kept = found.probs.max(axis=1) >= np.float32(threshold)  # exactly: none may slip in
     wrong = found.probs.argmax(axis=1) != found.y
     assert share == f"{100 * kept.mean():.1f} %"
     assert 100 * wrong[kept].mean() <= float(limit.removesuffix(" %")) + 5e-3
@@ -188,6 +188,17 @@ def test_sections_of_a_classifier(tmp_path):
   rows = sections["Recall by class"].rows
   recall = metrics.recall(found.logits, found.y, 3)
   assert [row[2] for row in rows] == [f"{r:.1f} %" for r in sorted(recall)]
+
+
+def test_pictures_have_the_names_of_their_files(tmp_path):
+  found = classified(3, tmp_path)
+  names = [f"cat/{i}.jpg" for i in range(len(found.y))]
+  x, y = np.zeros((3, 8, 8, 1), np.uint8), np.arange(3)
+  of = lambda **kwargs: page.of_classifier(tmp_path, found, ("a", "b", "c"), x, y, **kwargs)
+  tiles = {each.title: each.tiles for each in of(image_names=names)}["Least certain images"]
+  assert [tile.caption.split("\n")[-1] for tile in tiles] == ["cat/5.jpg", "cat/7.jpg"]
+  assert not any(each.tiles for each in of(visible=False))
+  assert "Labelled images" not in [each.title for each in of(visible=False)]
 
 
 @pytest.mark.parametrize(("num_classes", "full_size"), [(10, False), (11, True)])

@@ -41,8 +41,11 @@ CASES = {
   "whole recipe": {"objective": WHOLE, "augment": WEAK, **conv("layer", "shift")},
   "pairs, R1 and R2, spectral and batch norm": {"objective": RELATIVISTIC, **conv("spectral", "batch")},
   "noise and weight norm": {"objective": objectives.semi_supervised_gan(), "network": "mlp"},
-  "no labelled images": {"objective": objectives.gan(), "sizes": BatchSizes(0, 16, 8)},
-  "ADA": {"objective": objectives.gan(), "augment": augment.Adaptive((WEAK,), num_images=200)},
+  "ADA": {
+    "objective": objectives.gan(),
+    "augment": augment.Adaptive((WEAK,), num_images=40, horizon=1),  # is at work from the second step on
+    "sizes": BatchSizes(0, 16, 8),
+  },
 }
 
 
@@ -124,10 +127,10 @@ def test_what_pmap_cannot_split(tiny):
 
 
 WORKER = """
-import dataclasses, sys
+import dataclasses, signal, sys
 from pathlib import Path
 import conftest, jax
-from gan_jax import cli, data, program, train
+from gan_jax import cli, data, program, train, types
 
 jax.config.update("jax_num_cpu_devices", 1)
 
@@ -148,6 +151,11 @@ class Source:
     return self.x[rows]
 
 def main(config):
+  try:
+    signal.raise_signal(signal.SIGTERM)
+    raise AssertionError("SIGTERM is lost before training")
+  except types.Stopped:
+    pass
   tiny = conftest.Tiny(network="mlp")
   source = Source(tiny.dataset.x_train)
   streamed = data.to_device(dataclasses.replace(tiny.dataset, x_train=source, workers=1), tiny.split)
@@ -218,6 +226,18 @@ def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(mak
   assert int(more.state.step) == last + 2
 
 
+def test_processes_of_other_keys_are_not_the_same(monkeypatch):
+  """Each would make parameters and batches of its own, and share gradients."""
+  own = iter(jax.random.key(seed) for seed in (0, 1))
+  digests = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  gather = lambda digest: digests.append(digest) or np.array([digests[0], digest])
+  monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+  processes.check_same("flags", {"key": next(own), "x": np.ones(3)})
+  with pytest.raises(InputError, match="process 1 has other flags, images or networks"):
+    processes.check_same("flags", {"key": next(own), "x": np.ones(3)})
+
+
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
@@ -238,8 +258,9 @@ def test_a_coordinator_that_cannot_be_used():
       processes.initialize(address, 2, 0)
   with pytest.raises(InputError, match="no answer in 1 s: Connection refused"):
     processes.initialize(address, 2, 1, timeout=1)
-  with pytest.raises(InputError, match="here must be HOST:PORT or auto"):
-    processes.initialize("here", 2, 0)
+  for address in ("here", "here:70000"):
+    with pytest.raises(InputError, match=f"{address} must be HOST:PORT or auto"):
+      processes.initialize(address, 2, 0)
 
 
 def test_fit_over_devices_saves_what_one_device_goes_on_with(tiny, tmp_path):

@@ -687,6 +687,25 @@ def test_a_pipe_is_skipped_and_not_waited_for(at, pets):
   assert f"no pictures: 1 (train/{at})" in pictures.load_folder(pets).note
 
 
+def test_a_class_folder_of_pictures_that_pillow_cannot_read(pets):
+  (pets / "train" / "fish").mkdir()
+  (pets / "train" / "fish" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+  with pytest.raises(
+    InputError, match=r"but train/fish/IMG_1.HEIC: convert them to JPEG or PNG, or remove"
+  ):
+    pictures.load_folder(pets)
+
+
+def test_names_of_pictures_are_those_of_the_images(pets):
+  files = sorted(path.relative_to(pets).as_posix() for path in pets.rglob("*.png"))
+  dataset = pictures.load_folder(pets)
+  assert dataset.names_train == [file for file in files if file.startswith("train")]
+  assert dataset.names_test == [file for file in files if file.startswith("test")]
+  for name, y in zip(dataset.names_train, dataset.y_train, strict=True):
+    assert name.split("/")[1] == dataset.class_names[y]
+  assert len(dataset.names_test) == len(dataset.x_test)
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_class_folder_without_pictures(part, pets):
   (pets / part / "cat" / ".hidden").mkdir()

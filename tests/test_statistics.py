@@ -36,6 +36,11 @@ def test_one_run_or_no_difference_tells_nothing(errors):
   assert (metrics.summarise(errors).interval is None) == (len(errors) == 1)
 
 
+def test_splits_that_all_differ_by_one_image_do_not_tell_how_much_differences_vary():
+  found = metrics.paired([1.0, 2.0], [1.5, 2.5])
+  assert (found.mean, found.interval, found.p, found.verdict) == (-0.5, None, None, "cannot tell")
+
+
 def test_holm_by_hand():
   """Ascending 0.01 x 4, 0.02 x 3, 0.03 x 2 (raised to 0.06), 0.9."""
   np.testing.assert_allclose(metrics.holm([0.03, 0.9, 0.01, 0.02]), [0.06, 0.9, 0.04, 0.06])

@@ -163,13 +163,27 @@ def test_many_steps_in_one_call_are_single_steps(make_tiny):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.d.params, expected.d.params)
 
 
+def test_a_step_is_traced_once_for_all_lengths(tiny):
+  """Tracing is a third of a second start: the metrics' shapes and the loop share one trace."""
+  traces, step = [], tiny.step()
+
+  def counted(state, batch):
+    traces.append(state)
+    return step(state, batch)
+
+  multi_step = jax.jit(steps.make_multi_step(counted, tiny.sample_batch, max_steps=5))
+  for num in (1, 3):
+    multi_step(tiny.state(), tiny.data, np.int32(num))
+  assert len(traces) == 1
+
+
 def test_ema_follows_its_equation(make_tiny):
   tiny = make_tiny()
-  step = jax.jit(tiny.step(ema_decay=0.5))
+  step = jax.jit(tiny.step(ema_decay=0.3))  # reached at t = 4
   state = tiny.state()
   for t in range(8):
     after, _ = step(state, tiny.batch(t))
-    decay = min(0.5, (1 + t) / (10 + t))
+    decay = min(0.3, (1 + t) / (10 + t))
     expected = jax.tree.map(lambda e, p, c=decay: c * e + (1 - c) * p, state.ema["d"], after.d.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.ema["d"], expected)
     state = after

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import _runs, augmentation, scaling, tables, time_to_accuracy
+from benchmarks import _runs, augmentation, scaling, splits, tables, time_to_accuracy
 from gan_jax import run_dir
 from gan_jax.types import InputError
 
@@ -196,3 +196,26 @@ def test_a_contender_that_failed_is_a_row():
   lines = time_to_accuracy.table([shared | done | {"test_error": 0.9}, shared | failed]).splitlines()
   assert lines[2] == "| conv_ssgan | 20 | 200 s | 9 s | 4,000 |"
   assert lines[3] == "| fixmatch 64 + 448 | 20 | not run: it ended with code 1 |  |  |"
+
+
+def test_a_tree_that_is_no_checkout_has_no_commit():
+  """As of an archive: the lines are kept, and marked."""
+  row = run_dir.environment() | {"commit": None}
+  assert _runs.with_environment("table", [row]).endswith("commit `unknown`†.")
+
+
+def test_a_split_has_a_seed_of_its_own(monkeypatch):
+  asked = []
+  monkeypatch.setattr(_runs, "run", lambda name, flags, workdir: asked.append(flags))
+  monkeypatch.setattr(_runs, "finish", lambda *_: None)
+  for flags in ([], ["--seed", "0"]):
+    monkeypatch.setattr("sys.argv", ["splits", "--name", "x", "--splits", "20", "21", "--", *flags])
+    splits.main()
+  assert asked[:2] == [["--seed", s, "--split-seed", s] for s in ("20", "21")]
+  assert asked[2:] == [["--seed", "0", "--split-seed", s] for s in ("20", "21")]
+
+
+def test_a_table_of_weights_has_one_set_of_splits():
+  rows = _runs.read("tuning/digits-weights.jsonl")
+  other = {**rows[-1], "splits": [200, 201, 202], "errors": [90.0, 91.0, 92.0]}
+  assert tables.weights([*rows, other]) == tables.weights(rows)

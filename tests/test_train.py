@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from conftest import leaves_equal
 
-from gan_jax import checkpoint, data, diagnostics, log, recipes, report, train
+from gan_jax import checkpoint, data, diagnostics, log, recipes, report, stream, train
 from gan_jax.types import InputError, Stopped
 
 
@@ -112,13 +112,12 @@ def test_a_rollback_halves_the_learning_rates(tiny, tmp_path, monkeypatch, capsy
 def test_there_are_three_rollbacks_at_most():
   given = []
 
-  @train._with_rollbacks
-  def fit(*, on_nonfinite, resume=False, rollbacks=()):
+  def attempt(resume, rollbacks):
     given.append((resume, len(rollbacks)))
     raise log.NonFiniteError("d/loss is not finite", rollbacks)
 
   with pytest.raises(InputError, match="d/loss is not finite after 3 rollbacks: lower the learning rate"):
-    fit(on_nonfinite="rollback")
+    train._with_rollbacks(attempt, resume=False, retry=True)
   assert given == [(False, 0), (True, 1), (True, 2), (True, 3)]
 
 
@@ -166,6 +165,42 @@ def test_a_scheduler_s_signal_saves_and_ends_the_process(tiny, tmp_path, monkeyp
   assert stopped.value.code == 143
   assert 2 <= checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step < 10
   assert [signal.getsignal(signum) for signum in SIGNALS] == [ended] * 3
+
+
+def test_a_signal_while_the_last_dispatch_is_under_way_loses_nothing(tiny, tmp_path, monkeypatch, handler):
+  """All steps have been sent, and only the last checkpoint is to be written."""
+  save = checkpoint.Checkpoints.save
+
+  def signal_and_save(self, state, extra=None):
+    if int(state.step) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    save(self, state, extra)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", signal_and_save)
+  handler(ended)
+  with pytest.raises(Stopped):
+    fit(tiny, 3, workdir=tmp_path)
+  assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step == 3
+
+
+def test_ctrl_c_in_the_last_dispatch_is_not_forgotten(tiny, tmp_path, monkeypatch, handler):
+  """Nothing is left to do, but what would follow must not begin."""
+  signalled_at_step_2(monkeypatch)
+  handler(ended)
+  result = fit(tiny, 2, workdir=tmp_path, steps_per_dispatch=1)
+  assert (result.interrupted, int(result.state.step)) == (True, 2)
+
+
+def test_waiting_for_images_is_counted_over_all_parts_of_a_run(tiny, tmp_path, monkeypatch):
+  take = stream.Dispatches.take
+
+  def slow(self, num, running):
+    self.seconds_idle += num
+    return take(self, num, running)
+
+  monkeypatch.setattr(stream.Dispatches, "take", slow)
+  assert fit(tiny, 2, workdir=tmp_path).seconds_idle == 2
+  assert fit(tiny, 6, workdir=str(tmp_path), resume=True).seconds_idle == 6
 
 
 @pytest.mark.parametrize("second", SIGNALS)

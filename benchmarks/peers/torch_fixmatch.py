@@ -90,8 +90,10 @@ def main() -> None:
       group["lr"] = 0.03 * math.cos(7 * math.pi * t / (16 * num_steps))
     rows = torch.randint(len(x_lab), (num_lab,))
     x = x_unl[torch.randint(len(x_unl), (num_unl,))].float() / 255
+    net.eval()  # the published network has no dropout, which would blur the targets
     with torch.no_grad():
       confidence, target = net(weak(x)).softmax(1).max(1)
+    net.train()
     views = torch.cat([weak(x_lab[rows].float() / 255), strong(x)])
     logits_lab, logits_strong = net(views).split([num_lab, num_unl])
     loss = F.cross_entropy(logits_lab, y_lab[rows])

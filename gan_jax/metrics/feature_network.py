@@ -74,7 +74,8 @@ def train(dataset: Dataset, *, seed: int = 0, num_steps: int | None = None) -> P
     num_steps: steps of 128 images (default: `default_steps`).
   """
   num_steps = num_steps or default_steps(len(dataset.x_train))
-  x, y = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train, jnp.int32)
+  known = dataset.y_train >= 0
+  x, y = jnp.asarray(dataset.x_train[known]), jnp.asarray(dataset.y_train[known], jnp.int32)
   return _fit(FeatureNetwork(dataset.num_classes), jnp.asarray(num_steps), jax.random.key(seed), x, y)
 
 

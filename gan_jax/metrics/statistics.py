@@ -27,9 +27,10 @@ class Difference(NamedTuple):
 
   mean: float
   interval: tuple[float, float] | None
-  """95 % interval of the mean difference, from Student's t; None for a single split."""
+  """95 % interval of the mean difference, from Student's t; None where the splits do not tell how much
+  differences vary: there is but one, or all differ by the same few images."""
   p: float | None
-  """p-value of no difference, two-sided, from the same t; None for a single split."""
+  """p-value of no difference, two-sided, from the same t; None likewise."""
   verdict: Literal["helps", "hurts", "cannot tell"]
   """`helps` where the whole interval is below 0, `hurts` where it is above. Where nothing is different,
   one verdict in twenty is wrong: read a table of many as such."""
@@ -53,7 +54,8 @@ def summarise(errors: Sequence[float]) -> Summary:
 def paired(errors: Sequence[float], reference: Sequence[float]) -> Difference:
   """Compares the i-th error with the i-th of the reference, both from the i-th split."""
   x = np.subtract(errors, reference, dtype=np.float64)
-  interval, p = _t_interval(x), _p_value(x)
+  varies = len(x) > 1 and (np.ptp(x) > 1e-9 or not x.any())
+  interval, p = (_t_interval(x), _p_value(x)) if varies else (None, None)
   verdict = "cannot tell"
   if interval is not None and interval[1] < 0:
     verdict = "helps"
@@ -97,15 +99,12 @@ def binomial_interval(num_errors: int, num: int) -> tuple[float, float]:
   return 100 * low, 100 * high
 
 
-def _p_value(x: np.ndarray) -> float | None:
-  if len(x) < 2:
-    return None
+def _p_value(x: np.ndarray) -> float:
   import scipy.special  # late: it takes 0.2 s
 
-  std = x.std(ddof=1)
-  if not std:
-    return 1.0 if not x.mean() else 0.0
-  t = abs(x.mean()) * math.sqrt(len(x)) / std
+  if not x.any():
+    return 1.0
+  t = abs(x.mean()) * math.sqrt(len(x)) / x.std(ddof=1)
   return float(2 * scipy.special.stdtr(len(x) - 1, -t))
 
 

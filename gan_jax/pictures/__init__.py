@@ -7,7 +7,7 @@ and what cannot be trained on is an `InputError` of one sentence.
 from gan_jax.pictures.arrays import Scaling, load_arrays, read_images, scaled
 from gan_jax.pictures.folder import load_folder
 from gan_jax.pictures.layout import below, labelled
-from gan_jax.pictures.reader import Fit, Reader, check_memory, resize, resize_all
+from gan_jax.pictures.reader import Fit, Reader, check_memory, for_all, resize, resize_all
 from gan_jax.pictures.survey import check, print_check
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
   "below",
   "check",
   "check_memory",
+  "for_all",
   "labelled",
   "load_arrays",
   "load_folder",

@@ -59,7 +59,7 @@ def load_folder(
     read = _read_folder(found, image_size, fit, stream)
     _to_cache(key, read)
   unreadable = {*read.unreadable}
-  train = [label for i, (_, label) in enumerate(found.train) if i not in unreadable]
+  train = [example for i, example in enumerate(found.train) if i not in unreadable]
   classes = found.classes
   number: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
   notes = [*found.notes, *read.notes]
@@ -69,13 +69,15 @@ def load_folder(
   return Dataset(
     name=name if image_size is None else f"{name}@{image_size}",
     x_train=read.x_train,
-    y_train=np.array([number[label] for label in train], np.int64),
+    y_train=np.array([number[label] for _, label in train], np.int64),
     x_test=read.x_test,
     y_test=np.array([number[label] for _, label in found.test], np.int64),
     class_names=tuple(classes),
     note="; ".join(notes),
     own=True,
     reader=read.reader,
+    names_train=[found.name(path) for path, _ in train],
+    names_test=[found.name(path) for path, _ in found.test],
   )
 
 

@@ -5,6 +5,7 @@ import io
 import os
 import posixpath
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -102,8 +103,13 @@ def below(folder: Path) -> dict[str, Path]:
   return paths
 
 
-def labelled(folder: Path) -> set[str]:
-  """The pictures that a folder's table gives a label, as it names them; none where there is no table.
+def labelled(folder: Path, classes: Sequence[str]) -> set[str]:
+  """The pictures that need no label: their names, as `below` gives them.
+
+  Args:
+    folder: any folder of pictures. Those that its table gives a label have one, and, where it is laid out
+      for `load_folder`, those in a folder of one of the classes, be it of the training or of the test set.
+    classes: names.
 
   Raises:
     InputError: a table that cannot be read.
@@ -112,7 +118,9 @@ def labelled(folder: Path) -> set[str]:
   tables = found.level(folder).tables
   labels = {name: label for table in tables for name, label in _read_table(found, table).items()}
   _raise_first(found)
-  return {name for name, label in labels.items() if label}
+  laid_out = scan(folder)  # its problems are those of a training
+  placed = {laid_out.name(path) for path, label in laid_out.train + laid_out.test if label in classes}
+  return placed | {name for name, label in labels.items() if label}
 
 
 def _raise_first(found: Found) -> None:
@@ -193,7 +201,11 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
       elif "\ufffd" in label:
         found.problems.append(f"the name of the class folder {folder / label} is not UTF-8: rename it")
       elif not pictures:
-        found.problems.append(f"the class folder {sub} holds no pictures: fill or remove it")
+        others = [name for name in found.skipped if name.startswith(f"{found.name(sub)}/")]
+        mend = ": fill"
+        if others:  # HEIC, or raw files of a camera
+          mend = f" that can be read, but {listed(others)}: convert them to JPEG or PNG,"
+        found.problems.append(f"the class folder {sub} holds no pictures{mend} or remove it")
       examples += [(path, label) for path in pictures]
     if level.pictures and not level.folders:
       found.problems.append(
