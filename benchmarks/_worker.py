@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _recipes
-from gan_jax import data, datasets, parallel, run_dir, steps
+from gan_jax import data, datasets, parallel, provenance, steps
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan
 from gan_jax.types import Json, TrainState
@@ -73,7 +73,7 @@ def main() -> None:
     dataset = datasets.load(task["dataset"], data_dir=task["data_dir"], manual_dir=task["manual_dir"])
   recipe = _recipes.make(task["recipe"], dataset, task["batch_size"])
   every = _recipes.penalty_every(recipe)
-  environment = run_dir.environment()
+  environment = provenance.environment()
   make, device_memory = prepare(task, recipe, dataset, environment)
   start, begin = peak_mb(), time.perf_counter()
   contender = make()

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from benchmarks import _runs
-from gan_jax import augment, run_dir
+from gan_jax import augment, provenance
 from gan_jax.types import Augment, Json
 
 LIBRARIES = "ours", "dm_pix", "augmax"
@@ -49,7 +49,7 @@ def main() -> None:
       line = {"benchmark": "augmentation", "operation": operation, "side": side, "batch": args.batch}
       line |= {"rounds": args.rounds, "dispatch": DISPATCH}
       results += [line | row for row in measure(operation, x, args.rounds, args.seconds)]
-  found = run_dir.environment()
+  found = provenance.environment()
   found["versions"] |= {name: importlib.metadata.version(name) for name in LIBRARIES[1:] if _is_there(name)}
   _runs.finish(args.name, [result | found for result in results], table)
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax
 
 from benchmarks import _recipes, _runs, _worker
-from gan_jax import run_dir
+from gan_jax import provenance
 from gan_jax.recipes import Recipe, ssgan
 from gan_jax.types import Json
 
@@ -35,7 +35,7 @@ def main() -> None:
   for network in args.networks:
     for side in args.sides:
       line = {"benchmark": "networks", "network": network, "side": side}
-      results.append({**line, **measure(network, side, args.seconds), **run_dir.environment()})
+      results.append({**line, **measure(network, side, args.seconds), **provenance.environment()})
       print(json.dumps(results[-1]), flush=True)
   _runs.finish(args.name, results, table)
 

@@ -17,14 +17,22 @@ from functools import partial
 import jax
 import numpy as np
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from benchmarks import _runs
 from experiments import label_study
-from gan_jax import cli, data, evaluate, losses, metrics, parsing, pictures, run_dir, steps, train
+from gan_jax import cli, data, evaluate, losses, metrics, parsing, pictures, provenance, steps, train
 
 METHODS = (
-  *("supervised_augmented", "fixmatch_ema", "adamatch", "vat", "feature_matching"),
-  *("gan_consistency", "gan_vat", "gan_undecided", "bad_generator"),
+  "supervised_augmented",
+  "fixmatch_ema",
+  "adamatch",
+  "vat",
+  "feature_matching",
+  "gan_consistency",
+  "gan_vat",
+  "gan_undecided",
+  "bad_generator",
 )
 SCORES = ("real_logit", "confidence")
 
@@ -70,7 +78,7 @@ def main() -> None:
           "steps": recipe.num_steps,
           "test_error": metrics.error_percent(own, test.y_test),
           "auroc": rows,
-          **run_dir.environment(),
+          **provenance.environment(),
         }
       )
       print(method, seed, results[-1]["test_error"], rows, flush=True)
@@ -79,11 +87,13 @@ def main() -> None:
 
 def areas(own: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
   """The area under the ROC curve of each score, in [0, 1], from the logits of both kinds of images."""
+  own_or_foreign = np.repeat([1, 0], [len(own), len(foreign)])
   scores = {
     "real_logit": lambda logits: np.asarray(losses.real_logit(logits)),
     "confidence": lambda logits: np.asarray(losses.class_probs(logits)).max(axis=-1),
   }
-  return {name: metrics.auroc(score(own), score(foreign)) for name, score in scores.items()}
+  logits = np.concatenate([own, foreign])
+  return {name: float(roc_auc_score(own_or_foreign, score(logits))) for name, score in scores.items()}
 
 
 def foreign_images(name: str, image_shape: tuple[int, int, int], args) -> np.ndarray:

@@ -45,7 +45,7 @@ import numpy as np
 import psutil
 
 from benchmarks import _recipes, _runs, _worker, step_time
-from gan_jax import data, evaluate, parallel, run_dir, steps, train
+from gan_jax import data, evaluate, parallel, provenance, steps, train
 from gan_jax.datasets import Dataset
 from gan_jax.types import BatchSizes, Json
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.error(f"--devices must divide the {REPLICATES} replicates")
   if max(args.classes) * LABELS > IMAGES:
     parser.error(f"--classes has {LABELS} labels for each of {IMAGES:,} images: at most {IMAGES // LABELS}")
-  shared = {"benchmark": "scaling", "recipe": args.recipe, **run_dir.environment()}
+  shared = {"benchmark": "scaling", "recipe": args.recipe, **provenance.environment()}
   results = []
   with tempfile.TemporaryDirectory() as folder:
     for name in args.axes:

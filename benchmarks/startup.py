@@ -49,4 +49,4 @@ def table(results: Sequence[dict]) -> str:
 
 
 if __name__ == "__main__":
-  main()
+  _runs.cli(main)

@@ -27,7 +27,7 @@ import optax
 import psutil
 
 from benchmarks import _runs
-from gan_jax import data, datasets, networks, objectives, recipes, run_dir, stream, train
+from gan_jax import data, datasets, networks, objectives, provenance, recipes, stream, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.types import BatchSizes
@@ -59,7 +59,7 @@ def main() -> None:
       "num_images": len(dataset.x_train),
       "decoded_mb": round(len(dataset.x_train) * np.prod(SHAPE) / 2**20),
       "budget_mb": args.budget_mb,
-      **run_dir.environment(),
+      **provenance.environment(),
     }
     jobs: list[Callable[[], list[dict]]] = [functools.partial(memory, dataset, args.widths[-1])]
     jobs += [functools.partial(rate, with_workers(dataset, num), args.seconds) for num in args.workers]

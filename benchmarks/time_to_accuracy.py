@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks import _recipes, _runs, _worker
-from gan_jax import datasets, evaluate, metrics, run_dir, steps
+from gan_jax import datasets, evaluate, metrics, provenance, steps
 from gan_jax.datasets import Dataset
 from gan_jax.types import LabelSplit
 
@@ -77,7 +77,7 @@ def main() -> None:
         "label_split_sha256": split.sha256,
         "num_labels": len(split.indices),
         "dataset": dataset.name,
-        **run_dir.environment(),
+        **provenance.environment(),
         **reached,
       }
       results.append(result)
@@ -143,7 +143,7 @@ def fixmatch(args: argparse.Namespace, dataset: Dataset, split: LabelSplit, targ
     "test_error": rows[-1]["error"],
     "curve": [[row["step"], round(row["seconds"], 2), row["error"]] for row in rows],
     "seconds_compile": 0.0,
-    "versions": {**run_dir.environment()["versions"], **rows[-1]["versions"]},
+    "versions": {**provenance.environment()["versions"], **rows[-1]["versions"]},
   }
 
 

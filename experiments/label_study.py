@@ -45,6 +45,7 @@ from gan_jax import (
   parallel,
   parsing,
   program,
+  provenance,
   recipes,
   report,
   run_dir,
@@ -362,5 +363,5 @@ def pixel_error(name: str, dataset: Dataset, split: LabelSplit) -> float:
 
 if __name__ == "__main__":
   # A device a core: on CPU small networks train faster beside each other than on all cores in turn.
-  jax.config.update("jax_num_cpu_devices", cli.num_cores())
+  jax.config.update("jax_num_cpu_devices", provenance.num_cores())
   program.run(main, Config)

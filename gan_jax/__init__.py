@@ -7,71 +7,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from gan_jax import (
-    augment,
-    checkpoint,
-    data,
-    datasets,
-    diagnostics,
-    evaluate,
-    export,
-    losses,
-    metrics,
-    model,
-    networks,
-    objectives,
-    parallel,
-    penalties,
-    probe,
-    recipes,
-    report,
-    steps,
-    terms,
-    train,
-    types,
-  )
   from gan_jax.estimator import SemiSupervisedGAN
   from gan_jax.model import Model, load
 
 __version__ = "0.1.0"
-__all__ = [
-  "Model",
-  "SemiSupervisedGAN",
-  "augment",
-  "checkpoint",
-  "data",
-  "datasets",
-  "diagnostics",
-  "evaluate",
-  "export",
-  "load",
-  "losses",
-  "metrics",
-  "model",
-  "networks",
-  "objectives",
-  "parallel",
-  "penalties",
-  "probe",
-  "recipes",
-  "report",
-  "steps",
-  "terms",
-  "train",
-  "types",
-]
+__all__ = ["Model", "SemiSupervisedGAN", "load"]
 
-
-_NAMES = {"Model": "model", "SemiSupervisedGAN": "estimator", "load": "model"}
-"""What is here by its own name, and its module."""
+_MODULES = {"Model": "model", "SemiSupervisedGAN": "estimator", "load": "model"}
+"""Where these names are."""
 
 
 def __getattr__(name: str) -> Any:
   """Modules are imported when they are asked for: --help does not wait for JAX."""
-  if name not in __all__:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  module = importlib.import_module(f"gan_jax.{_NAMES.get(name, name)}")
-  return getattr(module, name) if name in _NAMES else module
+  if name in _MODULES:
+    return getattr(importlib.import_module(f"gan_jax.{_MODULES[name]}"), name)
+  try:
+    return importlib.import_module(f"gan_jax.{name}")
+  except ModuleNotFoundError as error:
+    if error.name != f"gan_jax.{name}":
+      raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

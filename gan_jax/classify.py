@@ -17,11 +17,9 @@ from gan_jax import (
   checkpoint,
   cli,
   data,
-  datasets,
   evaluate,
   figures,
   metrics,
-  networks,
   page,
   pictures,
   processes,
@@ -168,7 +166,12 @@ def _percent(error: float | None) -> str:
 
 def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
   """The tuned recipe for so many training images, with the flags that were given."""
-  given = cli.given(
+  hparams = ssgan.for_images(
+    dataset.image_shape,
+    len(split.images),
+    network=config.network,
+    policy=config.augment,
+    mirror=dataset.of_objects,
     num_steps=config.train.steps,
     num_unlabelled=config.train.batch_size,
     precision=config.train.precision,
@@ -178,11 +181,6 @@ def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
     class_balance=config.class_balance,
     class_prior=data.class_prior(dataset.y_train[list(split.indices)], dataset.num_classes),
   )
-  network = config.network or networks.suited(dataset.image_shape)
-  policy = config.augment
-  if policy is None and network != "mlp":
-    policy = policies.suited(dataset.image_shape, mirror=dataset.of_objects)
-  hparams = dataclasses.replace(ssgan.tuned(network, len(split.images), policy), **given)
   return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
 
 
@@ -220,7 +218,7 @@ def cross_validate(
     parts.append(evaluate_fold(left_out, states, [data.labelled(dataset, split)] * len(states)))
     path.parent.mkdir(exist_ok=True)
     linear = {name: np.array([found.linear[name] for found in parts[-1]]) for name in parts[-1][0].linear}
-    datasets.write_quietly(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
+    report.write_cache(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
   return [evaluate.pooled(found, [out for _, out in folds]) for found in zip(*parts, strict=True)]
 
 

@@ -3,13 +3,12 @@
 An experiment composes them and takes none that it does not honour; `parsing` has the configurations.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 
-from gan_jax import data, datasets, parallel, pictures, processes
+from gan_jax import data, datasets, parallel, pictures, processes, provenance
 from gan_jax.networks import Precision
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
@@ -255,7 +254,7 @@ def load(
     image_size=flags.image_size,
     fit=flags.fit,
     stream=stream.stream,
-    workers=num_cores() if stream.workers is None else stream.workers,
+    workers=provenance.num_cores() if stream.workers is None else stream.workers,
   )
   if needs_test and not len(dataset.x_test):
     what = "arrays x_test and y_test" if dataset.name.startswith("arrays:") else "a folder test"
@@ -308,10 +307,3 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
     parallel.over_devices(recipe, devices)  # so that a batch that cannot be split is told at once
     say(f"{num} of {len(there)} devices share each step")
   return devices if num > 1 else []
-
-
-def num_cores() -> int:
-  """Processor cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1

@@ -5,7 +5,6 @@ pictures and arrays, see `pictures`.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -242,14 +241,3 @@ def _load_digits(note: str = "") -> Dataset:
   test = np.arange(len(x)) % 3 == 2
   names = tuple(str(k) for k in range(10))
   return Dataset("digits", x[~test], y[~test], x[test], y[test], names, note)
-
-
-def write_quietly(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes a cache beside and renames it; a folder that cannot be written is no cache, no error."""
-  beside = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with open(beside, "wb") as file:
-      np.savez(file, **arrays)  # pyright: ignore
-    beside.replace(path)
-  except OSError:
-    beside.unlink(missing_ok=True)

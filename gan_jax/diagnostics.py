@@ -140,57 +140,75 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
   seen = [row for row in rows if "diagnostics/variance_ratio" in row][-NUM_OBSERVATIONS:]
   if len(seen) < 3:
     return stuck
-
-  def median(name: str) -> float:
-    return float(np.median([row.get(f"diagnostics/{name}", np.nan) for row in seen]))
-
-  found = {}
-  r_v, train_accuracy, fake_accuracy = (
-    median("memorisation"),
-    median("train_accuracy"),
-    median("fake_accuracy"),
-  )
-  # A D that says "real" to everything has a small denominator in r_v, and so a large r_v by chance.
-  if r_v > MEMORISED and train_accuracy > MEMORISED_ACCURACY and fake_accuracy > 50:
-    found["memorisation"] = (
-      f"the discriminator memorises its training images: it takes {train_accuracy:.0f} % of them for"
-      f" real, and sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try"
-      " stronger or adaptive augmentation, more images, a gradient penalty, or fewer steps"
-    )
-
-  num_classes = sum(name.startswith("diagnostics/share_") for name in seen[-1])
-  shares = [median(f"share_{k}") for k in range(num_classes)]
-  missing = [k for k, share in enumerate(shares) if share < MISSING / num_classes]
-  if missing:
-    names = [class_names[k] if class_names else str(k) for k in missing]
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    what = f"has lost {len(names)} of {num_classes} classes ({listed}):"
-    if len(missing) == num_classes:
-      what = f"draws few of the {num_classes} classes at a time, and others each time: mostly"
-    most = 100 * max(shares[k] for k in missing)
-    found["lost classes"] = (
-      f"the generator {what} each is at most"
-      f" {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
-      " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
-    )
-  if median("variance_ratio") < IDENTICAL:
-    found["same image"] = (
-      "the generator draws nearly the same image every time: the variance of its pixels is"
-      f" {median('variance_ratio'):.2g} of the data's, where 1 is right; try feature matching, a lower"
-      " learning rate of the generator, or larger batches"
-    )
-
   d_loss = [row["d/loss"] for row in rows if "d/loss" in row][-NUM_OBSERVATIONS:]
+  found = {
+    "memorisation": _memorises(seen),
+    "lost classes": _lost_classes(seen, class_names),
+    "same image": _same_image(seen),
+    "saturated": _saturated(seen, d_loss, g_is_stuck="g/loss" in stuck),
+  }
+  found = {kind: text for kind, text in found.items() if text}
+  return found if "saturated" in found else found | stuck
+
+
+def _median(seen: Sequence[Json], name: str) -> float:
+  return float(np.median([row.get(f"diagnostics/{name}", np.nan) for row in seen]))
+
+
+def _memorises(seen: Sequence[Json]) -> str | None:
+  r_v, train_accuracy = _median(seen, "memorisation"), _median(seen, "train_accuracy")
+  # A D that says "real" to everything has a small denominator in r_v, and so a large r_v by chance.
+  knows_fakes = _median(seen, "fake_accuracy") > 50
+  if not (r_v > MEMORISED and train_accuracy > MEMORISED_ACCURACY and knows_fakes):
+    return None
+  return (
+    f"the discriminator memorises its training images: it takes {train_accuracy:.0f} % of them for"
+    f" real, and sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try"
+    " stronger or adaptive augmentation, more images, a gradient penalty, or fewer steps"
+  )
+
+
+def _lost_classes(seen: Sequence[Json], class_names: Sequence[str]) -> str | None:
+  num_classes = sum(name.startswith("diagnostics/share_") for name in seen[-1])
+  shares = [_median(seen, f"share_{k}") for k in range(num_classes)]
+  missing = [k for k, share in enumerate(shares) if share < MISSING / num_classes]
+  if not missing:
+    return None
+  names = [class_names[k] if class_names else str(k) for k in missing]
+  listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+  what = f"has lost {len(names)} of {num_classes} classes ({listed}):"
+  if len(missing) == num_classes:
+    what = f"draws few of the {num_classes} classes at a time, and others each time: mostly"
+  most = 100 * max(shares[k] for k in missing)
+  return (
+    f"the generator {what} each is at most"
+    f" {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
+    " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
+  )
+
+
+def _same_image(seen: Sequence[Json]) -> str | None:
+  ratio = _median(seen, "variance_ratio")
+  if not ratio < IDENTICAL:
+    return None
+  return (
+    "the generator draws nearly the same image every time: the variance of its pixels is"
+    f" {ratio:.2g} of the data's, where 1 is right; try feature matching, a lower"
+    " learning rate of the generator, or larger batches"
+  )
+
+
+def _saturated(seen: Sequence[Json], d_loss: Sequence[float], *, g_is_stuck: bool) -> str | None:
+  train_accuracy, fake_accuracy = _median(seen, "train_accuracy"), _median(seen, "fake_accuracy")
   no_loss = bool(d_loss) and abs(float(np.median(d_loss))) < SATURATED_LOSS
-  if min(train_accuracy, fake_accuracy) > SATURATED_ACCURACY and (no_loss or "g/loss" in stuck):
-    why = f"its loss is {np.median(d_loss):.2g}" if no_loss else "the generator's loss does not move"
-    found["saturated"] = (
-      f"the discriminator has saturated: it tells {train_accuracy:.1f} % of the training images and"
-      f" {fake_accuracy:.1f} % of the generated ones, and {why}; try a lower learning rate of the"
-      " discriminator, a gradient penalty, stronger augmentation, or feature matching"
-    )
-    stuck = {}
-  return found | stuck
+  if not (min(train_accuracy, fake_accuracy) > SATURATED_ACCURACY and (no_loss or g_is_stuck)):
+    return None
+  why = f"its loss is {np.median(d_loss):.2g}" if no_loss else "the generator's loss does not move"
+  return (
+    f"the discriminator has saturated: it tells {train_accuracy:.1f} % of the training images and"
+    f" {fake_accuracy:.1f} % of the generated ones, and {why}; try a lower learning rate of the"
+    " discriminator, a gradient penalty, stronger augmentation, or feature matching"
+  )
 
 
 def _stuck(rows: Sequence[Json], name: str) -> str | None:

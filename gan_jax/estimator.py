@@ -1,9 +1,8 @@
 """The semi-supervised GAN as a classifier of scikit-learn's kind."""
 
-import dataclasses
 import warnings
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from gan_jax import checkpoint, cli, data, networks, recipes, train
+from gan_jax import checkpoint, data, networks, recipes, train
 from gan_jax.model import Model
 from gan_jax.pictures import Scaling, scaled
 from gan_jax.recipes import policies, ssgan
@@ -163,25 +162,23 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     return self._to_images(X)
 
   def _recipe(self, x: np.ndarray, y_lab: np.ndarray) -> recipes.Recipe:
-    network = self.network
-    if network == "auto":
-      network = networks.suited(x.shape[1:])
-    if network not in networks.PAIRS:
-      raise ValueError(f"there is no network {network}: there are auto, {', '.join(networks.PAIRS)}")
+    if self.network != "auto" and self.network not in networks.PAIRS:
+      raise ValueError(f"there is no network {self.network}: there are auto, {', '.join(networks.PAIRS)}")
     if self.num_steps is not None and not (isinstance(self.num_steps, Integral) and self.num_steps >= 1):
       raise ValueError(f"num_steps must be a whole number of at least 1, not {self.num_steps}")
-    given = cli.given(
+    network: Any = None if self.network == "auto" else self.network
+    policy: Any = self.augmentation or "none"
+    if policy is not True and policy not in policies.POLICIES:
+      raise ValueError(f"there is no augmentation {policy}: there are {', '.join(policies.POLICIES)}")
+    hparams = ssgan.for_images(
+      x.shape[1:],  # pyright: ignore[reportArgumentType]
+      len(x),
+      network=network,
+      policy=None if policy is True else policy,
       num_steps=self.num_steps,
       d_learning_rate=self.learning_rate,
       adversarial=self.adversarial,
       consistency=self.consistency,
+      class_prior=data.class_prior(y_lab, len(self.classes_)),
     )
-    policy = self.augmentation or "none"
-    if policy is True:
-      policy = None if network == "mlp" else policies.suited(x.shape[1:])
-    elif policy not in policies.POLICIES:
-      raise ValueError(f"there is no augmentation {policy}: there are {', '.join(policies.POLICIES)}")
-    tuned = ssgan.tuned(network if network in get_args(ssgan.Tuned) else "conv", len(x), policy)  # pyright: ignore[reportArgumentType]
-    prior = data.class_prior(y_lab, len(self.classes_))
-    hparams = dataclasses.replace(tuned, network=network, class_prior=prior, **given)
-    return ssgan.build(hparams, x.shape[1:], len(self.classes_))
+    return ssgan.build(hparams, x.shape[1:], len(self.classes_))  # pyright: ignore[reportArgumentType]

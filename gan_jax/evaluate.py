@@ -75,7 +75,7 @@ Labelled = tuple[Any, Int[Any, "n"]]
 
 
 def make_evaluate(
-  recipe: Recipe, *, every_layer: bool = False, of_input: bool = False, l2: float = 1.0
+  recipe: Recipe, *, every_layer: bool = False, of_input: bool = False
 ) -> Callable[[Dataset, Sequence[TrainState], Sequence[Labelled]], list[Evaluation]]:
   """Builds `evaluate(dataset, states, labelled)`, which reads the test set once for all states.
 
@@ -86,7 +86,6 @@ def make_evaluate(
     recipe: what the states were trained with, up to the objective.
     every_layer: fits probes on every layer, not on the features alone.
     of_input: fits a linear probe on the pixels too, or on the vectors that stand in for them: `input`.
-    l2: of the linear probe, see `probe.fit_linear`: the number of copies of each labelled image.
   """
   classify, layers = steps.make_classifier(recipe.d), probe.make_layers(recipe.d, recipe.image_shape)
 
@@ -98,7 +97,7 @@ def make_evaluate(
 
   @jax.jit
   def fit(features: dict[str, Array], y: Array) -> tuple[dict[str, Any], dict[str, Any]]:
-    fit_linear = lambda h: probe.fit_linear(h, y, num_classes=recipe.num_classes, l2=l2)
+    fit_linear = lambda h: probe.fit_linear(h, y, num_classes=recipe.num_classes)
     linear = {name: fit_linear(h) for name, h in features.items()}
     return linear, {name: probe.fit_nearest(h, y) for name, h in features.items() if every_layer}
 
@@ -199,20 +198,17 @@ def describe(found: Evaluation, class_names: Sequence[str]) -> Json:
 
   `num_test_images`; `test_error_interval`, 95 % for this one classifier, and `balanced_test_error`, both
   in percent; `test_recall`, percent by class, None for one without test images; `calibration_error` in
-  [0, 1]. Without test images all but the first are None.
+  [0, 1].
   """
   y, logits = found.y, found.logits
-  names = ("test_error_interval", "balanced_test_error", "test_recall", "calibration_error")
-  if not len(y):
-    return {"num_test_images": 0, **dict.fromkeys(names)}
   recall = metrics.recall(logits, y, len(class_names)).tolist()
-  values = (
-    metrics.binomial_interval(int((logits.argmax(axis=-1) != y).sum()), len(y)),
-    metrics.balanced_error(logits, y),
-    {name: None if np.isnan(r) else r for name, r in zip(class_names, recall, strict=True)},
-    metrics.calibration_error(found.probs, y),
-  )
-  return {"num_test_images": len(y), **dict(zip(names, values, strict=True))}
+  return {
+    "num_test_images": len(y),
+    "test_error_interval": metrics.binomial_interval(int((logits.argmax(axis=-1) != y).sum()), len(y)),
+    "balanced_test_error": metrics.balanced_error(logits, y),
+    "test_recall": {k: None if np.isnan(r) else r for k, r in zip(class_names, recall, strict=True)},
+    "calibration_error": metrics.calibration_error(found.probs, y),
+  }
 
 
 def error_of(

@@ -152,7 +152,6 @@ def semi_supervised_gan(
 def conditional_gan(
   loss: losses.Adversarial = losses.non_saturating,
   *,
-  supervised_weight: float = 1.0,
   consistency_weight: Weight = 0.0,
   weak: Augment | None = None,
   threshold: float = 0.95,
@@ -168,7 +167,6 @@ def conditional_gan(
 
   Args:
     loss: the pair.
-    supervised_weight: of the cross-entropy of the labelled images.
     consistency_weight: as in `semi_supervised_gan`, and so are the next two.
     weak: augmentation of the images that consistency takes its targets from.
     threshold: confidence from which a pseudo-label counts.
@@ -178,8 +176,7 @@ def conditional_gan(
   classifier = semi_supervised_gan(
     adversarial=0.0, consistency_weight=consistency_weight, weak=weak, threshold=threshold
   )
-  d = {**adversarial.d, **classifier.d, "supervised": (supervised_weight, terms.supervised)}
-  return Objective(d=d, g=adversarial.g)
+  return Objective(d={**adversarial.d, **classifier.d}, g=adversarial.g)
 
 
 def bad_gan(*, entropy_weight: Weight, density_weight: Weight, quantile: float = 0.1) -> Objective:

@@ -160,7 +160,7 @@ def of_classifier(
 
   Args:
     folder: of the run, where `reliability.png` and `confusion.png` are.
-    found: its evaluation; without test images only the labelled images are shown.
+    found: its evaluation; of a discriminator without classes only the labelled images are shown.
     class_names: K.
     x_lab: the labelled images that were used, as bytes, an array or `data.Chosen`.
     y_lab: their classes.
@@ -169,7 +169,7 @@ def of_classifier(
     visible: whether there is something to look at; of vectors there is not.
   """
   sections = [_labelled(class_names, x_lab, np.asarray(y_lab))] if visible else []
-  if found.least_certain is None or found.worst is None or found.confusion is None or not len(found.y):
+  if found.least_certain is None or found.worst is None or found.confusion is None:
     return sections
   tiles = lambda shown: _tiles(shown, class_names, image_names)
   if visible:

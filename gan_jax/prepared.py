@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from gan_jax.datasets import Choice, Dataset, is_streamed, write_quietly
+from gan_jax.datasets import Choice, Dataset, is_streamed
+from gan_jax.report import write_cache
 from gan_jax.types import InputError
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
@@ -190,7 +191,7 @@ def _read(builder: Any, name: str, stream: Choice) -> Dataset:
       f"{name} in {builder.data_dir} cannot be read ({reason}): remove that folder and prepare it anew"
     ) from error
   dataset = _checked(builder, name, arrays | source)
-  write_quietly(cache, arrays)
+  write_cache(cache, arrays)
   return dataset
 
 
@@ -204,10 +205,7 @@ def _checked(builder: Any, name: str, arrays: dict[str, Any]) -> Dataset:
       f"{name} must hold images of one size, and those of training are {list(x.shape[1:])}, those of the"
       f" test set {list(x_test.shape[1:])}"
     )
-  labels = np.concatenate([dataset.y_train, dataset.y_test])
-  whole = len(x.shape) == 4 and len(x) == builder.info.splits["train"].num_examples
-  fit = len(labels) == len(x) + len(x_test) and 0 <= labels.min() <= labels.max() < len(classes)
-  if not (whole and fit and x.dtype == x_test.dtype == np.uint8):
+  if len(x) != builder.info.splits["train"].num_examples or dataset.y_train.min() < 0:
     raise InputError(f"{name} is not an image-classification dataset of bytes, each with a class")
   return dataset
 

@@ -1,12 +1,14 @@
 """Output of a run: sentences, JSON, files. Files are written whole or not at all."""
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from gan_jax.types import InputError, Json
@@ -36,19 +38,32 @@ def check_file(path: Path) -> None:
     raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-  """Writes beside and renames: a reader never sees half a file. Pipes and devices are written to."""
-  if path.exists() and not path.is_file():
-    path.write_bytes(content)
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """A path to write to, which then takes the place of `path`: a reader never sees half a file."""
   beside = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    beside.write_bytes(content)
+    yield beside
     beside.replace(path)
   except BaseException:
     beside.unlink(missing_ok=True)
     raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes a file, whole or not at all. Pipes and devices are written to."""
+  if path.exists() and not path.is_file():
+    path.write_bytes(content)
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with replacing(path) as beside:
+    beside.write_bytes(content)
+
+
+def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes an .npz file of what can be made again; a folder that cannot be written is no error."""
+  with contextlib.suppress(OSError), replacing(path) as beside, open(beside, "wb") as file:
+    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,30 +1,25 @@
-"""The directory of a run: opened, locked, filled, and where its numbers come from."""
+"""The directory of a run: opened, locked, filled."""
 
 import contextlib
 import dataclasses
 import datetime
 import json
 import os
-import platform
 import resource
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
-import jax
 import psutil
 from rich.markup import escape
 from rich.table import Table
 
-import gan_jax
-from gan_jax import checkpoint, cli, page, parsing, processes, recipes, report, train
+from gan_jax import checkpoint, cli, page, parsing, processes, provenance, recipes, report, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
@@ -93,34 +88,30 @@ def open_run(
   values = parsing.flags_of(config)
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
   path = Path(flags.workdir or Path("runs") / experiment / stamp)
+  program = "gan_jax train" if experiment == "train" else f"experiments.{experiment}"
+  run = Run(
+    path=path,
+    experiment=experiment,
+    flags=flags,
+    dataset=dataset,
+    split=split,
+    seed=values.get("seed", 0),
+    exclude_labelled=values.get("exclude_labelled", False),
+    environment=provenance.environment(),
+    begin=time.time(),
+    command=parsing.command(f"python -m {program}", config),
+  )
   _check_outside(path, values)
   if not processes.writes():
     processes.wait("open")
     if not (path / "config.json").exists():
       raise InputError(f"--workdir {path} must be a folder that all processes see, and process 0's is not")
-    yield Run(path, experiment, flags, dataset, split, values["seed"], False, {}, time.time(), "")
+    yield run
     return
   _check_folder(path)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
-  found = environment()
-  seed, exclude_labelled = values.get("seed", 0), values.get("exclude_labelled", False)
-  named = {"experiment": experiment, "dataset": dataset.name, "note": dataset.note}
-  program = "gan_jax train" if experiment == "train" else f"experiments.{experiment}"
-  command = parsing.command(f"python -m {program}", config)
-  labels = named | (describe_split(split, exclude_labelled) if split else {})
-  described = {
-    **named,
-    "command": command,
-    "config": values,
-    "recipes": {name: recipes.describe(recipe) for name, recipe in recipes_used.items()},
-    "image_shape": list(dataset.image_shape),
-    "class_names": list(dataset.class_names),
-    "reader": dataset.reader and dataclasses.asdict(dataset.reader),
-    "scaling": dataset.scaling and dataclasses.asdict(dataset.scaling),
-    **found,
-  }
-  described = json.loads(json.dumps(described))  # as it will be read: a tuple is a list
+  labels, described = _describe(run, values, recipes_used)
   owned = (*FILES, *files)
   with _locked(path):
     if flags.resume:
@@ -136,8 +127,7 @@ def open_run(
         report.write_json(path / "labels.json", labels)
         report.write_json(path / "config.json", described)
       processes.wait("open")
-      begin = time.time()
-      yield Run(path, experiment, flags, dataset, split, seed, exclude_labelled, found, begin, command)
+      yield run
       complete = True
     except InputError:
       # A mistake that showed before any training: the next try shall find no run here.
@@ -150,6 +140,25 @@ def open_run(
       raise
     finally:
       _settle(path, owned, complete=complete)
+
+
+def _describe(run: Run, flags: Json, recipes_used: Mapping[str, Recipe]) -> tuple[Json, Json]:
+  """What goes into `labels.json` and `config.json`, as it will be read: a tuple is a list."""
+  dataset, split = run.dataset, run.split
+  named = {"experiment": run.experiment, "dataset": dataset.name, "note": dataset.note}
+  labels = named | (describe_split(split, run.exclude_labelled) if split else {})
+  config = {
+    **named,
+    "command": run.command,
+    "config": flags,
+    "recipes": {name: recipes.describe(recipe) for name, recipe in recipes_used.items()},
+    "image_shape": list(dataset.image_shape),
+    "class_names": list(dataset.class_names),
+    "reader": dataset.reader and dataclasses.asdict(dataset.reader),
+    "scaling": dataset.scaling and dataclasses.asdict(dataset.scaling),
+    **run.environment,
+  }
+  return json.loads(json.dumps(labels)), json.loads(json.dumps(config))
 
 
 @contextlib.contextmanager
@@ -314,31 +323,6 @@ def check_source(run_flags: cli.RunFlags, flags: cli.TransferFlags) -> None:
     raise InputError(f"--init-from {flags.init_from} is not the folder of a run: it has no config.json")
   if run_flags.workdir and Path(flags.init_from).resolve() == Path(run_flags.workdir).resolve():
     raise InputError("--init-from and --workdir are the same folder: name a new one for this run")
-
-
-# --- Provenance
-
-
-def environment() -> Json:
-  """Provenance: device, versions, commit."""
-  device = jax.devices()[0]
-  names = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
-  root, commit = Path(__file__).parent.parent, ""
-  if (root / ".git").exists():  # else this is an installed package, in whatever repository it may lie
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError):
-      commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-  num = cli.num_cores()
-  cores = f"{device.platform}, {num} core{'s' * (num != 1)}"
-  return {
-    "device": cores if device.platform == "cpu" else device.device_kind,
-    "versions": {
-      "gan_jax": gan_jax.__version__,
-      "python": platform.python_version(),
-      **{name: metadata.version(name) for name in names},
-    },
-    "commit": commit or None,
-  }
 
 
 # --- The end of a run

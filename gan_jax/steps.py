@@ -24,6 +24,7 @@ from gan_jax.types import (
   Batch,
   ClassLatents,
   Discriminator,
+  DiscriminatorFn,
   Generator,
   Latents,
   Metrics,
@@ -126,6 +127,10 @@ def make_step(
     out, changed = net.apply(variables, x, train=True, rngs={"noise": key}, mutable=list(model_state))
     return out, dict(changed)
 
+  def bind(params: Params, state: TrainState) -> DiscriminatorFn:
+    """D with these parameters; what it keeps beside them stays that of the state."""
+    return lambda x, key: apply(d, params, state.d.model_state, x, key)[0]
+
   def augmented(state: TrainState, key: Array, x: Array) -> Array:
     transform = augment.at(state.aux) if isinstance(augment, Adaptive) else augment
     return transform(key, x) if transform and len(x) else x
@@ -134,7 +139,7 @@ def make_step(
     """Images, the classes that they were asked to be of, and G's new state."""
     latents = g.latents(key_z, num)
     x, model_state = apply(g, params, model_state, latents, key_g)
-    return x, latents.y if isinstance(latents, ClassLatents) else unknown(x), model_state
+    return x, latents.y if isinstance(latents, ClassLatents) else no_labels(x), model_state
 
   def by_class(batch: Batch) -> bool:
     """Whether all that D judges has a class: labelled images, and images of a class-conditional G."""
@@ -147,21 +152,22 @@ def make_step(
       x_fake, y_fake, _ = generate(state.g.params, state.g.model_state, key_z, key_g, batch.num_generated)
     x_raw = jax.lax.stop_gradient(jnp.concatenate([batch.x_lab, batch.x_unl, x_fake]))
     x = augmented(state, key_augment, x_raw)
-    y = jnp.concatenate([batch.y_lab, unknown(batch.x_unl), y_fake])
+    y = jnp.concatenate([batch.y_lab, no_labels(batch.x_unl), y_fake])
     ends = [len(batch.x_lab), len(batch.x_lab) + len(batch.x_unl)]
 
     def loss_fn(params: Params):
-      def d_fn(x: Array, key: Array):
-        return apply(d, params, state.d.model_state, x, key)[0]
-
-      def teacher_fn(x: Array, key: Array):
-        return apply(d, state.ema["d"], state.d.model_state, x, key)[0]
-
       (logits, features, *_), model_state = apply(d, params, state.d.model_state, x, key_noise)
       columns = (jnp.split(a, ends) for a in (x_raw, x, logits, features, y))
       lab, unl, fake = (DiscOutputs(*kind) for kind in zip(*columns, strict=True))
       outputs = StepOutputs(
-        *(lab, unl, fake, by_class(batch), key_terms), d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
+        lab=lab,
+        unl=unl,
+        fake=fake,
+        by_class=by_class(batch),
+        key=key_terms,
+        d_fn=bind(params, state),
+        teacher_fn=bind(state.ema["d"], state),
+        step=state.step,
       )
       loss, values = objectives.weighted_sum(objective.d, outputs)
       known = y if outputs.by_class else jnp.full_like(y, -1)
@@ -175,7 +181,7 @@ def make_step(
         values["real_sign"] = jnp.sign(jnp.concatenate([real_lab, real_unl])).mean()
       return loss, (values, model_state)
 
-    net, metrics = descend(d_tx, state.d, loss_fn)
+    net, metrics = optimizer_step(d_tx, state.d, loss_fn)
     state = state.replace(d=net)
     if isinstance(augment, Adaptive):
       state = state.replace(aux=augment.update(state.aux, metrics["real_sign"], ends[1]))
@@ -184,14 +190,9 @@ def make_step(
 
   def update_g(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     key_z, key_g, key_unl, key_lab, key_fake, key_terms = jax.random.split(key, 6)
+    d_fn = bind(state.d.params, state)
 
-    def d_fn(x: Array, key: Array):
-      return apply(d, state.d.params, state.d.model_state, x, key)[0]
-
-    def teacher_fn(x: Array, key: Array):
-      return apply(d, state.ema["d"], state.d.model_state, x, key)[0]
-
-    def look(x_raw: Array, y: Array, key: Array) -> DiscOutputs:
+    def discriminate(x_raw: Array, y: Array, key: Array) -> DiscOutputs:
       if not len(x_raw):  # a network need not take an empty batch
         shapes = jax.eval_shape(lambda: d_fn(jnp.zeros((batch.num_generated, *x_raw.shape[1:])), key)[:2])
         logits, features = (jnp.zeros((0, *shape.shape[1:])) for shape in shapes)
@@ -203,20 +204,25 @@ def make_step(
 
     # Real images are constants here, so they go through D forwards only, and not at all where no term
     # asks for them: the compiler drops what is not used.
-    unl = look(batch.x_unl_g, unknown(batch.x_unl_g), key_unl)
-    lab = look(batch.x_lab, batch.y_lab, key_lab)
+    unl = discriminate(batch.x_unl_g, no_labels(batch.x_unl_g), key_unl)
+    lab = discriminate(batch.x_lab, batch.y_lab, key_lab)
 
     def loss_fn(params: Params):
       x_fake, y_fake, model_state = generate(params, state.g.model_state, key_z, key_g, batch.num_generated)
-      fake = look(x_fake, y_fake, key_fake)
-      known = by_class(batch) and not len(batch.x_unl_g)
       outputs = StepOutputs(
-        *(lab, unl, fake, known, key_terms), d_fn=d_fn, teacher_fn=teacher_fn, step=state.step
+        lab=lab,
+        unl=unl,
+        fake=discriminate(x_fake, y_fake, key_fake),
+        by_class=by_class(batch) and not len(batch.x_unl_g),
+        key=key_terms,
+        d_fn=d_fn,
+        teacher_fn=bind(state.ema["d"], state),
+        step=state.step,
       )
       loss, values = objectives.weighted_sum(objective.g, outputs)
       return loss, (values, model_state)
 
-    net, metrics = descend(g_tx, state.g, loss_fn)
+    net, metrics = optimizer_step(g_tx, state.g, loss_fn)
     return state.replace(g=net), {f"g/{name}": value for name, value in metrics.items()}
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -246,12 +252,12 @@ def is_class_conditional(g: Generator) -> bool:
   return isinstance(jax.eval_shape(lambda: g.latents(jax.random.key(0), 1)), ClassLatents)
 
 
-def unknown(x: Float[Array, "b h w c"]) -> Int[Array, "b"]:
+def no_labels(x: Float[Array, "b h w c"]) -> Int[Array, "b"]:
   """The class of images without a label."""
   return jnp.full(len(x), -1)
 
 
-def descend(
+def optimizer_step(
   tx: optax.GradientTransformation,
   net: NetState,
   loss_fn: Callable[[Params], tuple[Array, tuple[Metrics, PyTree]]],

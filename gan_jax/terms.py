@@ -114,6 +114,12 @@ def feature_matching(outputs: StepOutputs) -> Float[Array, ""]:
   return losses.feature_matching(outputs.unl.features, outputs.fake.features).mean()
 
 
+def _weak_logits(outputs: StepOutputs, d_fn: DiscriminatorFn, weak: Augment) -> Float[Array, "b k"]:
+  """Logits of weakly augmented unlabelled images; consumes the term's key."""
+  key_augment, key_d = jax.random.split(outputs.key)
+  return d_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+
+
 def consistency(weak: Augment, *, threshold: float) -> Term:
   """Consistency: the pseudo-label that the averaged D gives a weakly augmented unlabelled image is the
   target for the image as D's update augmented it, see `losses.consistency`.
@@ -122,8 +128,7 @@ def consistency(weak: Augment, *, threshold: float) -> Term:
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
-    key_augment, key_d = jax.random.split(outputs.key)
-    logits_weak = outputs.teacher_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+    logits_weak = _weak_logits(outputs, outputs.teacher_fn, weak)
     return losses.consistency(logits_weak, outputs.unl.logits, threshold=threshold).mean()
 
   return term
@@ -133,8 +138,7 @@ def adamatch(weak: Augment, *, threshold: float) -> Term:
   """The same with a threshold and class frequencies relative to those on labels, see `losses.adamatch`."""
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
-    key_augment, key_d = jax.random.split(outputs.key)
-    logits_weak = outputs.teacher_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+    logits_weak = _weak_logits(outputs, outputs.teacher_fn, weak)
     logits = outputs.lab.logits, logits_weak, outputs.unl.logits
     return losses.adamatch(*logits, threshold=threshold).mean()
 
@@ -148,8 +152,7 @@ def mutual_information(weak: Augment) -> Term:
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
-    key_augment, key_d = jax.random.split(outputs.key)
-    logits_weak = outputs.d_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
+    logits_weak = _weak_logits(outputs, outputs.d_fn, weak)
     return -losses.mutual_information(outputs.unl.logits, logits_weak)
 
   return term
@@ -273,9 +276,8 @@ def mean_teacher(weak: Augment) -> Term:
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
-    key_augment, key_d = jax.random.split(outputs.key)
-    logits = outputs.teacher_fn(weak(key_augment, outputs.unl.x_raw), key_d)[0]
-    target = jax.lax.stop_gradient(losses.class_probs(logits))
+    logits_weak = _weak_logits(outputs, outputs.teacher_fn, weak)
+    target = jax.lax.stop_gradient(losses.class_probs(logits_weak))
     return jnp.square(losses.class_probs(outputs.unl.logits) - target).sum(axis=-1).mean()
 
   return term

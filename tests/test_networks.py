@@ -18,7 +18,7 @@ def pair(kind, shape):
     g, d = networks.make_pair("vgg", shape, num_logits=5)
     return g.clone(width=8), d.clone(width=8, num_features=16)
   if kind == "conv":
-    return networks.ConvGenerator(shape), networks.ConvDiscriminator(5, dropout=0.3)
+    return networks.ConvGenerator(shape), networks.ConvDiscriminator(5)
   return networks.MLPGenerator(shape), networks.MLPDiscriminator(5)
 
 

@@ -221,11 +221,6 @@ def test_many_classes_have_their_largest_mistakes_as_a_table(tmp_path):
   assert len(sections["Recall by class"].rows) == 20
 
 
-def test_without_test_images_the_labelled_ones_are_shown(tmp_path):
-  found = classified(3, tmp_path, num=0)
-  assert list(sections_of(found, tmp_path, 3)) == ["Labelled images"]
-
-
 # --- Several runs
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import mnist_ssgan
-from gan_jax import checkpoint, cli, parsing, recipes, run_dir
+from gan_jax import checkpoint, cli, parsing, provenance, recipes, run_dir
 from gan_jax.types import InputError, Stopped
 
 
@@ -240,6 +240,6 @@ def test_a_run_starts_from_the_averages_of_another(tiny):
 
 
 def test_environment_names_device_and_versions():
-  found = run_dir.environment()
+  found = provenance.environment()
   assert found["device"].startswith("cpu")
   assert found["versions"]["jax"] == jax.__version__

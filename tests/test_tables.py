@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _runs, augmentation, scaling, splits, tables, time_to_accuracy
-from gan_jax import run_dir
+from gan_jax import provenance
 from gan_jax.types import InputError
 
 PAGES = [tables.ROOT / "README.md", *sorted((tables.ROOT / "docs").glob("*.md"))]
@@ -155,7 +155,7 @@ def test_prose_has_no_measurement_that_no_table_has(path):
 
 def test_augmentations_are_timed_and_a_library_that_is_absent_is_said(monkeypatch):
   monkeypatch.setattr(augmentation, "_is_there", lambda name: name == "ours")
-  x, environment = np.full((2, 8, 8, 3), 0.5, np.float32), run_dir.environment()
+  x, environment = np.full((2, 8, 8, 3), 0.5, np.float32), provenance.environment()
   rows = [
     {"operation": operation, "side": 8, "batch": 2, "rounds": 1, **row, **environment}
     for operation in augmentation.OPERATIONS
@@ -190,7 +190,13 @@ def test_a_run_that_is_there_is_used_again_with_the_same_flags_alone(tmp_path, m
 
 
 def test_a_contender_that_failed_is_a_row():
-  shared = {"target": 1.0, "split_seed": 20, "num_labels": 100, "dataset": "mnist", **run_dir.environment()}
+  shared = {
+    "target": 1.0,
+    "split_seed": 20,
+    "num_labels": 100,
+    "dataset": "mnist",
+    **provenance.environment(),
+  }
   done = {"recipe": "conv_ssgan", "reached": True, "seconds": 200.0, "steps": 4000, "seconds_compile": 9.0}
   failed = {"recipe": "fixmatch 64 + 448", "not_run": "it ended with code 1"}
   lines = time_to_accuracy.table([shared | done | {"test_error": 0.9}, shared | failed]).splitlines()
@@ -200,7 +206,7 @@ def test_a_contender_that_failed_is_a_row():
 
 def test_a_tree_that_is_no_checkout_has_no_commit():
   """As of an archive: the lines are kept, and marked."""
-  row = run_dir.environment() | {"commit": None}
+  row = provenance.environment() | {"commit": None}
   assert _runs.with_environment("table", [row]).endswith("commit `unknown`†.")
 
 

@@ -12,12 +12,9 @@ from gan_jax.metrics.generator import generator_quality, replay_quality
 from gan_jax.metrics.statistics import Difference, Summary, binomial_interval, holm, paired, summarise
 from gan_jax.metrics.uncertainty import (
   Reliability,
-  RiskCoverage,
   abstention_threshold,
-  auroc,
   calibration_error,
   reliability,
-  risk_coverage,
 )
 
 __all__ = [
@@ -25,10 +22,8 @@ __all__ = [
   "FeatureExtractor",
   "Moments",
   "Reliability",
-  "RiskCoverage",
   "Summary",
   "abstention_threshold",
-  "auroc",
   "balanced_error",
   "binomial_interval",
   "calibration_error",
@@ -45,7 +40,6 @@ __all__ = [
   "recall",
   "reliability",
   "replay_quality",
-  "risk_coverage",
   "summarise",
   "train_feature_extractor",
 ]

@@ -107,7 +107,7 @@ def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
     raise InputError(f"{path} is no feature extractor: install gan-jax again") from error
 
 
-def train_feature_extractor(dataset: Dataset, *, seed: int = 0, num_steps: int | None = None) -> bytes:
+def train_feature_extractor(dataset: Dataset) -> bytes:
   """Trains a feature network, takes its moments over both parts of the data, and gives the file.
 
   Raises:
@@ -116,7 +116,7 @@ def train_feature_extractor(dataset: Dataset, *, seed: int = 0, num_steps: int |
   networks.check_image_shape(dataset.image_shape)
   for x in (dataset.x_train, dataset.x_test):
     frechet.check_num_images(len(x), feature_network.NUM_FEATURES)
-  params = feature_network.train(dataset, seed=seed, num_steps=num_steps)
+  params = feature_network.train(dataset)
   _, features_train = _predict(dataset.num_classes, params, dataset.x_train)
   logits, features_test = _predict(dataset.num_classes, params, dataset.x_test)
   arrays = {

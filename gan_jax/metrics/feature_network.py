@@ -102,7 +102,7 @@ def _fit(
       logits, _ = network.apply({"params": params}, x_seen)  # pyright: ignore
       return losses.cross_entropy(logits, y[rows]).mean(), ({}, {})
 
-    net, _ = steps.descend(tx, net, loss_fn)
+    net, _ = steps.optimizer_step(tx, net, loss_fn)
     decay = jnp.minimum(_EMA_DECAY, (1 + t) / (10 + t))
     return net, optax.incremental_update(net.params, ema, 1 - decay)
 

@@ -49,30 +49,6 @@ def calibration_error(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], 
   return float(np.nansum(found.count * gaps) / found.count.sum())
 
 
-class RiskCoverage(NamedTuple):
-  """The error among the images that a classifier does not abstain from, the most confident first."""
-
-  coverage: Float[np.ndarray, "n"]
-  """Share of the images that are kept, 1/N .. 1."""
-  risk: Float[np.ndarray, "n"]
-  """Error among them, in percent."""
-  area: float
-  """Under the curve, in percent: the mean risk over the N coverages. Lower is better."""
-
-
-def risk_coverage(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> RiskCoverage:
-  """Risk over coverage. Images of equal confidence have no order: the risk is its mean over all orders.
-
-  References:
-    Geifman & El-Yaniv, 2017, https://arxiv.org/abs/1705.08500 (the two quantities); Geifman et al., 2019,
-    https://arxiv.org/abs/1805.08206 (the area).
-  """
-  _, kept, errors = _by_threshold(probs, y)
-  kept_of = np.arange(1, len(y) + 1)
-  risk = 100 * np.interp(kept_of, np.append(0, kept), np.append(0, errors)) / kept_of
-  return RiskCoverage(kept_of / len(y), risk, float(risk.mean()))
-
-
 def abstention_threshold(
   probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], max_error: float
 ) -> tuple[float, float] | None:
@@ -92,17 +68,6 @@ def abstention_threshold(
   if not len(good):
     return None
   return float(thresholds[good[-1]]), float(kept[good[-1]] / len(y))
-
-
-def auroc(positive: Float[np.ndarray, "n"], negative: Float[np.ndarray, "m"]) -> float:
-  """Area under the ROC curve, `P(s+ > s-) + P(s+ = s-) / 2`, in [0, 1].
-
-  How well a score tells own images, where it is to be higher, from foreign ones: 0.5 where it says nothing.
-  At least one score of each kind.
-  """
-  ordered = np.sort(negative)
-  below, not_above = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
-  return float(np.mean(below + not_above) / (2 * len(ordered)))
 
 
 def _confidence(probs: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from gan_jax.networks.layers import (
   leaky_relu,
   normalise,
 )
-from gan_jax.types import InputError, Latents
+from gan_jax.types import Latents
 
 
 class ConvDiscriminator(nn.Module):
@@ -35,21 +35,17 @@ class ConvDiscriminator(nn.Module):
 
   num_classes: int
   width: int = 32
-  """Channels of the first layer; they grow from resolution to resolution, up to four times as many."""
-  growth: int = 2
-  """How many times as many channels the next resolution has."""
+  """Channels of the first layer; they double with each resolution, up to four times as many."""
   depth: int = 1
   """Convolutions at each resolution."""
   num_features: int = 256
-  dropout: float = 0.0
-  """Share of the last convolution's outputs that the dense layer does without in training."""
   norm: Norm = "layer"
   num_aux: int = 0
   """Logits of a further head, see `heads`."""
   precision: Precision = "float32"
   """Of all products and convolutions but those of the heads."""
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`: not with dropout."""
+  """Of the devices that the batch is split over, see `parallel.over_axis`."""
 
   def strides(self, image_shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of the convolutions."""
@@ -71,14 +67,11 @@ class ConvDiscriminator(nn.Module):
     h = 2 * x - 1
     for i, stride in enumerate(self.strides(x.shape[1:])):
       kernel = 5 if i == 0 and stride == 2 else 3
-      features = min(self.growth**i, 4) * self.width
+      features = min(2**i, 4) * self.width
       h = block(features, kernel, stride)(h, train=train)
       for _ in range(1, self.depth):
         h = block(features, 3)(h, train=train)
     h = h.reshape(h.shape[0], -1)
-    if self.dropout and self.axis_name:
-      raise InputError("under jax.pmap each device would drop the same outputs: use dropout=0 or a mesh")
-    h = nn.Dropout(self.dropout, rng_collection="noise")(h, deterministic=not train)
     features = block(self.num_features)(h, train=train)
     return heads(self, features, features, train)
 

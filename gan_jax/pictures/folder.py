@@ -12,7 +12,7 @@ import numpy as np
 import PIL
 from jaxtyping import UInt8
 
-from gan_jax.datasets import Choice, Dataset, is_streamed, write_quietly
+from gan_jax.datasets import Choice, Dataset, is_streamed
 from gan_jax.pictures.layout import Found, scan
 from gan_jax.pictures.reader import (
   GREY,
@@ -24,7 +24,7 @@ from gan_jax.pictures.reader import (
   listed,
   open_upright,
 )
-from gan_jax.report import cache_dir
+from gan_jax.report import cache_dir, write_cache
 from gan_jax.types import InputError
 
 
@@ -270,7 +270,7 @@ def _to_cache(key: str, read: _Read) -> None:
   arrays = {"x_train": read.x_train, "x_test": read.x_test, "about": np.array(json.dumps(about))}
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    write_quietly(folder / f"{key}.npz", arrays)
+    write_cache(folder / f"{key}.npz", arrays)
     files = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.iterdir()]
     total = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):

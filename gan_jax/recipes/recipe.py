@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Key
 from gan_jax import augment, data, objectives, steps
 from gan_jax.networks import Pair, Precision
 from gan_jax.objectives import Objective
+from gan_jax.terms import Term
 from gan_jax.types import (
   Augment,
   BatchSizes,
@@ -179,6 +180,15 @@ def without_generator(recipe: Recipe) -> Recipe:
   )
 
 
+def with_terms(recipe: Recipe, **d: tuple[objectives.Weight, Term]) -> Recipe:
+  """The same with further terms in D's objective: metric name = (weight, term).
+
+  What it returns is not described by its family and hyper-parameters: a stored run of it cannot be rebuilt.
+  """
+  objective = dataclasses.replace(recipe.objective, d={**recipe.objective.d, **d})
+  return dataclasses.replace(recipe, objective=objective)
+
+
 def without_augmentation(recipe: Recipe) -> Recipe:
   """The same on images as they are."""
   return dataclasses.replace(recipe, augment=None, derived=(*recipe.derived, ("without_augmentation", {})))
@@ -222,7 +232,10 @@ def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
 
 
 def with_learning_rates(recipe: Recipe, factor: float) -> Recipe:
-  """The same with every update of G and D times `factor`; the optimizers' states are as they were."""
+  """The same with every update of G and D times `factor`; the optimizers' states are as they were.
+
+  Like `with_terms`, for the time of a training: it is not described.
+  """
 
   def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -231,12 +244,7 @@ def with_learning_rates(recipe: Recipe, factor: float) -> Recipe:
 
     return optax.GradientTransformation(tx.init, update)
 
-  return dataclasses.replace(
-    recipe,
-    g_tx=scaled(recipe.g_tx),
-    d_tx=scaled(recipe.d_tx),
-    derived=(*recipe.derived, ("with_learning_rates", {"factor": factor})),
-  )
+  return dataclasses.replace(recipe, g_tx=scaled(recipe.g_tx), d_tx=scaled(recipe.d_tx))
 
 
 DERIVATIONS = {
@@ -244,7 +252,6 @@ DERIVATIONS = {
   "without_generator": without_generator,
   "without_augmentation": without_augmentation,
   "with_frozen": with_frozen,
-  "with_learning_rates": with_learning_rates,
   "with_unlabelled": with_unlabelled,
 }
 """By name, so that a stored run can be built again."""

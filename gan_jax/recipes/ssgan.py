@@ -7,7 +7,7 @@ https://arxiv.org/abs/1511.06390). With the weights of the last two at zero it i
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import optax
 
@@ -97,6 +97,33 @@ def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) 
     class_balance=(0.0, 0.0),
   )
   return with_policy(hparams, policy or "none")
+
+
+def for_images(
+  image_shape: tuple[int, int, int],
+  num_images: int,
+  *,
+  network: networks.Pair | None = None,
+  policy: policies.Name | None = None,
+  mirror: bool = False,
+  **given: Any,
+) -> Hparams:
+  """The tuned hyper-parameters for images of this shape, with what is given in their place.
+
+  Args:
+    image_shape: height, width, channels.
+    num_images: training images.
+    network: the pair (default: `networks.suited`). One that nothing was tuned for takes the values of conv.
+    policy: of augmentation (default: `policies.suited`, and none for mlp).
+    mirror: for the default policy, whether a mirror image has the same class.
+    given: hyper-parameters; None leaves the tuned value.
+  """
+  network = network or networks.suited(image_shape)
+  if policy is None and network != "mlp":
+    policy = policies.suited(image_shape, mirror=mirror)
+  start: Any = network if network in get_args(Tuned) else "conv"
+  given = {name: value for name, value in given.items() if value is not None}
+  return dataclasses.replace(tuned(start, num_images, policy), network=network, **given)
 
 
 def with_policy(hparams: Hparams, name: policies.Name) -> Hparams:

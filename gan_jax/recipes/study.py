@@ -7,7 +7,7 @@ adversarial weight.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,26 +122,6 @@ def generator_of(recipe: Recipe) -> Recipe | None:
 # --- The methods, each a recipe from the shared one
 
 
-def _supervised(recipe: Recipe, h: Hparams) -> Recipe:
-  del h
-  return base.without_augmentation(base.supervised_control(recipe))
-
-
-def _supervised_augmented(recipe: Recipe, h: Hparams) -> Recipe:
-  del h
-  return base.supervised_control(recipe)
-
-
-def _fixmatch_ema(recipe: Recipe, h: Hparams) -> Recipe:
-  del h
-  return base.without_generator(recipe)
-
-
-def _gan_consistency(recipe: Recipe, h: Hparams) -> Recipe:
-  del h
-  return recipe
-
-
 def _feature_matching(recipe: Recipe, h: Hparams) -> Recipe:
   objective = objectives.semi_supervised_gan(adversarial=h.adversarial)
   return _with_objective(recipe, h, objective)
@@ -153,37 +133,26 @@ def _adamatch(recipe: Recipe, h: Hparams) -> Recipe:
 
 def _gan_adamatch(recipe: Recipe, h: Hparams) -> Recipe:
   term = ssgan.ramped(h, h.consistency), terms.adamatch(ssgan.weak(h), threshold=h.threshold)
-  d = {
-    name: each for name, each in recipe.objective.d.items() if name not in ("consistency", "class_balance")
-  }
-  return _replace_terms(recipe, {**d, "adamatch": term})
+  kept = {k: v for k, v in recipe.objective.d.items() if k not in ("consistency", "class_balance")}
+  objective = dataclasses.replace(recipe.objective, d={**kept, "adamatch": term})
+  return dataclasses.replace(recipe, objective=objective)
 
 
 def _mutual_information(recipe: Recipe, h: Hparams) -> Recipe:
   weight = optax.linear_schedule(h.mutual, 0.0, max(1, int(0.3 * h.num_steps)))
   term = weight, terms.mutual_information(ssgan.weak(h))
-  recipe = base.without_generator(recipe)
-  return _replace_terms(recipe, {**recipe.objective.d, "mutual_information": term})
+  return base.with_terms(base.without_generator(recipe), mutual_information=term)
 
 
 def _gan_vat(recipe: Recipe, h: Hparams) -> Recipe:
-  gan = _feature_matching(recipe, h)
-  return _replace_terms(gan, {**gan.objective.d, **_vat(recipe, h).objective.d})
-
-
-def _gan_mixed(recipe: Recipe, h: Hparams) -> Recipe:
-  return _replace_terms(recipe, {**recipe.objective.d, "mixed": (h.mixed, terms.mixed)})
+  return base.with_terms(_feature_matching(recipe, h), **_vat(recipe, h).objective.d)
 
 
 def _gan_confident(recipe: Recipe, h: Hparams) -> Recipe:
   weight = optax.linear_schedule(0.0, h.confident, h.num_steps) if h.confident else 0.0
-  term = weight, terms.confident_generated(threshold=h.threshold)
-  return _replace_terms(recipe, {**recipe.objective.d, "confident_generated": term})
-
-
-def _gan_undecided(recipe: Recipe, h: Hparams) -> Recipe:
-  term = h.undecided, terms.undecided_generated
-  return _replace_terms(recipe, {**recipe.objective.d, "undecided_generated": term})
+  return base.with_terms(
+    recipe, confident_generated=(weight, terms.confident_generated(threshold=h.threshold))
+  )
 
 
 def _mean_teacher(recipe: Recipe, h: Hparams) -> Recipe:
@@ -227,11 +196,6 @@ def _gan_augmented(recipe: Recipe, h: Hparams) -> Recipe:
   )
 
 
-def _replace_terms(recipe: Recipe, d: Mapping[str, tuple[objectives.Weight, terms.Term]]) -> Recipe:
-  """The same with these terms in D's objective."""
-  return dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, d=d))
-
-
 def _with_objective(recipe: Recipe, h: Hparams, objective: objectives.Objective) -> Recipe:
   return dataclasses.replace(
     recipe, objective=objectives.with_class_balance(objective, ssgan.class_balance(h), h.class_prior)
@@ -251,22 +215,24 @@ def _class_conditional(recipe: Recipe, h: Hparams) -> Recipe:
 
 
 METHODS: dict[Method | First, Callable[[Recipe, Hparams], Recipe]] = {
-  "supervised": _supervised,
-  "supervised_augmented": _supervised_augmented,
-  "fixmatch_ema": _fixmatch_ema,
+  "supervised": lambda recipe, h: base.without_augmentation(base.supervised_control(recipe)),
+  "supervised_augmented": lambda recipe, h: base.supervised_control(recipe),
+  "fixmatch_ema": lambda recipe, h: base.without_generator(recipe),
   "adamatch": _adamatch,
   "mutual_information": _mutual_information,
   "mean_teacher": _mean_teacher,
   "vat": _vat,
   "feature_matching": _feature_matching,
-  "gan_consistency": _gan_consistency,
+  "gan_consistency": lambda recipe, h: recipe,
   "gan_adamatch": _gan_adamatch,
   "gan_vat": _gan_vat,
-  "gan_mixed": _gan_mixed,
+  "gan_mixed": lambda recipe, h: base.with_terms(recipe, mixed=(h.mixed, terms.mixed)),
   "gan_confident": _gan_confident,
-  "gan_undecided": _gan_undecided,
+  "gan_undecided": lambda recipe, h: base.with_terms(
+    recipe, undecided_generated=(h.undecided, terms.undecided_generated)
+  ),
   "bad_generator": _bad_generator,
   "gan_augmented": _gan_augmented,
   "conditional_generator": _conditional_generator,
 }
-"""Methods by name."""
+"""Methods by name: the recipe of each from the shared one and its hyper-parameters."""

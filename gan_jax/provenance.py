@@ -1,0 +1,42 @@
+"""Where numbers come from: the device, the versions of the libraries, the commit."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+import gan_jax
+from gan_jax.types import Json
+
+
+def environment() -> Json:
+  """Device, versions and commit: what every result and every line of a benchmark has."""
+  device = jax.devices()[0]
+  names = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
+  root, commit = Path(__file__).parent.parent, ""
+  if (root / ".git").exists():  # else this is an installed package, in whatever repository it may lie
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+      commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+  num = num_cores()
+  cores = f"{device.platform}, {num} core{'s' * (num != 1)}"
+  return {
+    "device": cores if device.platform == "cpu" else device.device_kind,
+    "versions": {
+      "gan_jax": gan_jax.__version__,
+      "python": platform.python_version(),
+      **{name: metadata.version(name) for name in names},
+    },
+    "commit": commit or None,
+  }
+
+
+def num_cores() -> int:
+  """Processor cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
