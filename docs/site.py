@@ -19,7 +19,7 @@ RECORDS = "benchmarks/results"
 ROOMS = {
   "core": "types losses penalties terms objectives steps augment networks kernels",
   "recipes": "recipes recipes.ssgan recipes.gan recipes.study recipes.policies",
-  "data": "datasets prepared data stream pictures",
+  "data": "dataset datasets prepared data stream pictures",
   "training": "train log parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
   "use": "model estimator export classify commands report figures page",

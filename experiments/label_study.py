@@ -192,7 +192,8 @@ def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
 
 def make_recipe(config: Config, dataset: Dataset, method: study.Method, **changes: Any) -> Recipe:
   """The recipe of a method, with the flags that were given and these changes of its hyper-parameters."""
-  norm = np.linalg.norm(dataset.x_train.reshape(len(dataset.x_train), -1) / 255, axis=-1).mean()
+  x = np.asarray(dataset.x_train)
+  norm = np.linalg.norm(x.reshape(len(x), -1) / 255, axis=-1).mean()
   given: dict[str, Any] = cli.given(
     num_steps=config.train.steps,
     num_unlabelled=config.train.batch_size,

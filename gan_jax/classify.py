@@ -28,7 +28,7 @@ from gan_jax import (
   run_dir,
   train,
 )
-from gan_jax.datasets import Dataset
+from gan_jax.dataset import Dataset
 from gan_jax.evaluate import Evaluation
 from gan_jax.recipes import Recipe, policies, ssgan
 from gan_jax.report import say

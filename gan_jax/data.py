@@ -12,8 +12,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from gan_jax.datasets import Dataset
-from gan_jax.types import Batch, BatchSizes, InputError, LabelSplit
+from gan_jax.dataset import Dataset
+from gan_jax.types import Batch, BatchSizes, ImageSource, InputError, LabelSplit
 
 # --- Label splits
 
@@ -136,8 +136,7 @@ NUM_SEEN = 500
 class Stream:
   """Images that are read while a run trains, see `gan_jax.stream`."""
 
-  source: Any
-  """Where the images are: `source[rows]` reads some, as an array of bytes `[B, H, W, C]`."""
+  source: ImageSource
   rows: Int[np.ndarray, "u"]
   """Which of them are the unlabelled images of the run."""
   labelled: Int[np.ndarray, "n"] | None
@@ -232,7 +231,7 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
 class Chosen:
   """Some images of a dataset, read when they are asked for; an array as to `len`, `shape` and `[rows]`."""
 
-  source: Any
+  source: ImageSource
   rows: Int[np.ndarray, "n"]
 
   @property

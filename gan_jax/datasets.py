@@ -1,105 +1,23 @@
-"""Datasets as uint8 arrays in host memory; training images that do not fit stay on disk.
+"""Loads datasets by their names.
 
-`load` reads tensorflow-datasets, see `prepared`, the digits bundled with scikit-learn, or the user's own
-pictures and arrays, see `pictures`.
+Those of tensorflow-datasets, see `prepared`; the digits bundled with scikit-learn; the user's own pictures
+and arrays, see `pictures`.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import jax
 import numpy as np
-import psutil
 from jaxtyping import Int, UInt8
 
-from gan_jax.report import say
-from gan_jax.types import InputError
+from gan_jax import pictures, prepared
+from gan_jax.dataset import Choice, Dataset, is_streamed
+from gan_jax.types import ImageSource, InputError
 
-if TYPE_CHECKING:
-  from gan_jax.pictures import Reader, Scaling  # which builds datasets: imported late
-
-Choice = Literal["auto", "yes", "no"]
-HOST_SHARE, DEVICE_SHARE = 0.25, 0.5
-"""Of the host's free memory and of the device's memory: the most that `auto` lets training images take."""
-_OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "imagenette", "oxford_flowers102")
-
-
-@dataclass(frozen=True)
-class Dataset:
-  """Images and labels in host memory. The test part is for the last evaluation of a run alone.
-
-  Raises:
-    InputError: images that are not bytes `[N, H, W, C]`, other than one label an image, or labels that are
-      no classes.
-  """
-
-  name: str
-  x_train: UInt8[np.ndarray, "n h w c"]
-  """Or a source, see `stream`, which reads those that it is asked for."""
-  y_train: Int[np.ndarray, "n"]
-  """Classes, 0 .. K-1; -1: an image without a label."""
-  x_test: UInt8[np.ndarray, "m h w c"]
-  """Empty where there is no test set."""
-  y_test: Int[np.ndarray, "m"]
-  class_names: tuple[str, ...]
-  note: str = ""
-  """What the user must know about how the data was chosen; empty where there is nothing."""
-  own: bool = False
-  """The user's own data, of which all given labels are used unless a budget is named."""
-  reader: "Reader | None" = None
-  """How its pictures were read, so that new ones are read alike."""
-  scaling: "Scaling | None" = None
-  """How its vectors became bytes."""
-  names_train: Sequence[str] = ()
-  """Of the training images, such as their files; empty where they have none."""
-  names_test: Sequence[str] = ()
-  """Of the test images."""
-  workers: int | None = None
-  """Threads that read its training images while a run trains, 0: its loop does; None: they are put on the
-  device before."""
-
-  def __post_init__(self) -> None:
-    for part, x, y, lowest in (
-      ("training", self.x_train, self.y_train, -1),
-      ("test", self.x_test, self.y_test, 0),
-    ):
-      if isinstance(x, np.ndarray) and (x.dtype != np.uint8 or x.ndim != 4):
-        shape = ", ".join(map(str, x.shape))
-        raise InputError(f"{part} images must be bytes (uint8) [N, H, W, C], not {x.dtype} [{shape}]")
-      if len(x) != len(y):
-        raise InputError(f"there are {len(x):,} {part} images and {len(y):,} labels of them")
-      if (
-        isinstance(y, np.ndarray)
-        and len(y)
-        and not lowest <= np.min(y) <= np.max(y) < len(self.class_names)
-      ):
-        raise InputError(
-          f"{part} labels must be {lowest} to {len(self.class_names) - 1}, as there are"
-          f" {len(self.class_names)} class names, and they are {np.min(y)} to {np.max(y)}"
-        )
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """Height, width, channels."""
-    return self.x_train.shape[1:]  # pyright: ignore[reportReturnType]
-
-  @property
-  def num_classes(self) -> int:
-    return len(self.class_names)
-
-  @property
-  def of_vectors(self) -> bool:
-    """Whether its images are vectors, `[1, F, 1]`: there is nothing to look at."""
-    return self.scaling is not None
-
-  @property
-  def of_objects(self) -> bool:
-    """Whether its images show things that stand upright: a mirror keeps the class, a turn shows."""
-    return self.name.partition("@")[0] in _OBJECTS
+__all__ = ["Choice", "Dataset", "for_tuning", "is_streamed", "load"]
 
 
 def load(
@@ -130,8 +48,6 @@ def load(
     InputError: unknown name, nothing prepared and no way to get it, corrupt files.
   """
   if name.startswith("folder:"):
-    from gan_jax import pictures
-
     dataset = pictures.load_folder(
       name.removeprefix("folder:"), image_size=image_size, fit=fit, stream=stream
     )
@@ -144,40 +60,13 @@ def load(
   return dataset
 
 
-def is_streamed(choice: Choice, shape: Sequence[int], *, held: int = 0) -> bool:
-  """Whether training images of this shape `[N, H, W, C]` are streamed; says so where `auto` decides it.
-
-  Of the memory that is free now and the bytes `held` by the images themselves.
-  """
-  if choice != "auto":
-    return choice == "yes"
-  room, where = (
-    HOST_SHARE * (psutil.virtual_memory().available + held),
-    f"{HOST_SHARE:.0%} of the free memory",
-  )
-  on_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-  if DEVICE_SHARE * on_device < room:
-    room, where = DEVICE_SHARE * on_device, f"{DEVICE_SHARE:.0%} of the device's memory"
-  needed = math.prod(shape)
-  if needed > room:
-    say(
-      f"{shape[0]:,} training images take {needed / 1e9:.1f} GB, more than {where}, {room / 1e9:.1f} GB:"
-      " they are read while training (--stream no would hold them in memory)"
-    )
-  return needed > room
-
-
 def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice) -> Dataset:
   if manual_dir is not None and not Path(manual_dir).is_dir():
     raise InputError(f"--manual-dir {manual_dir} is not a folder")
   if name == "digits":
     return _load_digits()
   if name.startswith("arrays:"):
-    from gan_jax import pictures
-
     return pictures.load_arrays(name.removeprefix("arrays:"))
-  from gan_jax import prepared  # which builds datasets, as `pictures` does
-
   if name != "auto":
     return prepared.load(name, data_dir, manual_dir, stream)
   if manual_dir or prepared.is_prepared("mnist", data_dir):
@@ -213,22 +102,34 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
 
 def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Dataset:
   """Squares of this side, see `pictures.resize_all`."""
-  from gan_jax import pictures, stream
-
   if dataset.scaling is not None:
     raise InputError("--image-size is for images, and these are vectors: leave it out")
   num = len(dataset.x_test) + (len(dataset.x_train) if isinstance(dataset.x_train, np.ndarray) else 0)
   pictures.check_memory(num, (side, side, dataset.x_train.shape[-1]), "choose a smaller --image-size")
 
   resize = partial(pictures.resize_all, size=(side, side), fit=fit)
-  held = isinstance(dataset.x_train, np.ndarray)
+  x = dataset.x_train
   return replace(
     dataset,
     name=f"{dataset.name}@{side}",
-    x_train=resize(dataset.x_train) if held else stream.Resized(dataset.x_train, side, resize),
+    x_train=resize(x) if isinstance(x, np.ndarray) else Resized(x, side, resize),
     x_test=resize(dataset.x_test),
     reader=dataset.reader and replace(dataset.reader, size=(side, side), fit=fit),
   )
+
+
+class Resized:
+  """Another source, resized when it is read."""
+
+  def __init__(self, source: ImageSource, side: int, resize: Callable[[np.ndarray], np.ndarray]):
+    self._source, self._resize = source, resize
+    self.shape = (len(source), side, side, source.shape[-1])
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+    return self._resize(self._source[rows])
 
 
 def _load_digits(note: str = "") -> Dataset:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from gan_jax import losses, metrics, objectives, probe, steps
-from gan_jax.datasets import Dataset
+from gan_jax.dataset import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.types import Json, TrainState
 

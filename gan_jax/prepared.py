@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
-from gan_jax.datasets import Choice, Dataset, is_streamed
+from gan_jax.dataset import Choice, Dataset, is_streamed
+from gan_jax.pictures.reader import check_shape, reason_of
 from gan_jax.report import write_cache
 from gan_jax.types import InputError
 
@@ -170,9 +171,9 @@ def _read(builder: Any, name: str, stream: Choice) -> Dataset:
   try:
     shape, source = (splits["train"].num_examples, *features["image"].shape), {}
     if None in shape and stream == "auto":
-      shape = _records(builder, name).shape
+      shape = Records(_source(builder, name, "train"), name).shape
     if is_streamed(stream, shape):
-      source = {"x_train": _records(builder, name)}
+      source = {"x_train": Records(_source(builder, name, "train"), name)}
     folder = Path(os.fspath(builder.data_dir))
     cache = folder / ("gan_jax_labels.npz" if source else "gan_jax_arrays.npz")
     with contextlib.suppress(Exception):  # whatever is wrong with the cache, it is made anew
@@ -210,10 +211,28 @@ def _checked(builder: Any, name: str, arrays: dict[str, Any]) -> Dataset:
   return dataset
 
 
-def _records(builder: Any, name: str) -> Any:
-  from gan_jax.stream import Records
+class Records:
+  """Images of a tfds data source."""
 
-  return Records(_source(builder, name, "train"), name)
+  def __init__(self, source: Any, name: str):
+    self._source, self._name = source, name
+    first = self._read([0])[0]
+    self.shape, self.dtype = (len(source), *first.shape), first.dtype
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+    images = self._read(rows)
+    for image in images:
+      check_shape(image, self.shape[1:], f"an image of {self._name}")
+    return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
+
+  def _read(self, rows: Any) -> list[np.ndarray]:
+    try:
+      return [example["image"] for example in self._source.__getitems__(np.asarray(rows).tolist())]
+    except Exception as error:  # whatever the reader of records and Pillow raise
+      raise InputError(f"records of {self._name} {reason_of(error)}") from error
 
 
 def _source(builder: Any, name: str, split: str, **kwargs: Any) -> Any:

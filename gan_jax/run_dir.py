@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gan_jax import checkpoint, cli, page, parsing, processes, provenance, recipes, report, train
-from gan_jax.datasets import Dataset
+from gan_jax.dataset import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.report import console, say
 from gan_jax.types import InputError, Json, LabelSplit, Stopped, TrainState

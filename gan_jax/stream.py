@@ -4,101 +4,26 @@ What a step draws is a function of the run's key and of the step, `data.draw_row
 So the step is the position in the stream: a run goes on bit for bit from any step, nothing of the stream is
 saved, and a streamed run is the run in memory. Grain reads and decodes ahead in threads.
 
-A source reads images by their positions: `source.shape`, `[N, H, W, C]`, `len(source)`, and `source[rows]`,
-bytes `[B, H, W, C]`, from several threads at once. An array is one.
+The images come from a `types.ImageSource`, which is read from several threads at once.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int
 
 from gan_jax import data, parallel, steps
-from gan_jax.pictures.reader import Reader, reason_of
 from gan_jax.types import BatchSizes, InputError, TrainState
 
 DISPATCH_BYTES = 2**26
 """The most that the images of one dispatch take. There are two at a time on the device, two on the host."""
 _BLOCK = 1000  # steps whose draws are computed together
-
-
-# --- Sources
-
-
-class Records:
-  """Images of a tfds data source."""
-
-  def __init__(self, source: Any, name: str):
-    self._source, self._name = source, name
-    first = self._read([0])[0]
-    self.shape, self.dtype = (len(source), *first.shape), first.dtype
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
-    images = self._read(rows)
-    for image in images:
-      _check_shape(image, self.shape[1:], f"an image of {self._name}")
-    return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
-
-  def _read(self, rows: Any) -> list[np.ndarray]:
-    try:
-      return [example["image"] for example in self._source.__getitems__(np.asarray(rows).tolist())]
-    except Exception as error:  # whatever the reader of records and Pillow raise
-      raise InputError(f"records of {self._name} {reason_of(error)}") from error
-
-
-class Pictures:
-  """Files of pictures, all read alike."""
-
-  def __init__(self, paths: Sequence[Path], reader: Reader, size: tuple[int, int]):
-    self._paths, self._reader = paths, reader
-    self.shape = (len(paths), *size, reader.channels)
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
-    found = np.empty((len(rows), *self.shape[1:]), np.uint8)
-    for i, row in enumerate(rows):
-      try:
-        pixels = self._reader.read(self._paths[row])
-      except InputError as error:
-        raise InputError(f"{error}: mend it") from error
-      _check_shape(pixels, self.shape[1:], str(self._paths[row]))
-      found[i] = pixels
-    return found
-
-
-class Resized:
-  """Another source, resized when it is read."""
-
-  def __init__(self, source: Any, side: int, resize: Callable[[np.ndarray], np.ndarray]):
-    self._source, self._resize = source, resize
-    self.shape = (len(source), side, side, source.shape[-1])
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
-    return self._resize(self._source[rows])
-
-
-def _check_shape(image: np.ndarray, shape: tuple[int, ...], name: str) -> None:
-  if image.shape != shape:
-    found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
-    raise InputError(f"{name} is {found} and the others are {others}: resize them first")
-
-
-# --- Ahead of the steps
 
 
 class Dispatches:

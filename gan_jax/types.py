@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 Metrics = dict[str, Float[Array, ""]]
 Params = PyTree[Array]
@@ -28,6 +29,24 @@ class Stopped(SystemExit):
     self.signum = signum
     self.resume: str | None = None
     """The command that goes on, where there is a run."""
+
+
+class ImageSource(Protocol):
+  """Images that are read by their positions: an array of bytes is one, and so is what reads files.
+
+  A source that is streamed is read from several threads at once.
+  """
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """`(N, height, width, channels)`."""
+    ...
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, rows: Any, /) -> UInt8[np.ndarray, "b h w c"]:
+    """The images at these positions."""
+    ...
 
 
 class Batch(struct.PyTreeNode):

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
 from gan_jax import networks, report
-from gan_jax.datasets import Dataset
+from gan_jax.dataset import Dataset
 from gan_jax.metrics import classification, feature_network, frechet
 from gan_jax.types import InputError, Params
 
@@ -117,7 +117,7 @@ def train_feature_extractor(dataset: Dataset) -> bytes:
   for x in (dataset.x_train, dataset.x_test):
     frechet.check_num_images(len(x), feature_network.NUM_FEATURES)
   params = feature_network.train(dataset)
-  _, features_train = _predict(dataset.num_classes, params, dataset.x_train)
+  _, features_train = _predict(dataset.num_classes, params, np.asarray(dataset.x_train))
   logits, features_test = _predict(dataset.num_classes, params, dataset.x_test)
   arrays = {
     "dataset": np.array(dataset.name),
@@ -138,7 +138,7 @@ def train_feature_extractor(dataset: Dataset) -> bytes:
 def fingerprint(dataset: Dataset) -> str:
   """SHA-256 of what an extractor is made from: images with their classes, in any order, and the recipe."""
   digest = hashlib.sha256(f"{feature_network.RECIPE} {dataset.num_classes}".encode())
-  for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
+  for x, y in ((np.asarray(dataset.x_train), dataset.y_train), (dataset.x_test, dataset.y_test)):
     digest.update(f" {x.shape} ".encode())
     rows = (image.tobytes() + label.tobytes() for image, label in zip(x, y.astype("<i8"), strict=True))
     digest.update(b"".join(sorted(hashlib.sha256(row).digest() for row in rows)))

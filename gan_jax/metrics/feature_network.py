@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt8
 
 from gan_jax import augment, data, kernels, losses, networks, steps
-from gan_jax.datasets import Dataset
+from gan_jax.dataset import Dataset
 from gan_jax.types import NetState, Params
 
 RECIPE = 1

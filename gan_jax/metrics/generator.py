@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gan_jax import data
-from gan_jax.datasets import Dataset
+from gan_jax.dataset import Dataset
 from gan_jax.metrics import frechet
 from gan_jax.metrics.feature_extractor import FeatureExtractor
 from gan_jax.types import InputError, Json

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from gan_jax.datasets import Dataset
+from gan_jax.dataset import Dataset
 from gan_jax.pictures.reader import Reader, listed, resize_all
 from gan_jax.types import InputError
 

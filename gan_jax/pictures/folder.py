@@ -12,12 +12,13 @@ import numpy as np
 import PIL
 from jaxtyping import UInt8
 
-from gan_jax.datasets import Choice, Dataset, is_streamed
+from gan_jax.dataset import Choice, Dataset, is_streamed
 from gan_jax.pictures.layout import Found, scan
 from gan_jax.pictures.reader import (
   GREY,
   Fit,
   Header,
+  Pictures,
   Reader,
   check_memory,
   for_all,
@@ -25,7 +26,7 @@ from gan_jax.pictures.reader import (
   open_upright,
 )
 from gan_jax.report import cache_dir, write_cache
-from gan_jax.types import InputError
+from gan_jax.types import ImageSource, InputError
 
 
 def load_folder(
@@ -44,7 +45,7 @@ def load_folder(
     root: the folder; hidden files and what is no picture by its suffix are skipped.
     image_size: resizes to squares of this side; the name of the dataset then ends in `@` and the side.
     fit: how the aspect is kept, see `Reader`.
-    stream: whether the training pictures are left where they are, `stream.Pictures`. One that cannot be
+    stream: whether the training pictures are left where they are, `reader.Pictures`. One that cannot be
       decoded, unlike one whose head cannot be read, then shows when it is reached.
 
   Raises:
@@ -84,8 +85,7 @@ def load_folder(
 class _Read(NamedTuple):
   """The pictures of a folder."""
 
-  x_train: UInt8[np.ndarray, "n h w c"]
-  """Or `stream.Pictures`."""
+  x_train: ImageSource
   x_test: UInt8[np.ndarray, "m h w c"]
   reader: Reader
   unreadable: list[int]
@@ -138,11 +138,9 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice)
   hint = "choose a smaller --image-size" if reader.size else "resize them with --image-size N"
   check_memory(len(test if lazy else paths + test), shape, hint)
   if lazy:
-    from gan_jax.stream import Pictures  # late, as it needs what is built from datasets
-
     if reader.channels == 3 and _is_grey(Pictures(there, reader, size)):
       reader = replace(reader, channels=1)
-    x_train: Any = Pictures(there, reader, size)
+    x_train: ImageSource = Pictures(there, reader, size)
   else:
     x_train, failed = _read_all(reader, paths, size)
     _raise_first(unreadable_problems(found, failed))

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gan_jax.report import console
@@ -136,6 +136,35 @@ def bits_of(file: Image.Image) -> str:
   if ";16" in str(getattr(file, "tile", "")):
     return "16, read as 8"
   return {"1": "1", "F": "32"}.get(file.mode, "8")
+
+
+class Pictures:
+  """Files of pictures, all read alike."""
+
+  def __init__(self, paths: Sequence[Path], reader: Reader, size: tuple[int, int]):
+    self._paths, self._reader = paths, reader
+    self.shape = (len(paths), *size, reader.channels)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+    found = np.empty((len(rows), *self.shape[1:]), np.uint8)
+    for i, row in enumerate(rows):
+      try:
+        pixels = self._reader.read(self._paths[row])
+      except InputError as error:
+        raise InputError(f"{error}: mend it") from error
+      check_shape(pixels, self.shape[1:], str(self._paths[row]))
+      found[i] = pixels
+    return found
+
+
+def check_shape(image: np.ndarray, shape: tuple[int, ...], name: str) -> None:
+  """Raises `InputError` where an image of this name is not like the others."""
+  if image.shape != shape:
+    found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
+    raise InputError(f"{name} is {found} and the others are {others}: resize them first")
 
 
 class Header(NamedTuple):
