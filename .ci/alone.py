@@ -1,4 +1,4 @@
-"""What a newcomer does with the wheel, away from the repository: train, predict, export, load elsewhere."""
+"""A newcomer's use of the wheel, outside the repository: train, predict, export, load elsewhere."""
 
 import csv
 import importlib.util
@@ -19,11 +19,11 @@ assert importlib.util.find_spec("experiments") is None
 
 
 def command(*words: str) -> None:
-  """`gan-jax WORDS`, the script that the wheel installs."""
+  """Runs `gan-jax WORDS`, the script that the wheel installs."""
   subprocess.run([Path(sys.executable).with_name("gan-jax"), *words], check=True)
 
 
-# Pictures: ten labelled digits a class, the rest without, and twenty that the training never sees.
+# Pictures: about ten labelled digits per class, the rest unlabelled, and twenty that are never trained on.
 digits = load_digits()
 for i, (image, k) in enumerate(zip(digits.images[:600], digits.target[:600], strict=True)):
   folder = Path("pictures", str(k) if i < 100 else "unlabelled") if i < 580 else Path("new")

@@ -1,8 +1,8 @@
-"""A run that is killed at random moments, resumed each time, ends with the arrays of one that never was.
+"""A run killed at random moments and resumed each time ends with the arrays of an uninterrupted run.
 
   python .ci/faults.py --kills 20 --seed 0
 
-Each line says what was sent, when, what the process said last, and how far the checkpoints were.
+Each line shows the signal and its time, the exit code, the newest checkpoint's step, and the last output.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Config:
 
 
 def main(config: Config) -> Json:
-  """The smallest networks, as quick to compile as they get."""
+  """Trains the smallest networks, which are the quickest to compile."""
   dataset = cli.load(config.data)
   split = cli.split_labels(dataset, cli.LabelFlags(), cli.ImageFlags())
   small = {"network": "conv_small", "num_unlabelled": 8, "consistency": 0.0, "class_balance": (0.0, 0.0)}
@@ -57,7 +57,7 @@ def main(config: Config) -> Json:
 
 
 def start(path: Path) -> subprocess.Popen:
-  """The run in a process of its own; goes on where there is one."""
+  """Starts the run in its own process; an existing run is resumed."""
   words = [sys.executable, __file__, "run", "--workdir", str(path)]
   words += ["--resume"] if (path / "config.json").exists() else []
   quick = {"XDG_CACHE_HOME": str(path.parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -65,7 +65,7 @@ def start(path: Path) -> subprocess.Popen:
 
 
 def saved(path: Path) -> tuple[int, Json]:
-  """Step and checksums, one an array, of the newest checkpoint."""
+  """Step and checksums, one per array, of the newest checkpoint."""
   steps = [int(each.name) for each in (path / "checkpoints").glob("*") if each.name.isdigit()]
   if not steps:
     return 0, {}
@@ -74,13 +74,13 @@ def saved(path: Path) -> tuple[int, Json]:
 
 
 def num_rows(path: Path) -> int:
-  """Of its metrics."""
+  """Number of rows of its metrics."""
   metrics = path / "metrics.jsonl"
   return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def complete(path: Path) -> tuple[int, Json]:
-  """Lets the run end by itself; gives what it saved."""
+  """Lets the run finish; returns what it saved."""
   process = start(path)
   _, said = process.communicate()
   assert process.returncode == 0, said
@@ -88,7 +88,7 @@ def complete(path: Path) -> tuple[int, Json]:
 
 
 def faults() -> None:
-  """Kills the run and compares."""
+  """Kills and resumes the run, then compares."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--kills", type=int, default=2)
   parser.add_argument("--signals", type=int, default=1, help="SIGTERM, SIGHUP, SIGINT, and again")
@@ -99,30 +99,30 @@ def faults() -> None:
     begin = time.monotonic()
     expected = complete(folder / "straight")
     result = json.loads((folder / "straight" / "result.json").read_text())
-    seconds = time.monotonic() - begin - result["seconds_compile"]  # the others read JAX's cache
+    seconds = time.monotonic() - begin - result["seconds_compile"]  # later runs use JAX's cache
     step, checksums = expected
     assert step == 60
     asked = itertools.cycle([signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
     sent = [signal.SIGKILL] * flags.kills + list(itertools.islice(asked, flags.signals))
     for i, signum in enumerate(sent):
       path = folder / "killed"
-      if saved(path)[0] == step:  # it was quicker than the signal
+      if saved(path)[0] == step:  # it finished before the signal
         assert saved(path) == expected
         shutil.rmtree(path)
-      # While it starts, or at a row of metrics that is to come, and then some time into the next steps.
+      # During startup, or at a future row of metrics, plus some time into the next steps.
       begin, rows = time.monotonic(), num_rows(path) + rng.choice([0, 1, 2, 4])
       moment, process = rng.uniform(0, 0.5 if rows > num_rows(path) else seconds), start(path)
       while process.poll() is None and num_rows(path) < rows:
         time.sleep(0.01)
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(moment)
-      process.send_signal(signum)  # nothing where it has ended
+      process.send_signal(signum)  # no effect if it has ended
       moment = time.monotonic() - begin
       _, said = process.communicate()
       last = said.strip().splitlines()[-1:] or [""]
       ended = f"exit code {process.returncode}, step {saved(path)[0]}  {last[0]}"
       print(f"{i + 1}  {signum.name} after {moment:.1f} s: {ended}", flush=True)
-      # A signal before Python has set up the program ends it as it would any other.
+      # A signal before the program has set its handlers ends it like any other process.
       assert process.returncode in (0, CODES[signum], -signum), said
       if process.returncode in (143, 129):
         assert "stopped by SIG" in last[0], said

@@ -1,4 +1,4 @@
-"""The map of when the GAN helps, over datasets, labels and lengths of training. Not a benchmark."""
+"""The map of when the GAN helps, over datasets, labels and training lengths. Not a benchmark."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,20 @@ from experiments import _study_tables
 from gan_jax.types import InputError, Json
 
 ARMS = "gan_consistency", "fixmatch_ema@matched"
-"""What the map compares: consistency with a GAN, and without one at the same arithmetic."""
+"""What the map compares: consistency with a GAN, and without one at matched compute."""
 LENGTHS = "short", "long"
 
 
 def table(files: Mapping[str, _runs.Rows]) -> str:
-  """A row a dataset, augmentation and budget; columns for each length of training.
+  """One row per dataset, augmentation and budget; columns for each training length.
 
   Args:
-    files: name, `DATASET-{augmentation,no-augmentation}-STEPS`, to the lines of a study, which need not be
-      complete; of a folder of pictures without `folder:`.
+    files: name, `DATASET-{augmentation,no-augmentation}-STEPS`, to the lines of a study, which may be
+      incomplete; the name of a folder of pictures has no `folder:`.
 
   Raises:
-    InputError: another name, or not that of its lines; arms on different splits; more lengths of training
-      for a dataset than there are columns.
+    InputError: a name has another form or does not match its lines, arms have different splits, or a
+      dataset has more training lengths than there are columns.
   """
   lengths, cells = _read(files)
   done = [cell for row in cells.values() for cell in row.values()]
@@ -40,10 +40,10 @@ def table(files: Mapping[str, _runs.Rows]) -> str:
 
 
 def excerpt(files: Mapping[str, _runs.Rows], chosen: Sequence[tuple[str, int, int]]) -> str:
-  """A row a cell: dataset with `, as they are` where nothing is augmented, steps, budget.
+  """One row per chosen cell: dataset, with `, as they are` if nothing is augmented, steps, budget.
 
   Raises:
-    InputError: as `table`, or a cell that is not there.
+    InputError: as in `table`, or a cell is missing.
   """
   _, cells = _read(files)
   lines, used = [], []
@@ -64,7 +64,7 @@ def _with_environment(head: Sequence[str], lines: Sequence, cells: Sequence[Json
 
 
 def _read(files: Mapping[str, _runs.Rows]) -> tuple[dict[str, list[int]], dict[tuple, dict[int, Json]]]:
-  """Lengths of training by dataset, and the comparisons, corrected for their number."""
+  """Training lengths by dataset, and the comparisons, corrected for their number."""
   lengths: dict[str, list[int]] = {}
   cells: dict[tuple, dict[int, Json]] = {}
   for name, rows in files.items():

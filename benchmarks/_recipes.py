@@ -1,6 +1,6 @@
 """The recipes whose steps are timed: those of the experiments, under the names of the stored results.
 
-Ours and the peers start from the same value, so neither has numbers of its own. Not a benchmark.
+Ours and the peers are built from the same recipe, so neither has its own settings. Not a benchmark.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ HPARAMS: dict[str, Callable[[int], gan.Hparams | ssgan.Hparams]] = {
   "conv_ssgan": lambda num_images: ssgan.tuned("conv", num_images),
   "conditional_r1": lambda num_images: dataclasses.replace(gan.tuned("conv_fine"), labels="all"),
 }
-"""Name -> hyper-parameters for so many training images."""
+"""Name -> hyper-parameters for a number of training images."""
 
 
 def make(name: str, dataset: Dataset, batch_size: int | None = None) -> Recipe:
   """The recipe of this name for the dataset.
 
   Args:
-    name: of `HPARAMS`.
+    name: a key of `HPARAMS`.
     dataset: gives the image shape, the classes and the number of training images.
-    batch_size: unlabelled images per step (article_gan, conditional_r1: real ones); the others change in
-      proportion. None: the recipe's.
+    batch_size: unlabelled images per step (article_gan, conditional_r1: real ones); the other sizes scale
+      in proportion. None: the recipe's.
   """
   hparams = HPARAMS[name](len(dataset.x_train))
   if isinstance(hparams, gan.Hparams):
@@ -41,15 +41,15 @@ def make(name: str, dataset: Dataset, batch_size: int | None = None) -> Recipe:
 
 
 def split(recipe: Recipe, dataset: Dataset, seed: int = 0) -> LabelSplit:
-  """The labels of a run: those that the experiments have by default, all for a class-conditional D."""
+  """The labels of a run: the default of the experiments, or all for a class-conditional D."""
   per_class = None if recipe.by_class else 10
   return data.split_labels(dataset.y_train, per_class, seed)
 
 
 def start(recipe: Recipe, dataset: Dataset, seeds: Sequence[int]) -> tuple[TrainState, data.DeviceData]:
-  """The state and the images of a GAN of this seed, or of as many replicates as there are seeds.
+  """The initial state and the images of one GAN, or of one replicate per seed.
 
-  Each seed gives the parameters and, where labels are few, the labelled images.
+  Each seed determines the parameters and, with few labels, the labelled images.
   """
   splits = [split(recipe, dataset, seed) for seed in seeds]
   images = data.to_device(dataset, splits[0])
@@ -60,12 +60,12 @@ def start(recipe: Recipe, dataset: Dataset, seeds: Sequence[int]) -> tuple[Train
 
 
 def penalty_every(recipe: Recipe) -> int:
-  """Steps from one application of the gradient penalty to the next; 1 without one."""
+  """Steps between applications of the gradient penalty; 1 without a penalty."""
   return getattr(recipe.hparams, "penalty_every", 1)
 
 
 def random_images(side: int, channels: int = 1) -> Dataset:
-  """500 square images of ten classes, for what does not depend on the pixels."""
+  """500 random square images of ten classes, for measurements that do not depend on the pixels."""
   x = np.random.default_rng(0).integers(0, 256, (500, side, side, channels), dtype=np.uint8)
   y = np.arange(500) % 10
   return Dataset(f"random images of {side}x{side}", x, y, x[:0], y[:0], tuple("0123456789"))

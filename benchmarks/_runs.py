@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, runs as processes of their own, results. Not a benchmark."""
+"""Shared by the benchmarks: flags, runs in separate processes, results. Not a benchmark."""
 
 import argparse
 import json
@@ -24,11 +24,11 @@ NAMES = {
   "how": "strategy",
   "seconds_to_first_update": "seconds_to_first_step",
 }
-"""Keys of older lines -> today's, as far as tables are made of them; README.md has them all."""
+"""Keys of older lines -> current keys, as far as the tables use them; README.md lists them all."""
 
 
 def parser(doc: str | None, name: str | None) -> argparse.ArgumentParser:
-  """A parser with `--name`, the file of results; without a default name it is required."""
+  """A parser with `--name`, the results file, which is required if there is no default."""
   parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument(
     "--name", default=name, required=name is None, help=f"of the file of results ({name})"
@@ -43,19 +43,19 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-  """Whatever follows a bare `--`, as `flags`."""
+  """Adds `flags`: everything after a bare `--`."""
   parser.add_argument("flags", nargs="*", help="after a bare --: flags of every run")
 
 
 def positive(text: str) -> int:
-  """The type of a flag: a whole number of at least 1."""
+  """Flag type: a whole number of at least 1."""
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
   return int(text)
 
 
 def seconds(text: str) -> float:
-  """The type of a flag: a number above 0."""
+  """Flag type: a number above 0."""
   try:
     value = float(text)
   except ValueError:
@@ -66,10 +66,10 @@ def seconds(text: str) -> float:
 
 
 def run(experiment: str, flags: Sequence[str], workdir: Path, env: Mapping[str, str] | None = None) -> dict:
-  """The `result.json` of `python -m experiments.EXPERIMENT FLAGS`; where it is there, nothing is run.
+  """The `result.json` of `python -m experiments.EXPERIMENT FLAGS`; an existing complete result is reused.
 
   Raises:
-    InputError: the run that is there had other flags.
+    InputError: the existing run had other flags.
   """
   path, asked = workdir / "result.json", workdir / "benchmark.json"
   if not path.exists() or json.loads(path.read_text())["interrupted"]:
@@ -85,7 +85,7 @@ def run(experiment: str, flags: Sequence[str], workdir: Path, env: Mapping[str, 
 
 
 def read(name: str) -> list[Json]:
-  """The lines of `results/<name>`, `.jsonl` or one object in `.json`, under today's names.
+  """The lines of `results/<name>`, `.jsonl` or one object in `.json`, with current keys.
 
   Raises:
     InputError: there is no such file, or a line of it is not JSON.
@@ -109,14 +109,14 @@ def _today(row: Json) -> Json:
 
 
 def finish(name: str, results: Sequence[dict], table: Callable[[Sequence[dict]], str]) -> None:
-  """Writes `results/<name>.jsonl`, a line a result, and prints the table."""
+  """Writes `results/<name>.jsonl`, one line per result, and prints the table."""
   path = RESULTS / f"{name}.jsonl"
   report.write_bytes(path, "".join(json.dumps(result) + "\n" for result in results).encode())
   print(f"written to {path}\n{table(results)}")
 
 
 def cli(main: Callable[[], None]) -> None:
-  """Runs `main`; a mistake of the user ends with one sentence and exit code 2."""
+  """Runs `main`; a user error is reported in one sentence, with exit code 2."""
   try:
     main()
   except InputError as error:
@@ -131,18 +131,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def device(result: dict) -> str:
-  """The device; earlier lines say "1 cores"."""
+  """The device; older lines say "1 cores"."""
   return re.sub(r"\b1 cores", "1 core", result["device"])
 
 
 def environment(result: dict) -> str:
-  """Device and versions in a line."""
+  """Device and versions in one line."""
   versions = result["versions"]
   return f"{device(result)}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}"
 
 
 def with_environment(table: str, rows: Rows, note: str = "") -> str:
-  """The table, then the note, and devices, versions and commits of its lines, each once."""
+  """The table, then the note and the devices, versions and commits of its lines, without repeats."""
   pairs = [environment(row).split("; ") for row in rows if "torch" not in row["versions"]]
   found = [device for device, _ in pairs] + [versions for _, versions in pairs]
   for versions in (row["versions"] for row in rows if "torch" in row["versions"]):
@@ -152,7 +152,7 @@ def with_environment(table: str, rows: Rows, note: str = "") -> str:
 
 
 def mark(*rows: Json) -> str:
-  """A dagger where one of the lines was made with local changes, or outside of a checkout."""
+  """A dagger if any of the lines was made with uncommitted changes, or outside a checkout."""
   return "†" if any(_commit(row).endswith(("-dirty", "unknown")) for row in rows) else ""
 
 
@@ -161,7 +161,7 @@ def _commit(row: Json) -> str:
 
 
 def mean_std(values: Sequence[float]) -> str:
-  """Mean and standard deviation; of fewer than three the values themselves."""
+  """Mean and standard deviation; for fewer than three values, the values themselves."""
   if len(values) < 3:
     return listed([f"{value:.2f}" for value in values])
   return f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"

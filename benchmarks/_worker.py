@@ -1,7 +1,7 @@
-"""One contender of `step_time` in a process of its own: it builds, warms up, waits, and does as it is told.
+"""One contender of `step_time` in its own process: it builds, warms up, and waits for commands.
 
-The only argument is its task as JSON. On standard input come `run N`, `matmul`, `memory` and `cost`; every
-answer is a line of JSON on standard output. While it waits it uses no processor.
+The only argument is its task as JSON. Commands on standard input are `run N`, `matmul`, `memory` and
+`cost`; every answer is a line of JSON on standard output. While waiting it uses no CPU.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from gan_jax.recipes import Recipe, gan
 from gan_jax.types import Json, TrainState
 
 OPTIONS = ("strategy", "batch_size", "data_dir", "manual_dir", "random_side")
-"""What a task may leave out; with `random_side` it is done on random images of that side."""
+"""Optional keys of a task; with `random_side`, it runs on random images of that side."""
 
 
 class Contender(Protocol):
-  """What is timed."""
+  """An implementation to time."""
 
   def run(self, num: int) -> None:
-    """Does `num` steps; the device may still be at work when it returns."""
+    """Runs `num` steps; the device may still be busy when it returns."""
     ...
 
   def synchronize(self) -> None:
@@ -40,7 +40,7 @@ class Contender(Protocol):
 
 
 class Ours:
-  """Many steps a dispatch, the data on the device; `state` and `images` may be those of replicates."""
+  """Many steps per dispatch, data on the device; `state` and `images` may be those of replicates."""
 
   def __init__(
     self, recipe: Recipe, state: TrainState, images: data.DeviceData, *, strategy=None, dispatch: int = 50
@@ -64,7 +64,7 @@ class Ours:
 
 def main() -> None:
   answers = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)  # whatever else is printed
+  os.dup2(2, 1)  # everything else that is printed
   task = dict.fromkeys(OPTIONS) | json.loads(sys.argv[1])
   say = lambda **answer: print(json.dumps(answer), file=answers)
   if task["random_side"]:
@@ -81,7 +81,7 @@ def main() -> None:
   contender.synchronize()
   seconds_first = time.perf_counter() - begin
   begin = time.perf_counter()
-  while time.perf_counter() - begin < 0.5:  # until caches are warm and lazily made programs are made
+  while time.perf_counter() - begin < 0.5:  # until caches are warm and lazy compilation is done
     seconds(contender, 2 * every)
   say(
     seconds_first=seconds_first,
@@ -108,7 +108,7 @@ def main() -> None:
 def prepare(
   task: Json, recipe: Recipe, dataset: Dataset, environment: Json
 ) -> tuple[Callable[[], Contender], Callable[[], float | None]]:
-  """What makes the contender, and its device memory in MB; completes the environment."""
+  """Functions that make the contender and give its device memory in MB; completes `environment`."""
   if task["contender"] == "ours":
     start = _recipes.start(recipe, dataset, range(task["replicates"]))
     return lambda: Ours(recipe, *start, strategy=task["strategy"]), _jax_memory
@@ -132,7 +132,7 @@ def prepare(
 
 
 def seconds(contender: Contender, num: int) -> float:
-  """Of `num` steps, the device idle before and after."""
+  """Seconds for `num` steps, with the device idle before and after."""
   contender.synchronize()
   begin = time.perf_counter()
   contender.run(num)
@@ -141,7 +141,7 @@ def seconds(contender: Contender, num: int) -> float:
 
 
 def peak_mb() -> float:
-  """The most memory that this process has had."""
+  """Peak memory of this process."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -150,12 +150,12 @@ def _jax_memory() -> float | None:
   return stats["peak_bytes_in_use"] / 2**20 if stats else None
 
 
-# A chain, so that no product can be left out; the factor of the matrices keeps the numbers as they are.
+# A chain, so that no product is optimised away; the scale of the matrices keeps the values constant.
 _products = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, b: a @ b, a))
 
 
 def matmul_rate() -> float:
-  """Operations a second of float32 matrix products, at the steps' precision and the best size."""
+  """FLOP per second of float32 matrix products, at the steps' precision and the best size."""
   best = 0.0
   for side in [1024] if jax.default_backend() == "cpu" else [1024, 4096, 8192]:
     a = jnp.full((side, side), 1 / side)
@@ -167,12 +167,12 @@ def matmul_rate() -> float:
 
 
 def cost(recipe: Recipe, dataset: Dataset) -> Json:
-  """What XLA counts in the program of one step alone, outside of the loop.
+  """XLA's operation count for the program of a single step, outside of the loop.
 
-  It counts the operations of the optimized program: two for each multiply-add of a product or convolution
-  (inside the image, not of its padding) and one for each elementwise result, but none for exponentials and
-  the like. Integers count as well: a random normal number is about 90 operations. A penalty that is due
-  once in k steps, which XLA counts in every one, counts for a k-th.
+  It counts the operations of the optimised program: two per multiply-add of a product or convolution
+  (inside the image, not in its padding) and one per elementwise result, but none for exponentials and the
+  like. Integer operations count as well: a normal random number takes about 90. A penalty that is applied
+  every k steps, which XLA counts in every step, is weighted by 1 / k.
   """
   found, every = _counted(recipe, dataset), _recipes.penalty_every(recipe)
   if every > 1:

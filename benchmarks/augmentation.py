@@ -1,13 +1,14 @@
-"""How fast differentiable augmentation is: ours beside public JAX libraries that do some of it, in turns.
+"""Speed of differentiable augmentation: ours and public JAX libraries that cover part of it, interleaved.
 
 python -m benchmarks.augmentation
 python -m benchmarks.augmentation --sides 64 --batch 64 --name augmentation-64
 
-One draw an image, on random colour pictures, many batches a dispatch as in training. The libraries draw for
-one image and are mapped over the batch. Operations are alike, not the same: augmax resamples its mirror
-images, its contrast is a curve about grey, its jitter is of HSV, and it does not change saturation alone.
-In each round every library runs for about `--seconds`, in random order, and a ratio is between two runs of
-the same round. A library that is not installed (extra `bench`) is not run, and the result says so.
+Random parameters are drawn per image, on random colour pictures, with many batches per dispatch as in
+training. The libraries transform one image and are vmapped over the batch. Operations are similar, not
+identical: augmax resamples its mirror images, its contrast is a curve about grey, its jitter works in HSV,
+and it has no operation for saturation alone. In each round every library runs for about `--seconds`, in
+random order, and ratios compare two runs of the same round. A library that is not installed (extra `bench`)
+is skipped, and the result says so.
 """
 
 import importlib
@@ -30,7 +31,7 @@ from gan_jax.types import Augment, Json
 
 LIBRARIES = "ours", "dm_pix", "augmax"
 DISPATCH = 20
-"""Batches in one dispatch."""
+"""Batches per dispatch."""
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def measure(operation: str, x: Array, rounds: int, seconds: float) -> list[Json]:
-  """A row a library: milliseconds a batch, and how many times faster ours is, over the rounds."""
+  """One row per library: milliseconds per batch, and the speedup of ours over it, over the rounds."""
   found = {name: make(x.shape) for name, make in OPERATIONS[operation].items() if _is_there(name)}
   programs = {name: _many(transform) for name, transform in found.items()}
   num = {}
@@ -99,11 +100,11 @@ def _seconds(program: Callable[[Array, Array], Array], x: Array, num: int) -> fl
   return time.perf_counter() - begin
 
 
-# --- The operations, each a function of the shape of a batch, by library
+# --- The operations by library, each a function of the batch shape
 
 
 def _pix(one: Callable[[Any, Array, Array], Array]) -> Callable[[Sequence[int]], Augment]:
-  """From a function of dm-pix, a key and an image."""
+  """Makes an `Augment` from a function of dm-pix, a key and an image."""
 
   def make(shape: Sequence[int]) -> Augment:
     pix = importlib.import_module("dm_pix")
@@ -165,11 +166,11 @@ OPERATIONS: dict[str, dict[str, Callable[[Sequence[int]], Augment]]] = {
     "augmax": _augmax("ColorJitter", brightness=0.2, contrast=0.4, saturation=0.0, hue=20 / 360, p=1.0),
   },
 }
-"""Operation -> library -> its transformation."""
+"""Operation -> library -> transformation."""
 
 
 def table(results: Sequence[dict]) -> str:
-  """Markdown: a row an operation and side."""
+  """Markdown: one row per operation and side."""
   found = {(row["operation"], row["side"], row["library"]): row for row in results}
   rows = []
   for operation, side in dict.fromkeys((row["operation"], row["side"]) for row in results):

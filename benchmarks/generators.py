@@ -3,9 +3,9 @@
 python -m benchmarks.generators
 python -m benchmarks.generators --only article conditional -- --manual-dir FOLDER
 
-Everything after the bare `--` goes to every run. Each row is a process of its own, one after the other; the
-rows that are done become lines of `benchmarks/results/generators.jsonl`. A row whose run directory holds a
-result already is not run again.
+Everything after the bare `--` is passed to every run. Rows run one after the other, each in its own
+process; finished rows become lines of `benchmarks/results/generators.jsonl`. A row whose run directory
+already holds a result is not run again.
 """
 
 import json
@@ -31,7 +31,7 @@ ROWS = {
 }
 """Row -> experiment, name in the table, flags."""
 FRECHET = "frechet_mnist-5e89338e_n10000"
-"""The distance, by its extractor and number of images."""
+"""Key of the distance, which names its extractor and number of images."""
 REPLAYED = "frechet_replayed_training_set"
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def table(results: Sequence[Json], two_cores: Sequence[Json] = ()) -> str:
-  """Markdown: a row a generator; that of `two_cores` is the article's once more, with its time there."""
+  """Markdown: one row per generator; `two_cores` repeats the article's, timed on two cores."""
   lines = []
   for row in (*results, *two_cores):
     name = ROWS[row["row"]][1] if "row" in row else "article's GAN, non-saturating loss, two cores"

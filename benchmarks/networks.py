@@ -1,11 +1,11 @@
-"""What each pair of networks costs at each size of colour pictures.
+"""Cost of each pair of networks at each size of colour pictures.
 
 python -m benchmarks.networks
 python -m benchmarks.networks --networks vgg --sides 32 64 --name vgg
 
-Parameters, operations of one image's way forward, and the step of the semi-supervised GAN of `ssgan.tuned`:
-steps per second, and memory by the compiler's own count, that of the state and what a step needs beside it.
-The images are random ones.
+Parameters, operations of the forward pass for one image, and the step of the semi-supervised GAN of
+`ssgan.tuned`: steps per second, and memory by the compiler's count, of the state and of a step's
+temporaries. The images are random.
 """
 
 import json
@@ -21,7 +21,7 @@ from gan_jax.recipes import Recipe, ssgan
 from gan_jax.types import Json
 
 BATCH = 64
-"""Images of which the operations of one are counted."""
+"""Batch size at which the operations per image are counted."""
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(network: ssgan.Tuned, side: int, seconds: float) -> Json:
-  """A line of the results, but for what was measured and where."""
+  """The measurements of a line of the results."""
   dataset = _recipes.random_images(side, channels=3)
   hparams = ssgan.tuned(network, len(dataset.x_train), "photos")
   recipe = ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
@@ -69,7 +69,7 @@ def measure(network: ssgan.Tuned, side: int, seconds: float) -> Json:
 
 
 def forward_flops(recipe: Recipe) -> dict[str, float]:
-  """Operations of D and of G for one image, by the compiled program's own count."""
+  """Operations of D and of G for one image, by the compiler's count."""
   state = recipe.abstract_state()
   x = jax.ShapeDtypeStruct((BATCH, *recipe.image_shape), "float32")
   z = jax.eval_shape(lambda: recipe.g.latents(jax.random.key(0), BATCH))
@@ -82,7 +82,7 @@ def forward_flops(recipe: Recipe) -> dict[str, float]:
 
 
 def table(results: Sequence[dict]) -> str:
-  """Markdown: a row a pair and size."""
+  """Markdown: one row per pair and size."""
   rows = []
   for line in results:
     rows.append([f"{line['network']}{_runs.mark(line)}", f"{line['side']}x{line['side']}"])

@@ -1,13 +1,13 @@
-"""Does the discriminator know images that it has never seen? AUROC of telling foreign images apart.
+"""Can the discriminator detect out-of-distribution (OOD) images? AUROC against the test images.
 
 python -m benchmarks.novelty --foreign folder:sign_digits mnist --name foreign -- --steps 800
 
-Methods of the study on the digits, with 50 labels. A score should be higher for test images than for
-foreign ones: the real logit, `logsumexp(l)`, and the highest class probability. Foreign images are the test
-images of other datasets, grey and resized to those of the digits, and noise: every pixel from another test
-image, so that single pixels tell nothing. One line a method and split.
+Methods of the study on the digits, with 50 labels. Two scores should be higher for test images than for OOD
+images: the real logit, `logsumexp(l)`, and the highest class probability. OOD images (`--foreign`) are the
+test images of other datasets, in grey and resized to the digits, and noise: every pixel comes from another
+test image, so that single pixels carry no information. One line per method and split.
 
-Everything after the bare `--` goes to the study.
+Everything after the bare `--` is passed to the study.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def areas(own: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
-  """The area under the ROC curve of each score, in [0, 1], from the logits of both kinds of images."""
+  """The area under the ROC curve of each score, in [0, 1], from the logits of test and OOD images."""
   own_or_foreign = np.repeat([1, 0], [len(own), len(foreign)])
   scores = {
     "real_logit": lambda logits: np.asarray(losses.real_logit(logits)),
@@ -97,7 +97,7 @@ def areas(own: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
 
 
 def foreign_images(name: str, image_shape: tuple[int, int, int], args) -> np.ndarray:
-  """Test images of another dataset, or all of one without a test set: grey, of the size of our own."""
+  """Test images of another dataset, or its training images if it has none: grey, resized to ours."""
   height, width, _ = image_shape
   flags = cli.DataFlags(dataset=name, data_dir=args.data_dir, manual_dir=args.manual_dir)
   if name.startswith("folder:"):
@@ -111,7 +111,7 @@ def foreign_images(name: str, image_shape: tuple[int, int, int], args) -> np.nda
 
 
 def table(results: Sequence[dict]) -> str:
-  """Markdown: a row a method, the mean over splits; a pair of columns a kind of foreign images."""
+  """Markdown: one row per method, with means over splits; two columns per kind of OOD images."""
   kinds, rows = list(results[0]["auroc"]), []
   for method in dict.fromkeys(result["method"] for result in results):
     found = [result for result in results if result["method"] == method]

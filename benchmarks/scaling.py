@@ -1,26 +1,27 @@
-"""How cost grows with the images, the classes, the side of an image and the devices, one at a time.
+"""How cost grows with the number of images, classes and devices and with image size, one at a time.
 
 python -m benchmarks.scaling
 python -m benchmarks.scaling --axes pictures evaluation --pictures 1000 1000000 --name pictures
 python -m benchmarks.scaling --axes sides --recipe feature_matching --sides 28 128 --name sides
 
-The images are random bytes of 28x28 in a file of a temporary folder. Every line is a process of its own:
+The images are random bytes, 28x28, in a file in a temporary folder. Every line is measured in its own
+process:
 
   images      training on images in memory: the file is read, the labels are split, all goes to the device
-  streamed    the same, the images read from the file while it trains
-  evaluation  a discriminator and its probe on so many test images
-  pictures    a folder of PNG files, read for the first time, and once more from the cache of decoded ones
-  classes     training, and evaluation on 10,000 images, with ten labels of each class
-  sides       training on other sizes
-  memory      of a step over sides and rows, by the compiler's count
-  devices     what each of several devices does of a step that they share, by the compiler's count
+  streamed    the same, with images read from the file during training
+  evaluation  a discriminator and its probe on this many test images
+  pictures    a folder of PNG files, read for the first time, and again from the cache of decoded ones
+  classes     training, and evaluation on 10,000 images, with ten labels per class
+  sides       training at other image sizes
+  memory      memory of a step over image and batch sizes, by the compiler's count
+  devices     the share of each of several devices in a step, by the compiler's count
   rates       eight replicates over several devices
 
-`start` is from the start of Python to the first step; `peak` the resident set at its largest; `state` and
-`step` the arguments and the temporary memory of the compiled program; `bytes read` what the process asked
-the system for from the first image on. The matrix rate is that of matrix products. Under a table stands its
-growth, the slope on logarithmic axes from each line to the next: 1 is as the axis. On CPU the devices are
-pretended ones that share the cores: a rate that stays the same is all that there is to see.
+`start` is the time from the start of Python to the first step; `peak` the peak resident set size; `state`
+and `step` the arguments and the temporary memory of the compiled program; `bytes read` the bytes that the
+process requested from the system, from the first image on. The matrix rate is that of matrix products.
+Below each table is its growth, the slope on logarithmic axes from each line to the next: 1 is proportional
+to the axis. On CPU the devices are simulated and share the cores, so at best the rate stays constant.
 """
 
 import argparse
@@ -51,9 +52,9 @@ from gan_jax.types import BatchSizes, Json
 
 REPLICATES = 8
 SIDE, CLASSES, IMAGES = 28, 10, 20_000
-"""What does not grow; of the images, those of the axes `classes` and `sides`."""
+"""Fixed values; `IMAGES` is for the axes `classes` and `sides`."""
 LABELS = 10
-"""Of each class."""
+"""Labels per class."""
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def apart(job: Callable[..., Json], *args: Any) -> Json:
-  """What the job gives in a process of its own, and the most memory that this process has had."""
+  """Runs a job in its own process; returns its result, with the peak memory of that process."""
   with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     try:
       return pool.submit(_with_peak, job, *args).result()
@@ -97,12 +98,12 @@ def apart(job: Callable[..., Json], *args: Any) -> Json:
 
 def _with_peak(job: Callable[..., Json], *args: Any) -> Json:
   found = job(*args)
-  status = Path("/proc/self/status").read_text()  # `getrusage` begins with the memory of the parent
+  status = Path("/proc/self/status").read_text()  # `getrusage` starts from the memory of the parent
   return {**found, "peak_mb": int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 1024}
 
 
 class Meter:
-  """Seconds, busy cores and bytes read since it was made."""
+  """Seconds, busy cores and bytes read since its creation."""
 
   def __init__(self):
     self._begin = self._now()
@@ -126,7 +127,7 @@ class Meter:
 
 
 def timed(work: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
-  """Its seconds, and what it gives."""
+  """The seconds that `work` takes, and its result."""
   meter = Meter()
   found = work(*args, **kwargs)
   return meter.seconds, found
@@ -136,7 +137,7 @@ def timed(work: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, A
 
 
 def image_file(folder: Path, num: int, side: int = SIDE) -> Path:
-  """A file of random images, made where there is none of so many."""
+  """A file of at least `num` random images, created if needed."""
   path = folder / f"{side}.bytes"
   if not path.exists() or path.stat().st_size < num * side**2:
     path.write_bytes(np.random.default_rng(0).bytes(num * side**2))
@@ -144,7 +145,7 @@ def image_file(folder: Path, num: int, side: int = SIDE) -> Path:
 
 
 class Rows:
-  """A source of images, see `gan_jax.stream`: those of a file, each read when it is asked for."""
+  """A source of images, see `gan_jax.stream`: those of a file, each read on access."""
 
   def __init__(self, path: Path, num: int, side: int):
     self.shape, self.dtype = (num, side, side, 1), np.uint8
@@ -161,7 +162,7 @@ class Rows:
 
 
 def dataset_of(path: Path, num: int, side: int, num_classes: int, workers: int | None = None) -> Dataset:
-  """The first images of a file; with `workers` they stay there."""
+  """The first `num` images of a file; with `workers`, they are streamed from it."""
   x: Any = Rows(path, num, side)
   if workers is None:
     x = np.fromfile(path, np.uint8, num * side**2).reshape(x.shape)
@@ -171,18 +172,18 @@ def dataset_of(path: Path, num: int, side: int, num_classes: int, workers: int |
   )
 
 
-# --- What is measured, each in a process of its own
+# --- Measurements, each in its own process
 
 
 def training(
   name: str, path: Path, num: int, side: int, num_classes: int, num_steps: int, workers: int | None = None
 ) -> Json:
-  """A run from its images to its last step, and the compiler's count of its program."""
+  """Times a run from its images to its last step, with the compiler's count of its program."""
   if workers is not None:
-    importlib.import_module("grain")  # else its files are among the bytes that are read
+    importlib.import_module("grain")  # otherwise its files count as bytes read
   meter = Meter()
   with tempfile.TemporaryDirectory() as folder:
-    jax.config.update("jax_compilation_cache_dir", folder)  # the program is looked at after it has run
+    jax.config.update("jax_compilation_cache_dir", folder)  # the program is inspected after it has run
     dataset = dataset_of(path, num, side, num_classes, workers)
     found: Json = {"seconds_read": meter.seconds}
     held_out = min(1000, num // 20)
@@ -207,7 +208,7 @@ def training(
 
 
 def counts(compiled: Any) -> Json:
-  """Of the program of a step; a loop's body counts once."""
+  """The compiler's counts for the program of a step; a loop's body counts once."""
   memory = compiled.memory_analysis()
   return {
     "state_mb": memory.argument_size_in_bytes / 2**20,
@@ -217,7 +218,7 @@ def counts(compiled: Any) -> Json:
 
 
 def evaluation(name: str, path: Path, num: int, num_classes: int) -> Json:
-  """The error, probe and confusion of a discriminator on so many test images."""
+  """Times the error, probe and confusion matrix of a discriminator on `num` test images."""
   dataset = dataset_of(path, max(IMAGES, num), SIDE, num_classes)
   recipe, x = _recipes.make(name, dataset), dataset.x_train
   split = data.split_labels(dataset.y_train, LABELS, 0)
@@ -237,7 +238,7 @@ def evaluation(name: str, path: Path, num: int, num_classes: int) -> Json:
 
 
 def make_pictures(root: Path, num: int) -> Json:
-  """A folder of so many PNG files in ten classes; of a thousand each the content is the same."""
+  """Makes a folder of `num` PNG files in ten classes; their content repeats every thousand files."""
   from PIL import Image
 
   rng = np.random.default_rng(0)
@@ -253,7 +254,7 @@ def make_pictures(root: Path, num: int) -> Json:
 
 
 def pictures(root: Path) -> Json:
-  """Reads a folder; for the first time decoded, then from the cache."""
+  """Times reading a folder: decoded the first time, then from the cache."""
   from gan_jax.pictures import load_folder
 
   os.environ["XDG_CACHE_HOME"], meter = str(root.parent / "cache"), Meter()
@@ -262,7 +263,7 @@ def pictures(root: Path) -> Json:
 
 
 def memory(name: str, side: int, batch_size: int) -> Json:
-  """Of the compiled step, by the compiler's count."""
+  """Memory of the compiled step, by the compiler's count."""
   dataset = _recipes.random_images(side)
   recipe = _recipes.make(name, dataset, batch_size)
   state, images = jax.eval_shape(lambda: _recipes.start(recipe, dataset, [0]))
@@ -270,11 +271,11 @@ def memory(name: str, side: int, batch_size: int) -> Json:
 
 
 def shared_step(name: str, num: int, multiple: int) -> Json:
-  """What each of `num` devices does of one step and needs for it, by the compiler's count.
+  """Operations and memory of each of `num` devices in one shared step, by the compiler's count.
 
   The batch is rounded up to a multiple of the largest number of devices.
   """
-  jax.config.update("jax_num_cpu_devices", multiple)  # without effect on accelerators
+  jax.config.update("jax_num_cpu_devices", multiple)  # no effect on accelerators
   devices = jax.devices()
   if num > len(devices):
     return {"not_run": f"there are {len(devices)} devices"}
@@ -288,7 +289,7 @@ def shared_step(name: str, num: int, multiple: int) -> Json:
 
 
 def rate(name: str, num: int, seconds: float) -> Json:
-  """Steps per second of all replicates together, on so many devices."""
+  """Steps per second of all replicates together, on `num` devices."""
   env = {"JAX_NUM_CPU_DEVICES": str(num), "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num)))}
   task = {"contender": "ours", "recipe": name, "replicates": REPLICATES, "random_side": SIDE}
   entry = step_time.Entry("ours", REPLICATES)
@@ -305,7 +306,7 @@ def rate(name: str, num: int, seconds: float) -> Json:
   return {"per_second": REPLICATES * entry.rates[0]}
 
 
-# --- Axes: lines, each with where it lies on the axis, `at`
+# --- Axes: lines, each with its position on the axis, `at`
 
 
 def _images(args: argparse.Namespace, folder: Path, workers: int | None = None) -> Iterator[Json]:
@@ -410,12 +411,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def table(results: Sequence[Json]) -> str:
-  """Markdown: for each axis, and part of it, its lines and their growth."""
+  """Markdown: one table per axis and part, with its lines and their growth."""
   tables = []
   for axis, part in dict.fromkeys((line["axis"], line.get("part")) for line in results):
     rows = [line for line in results if (line["axis"], line.get("part")) == (axis, part)]
     (title, at), columns = TITLES[axis], [key for key in COLUMNS if any(key in row for row in rows)]
-    if axis in ("memory", "devices"):  # nothing runs: the peak is that of the compiler
+    if axis in ("memory", "devices"):  # nothing runs: the peak is the compiler's
       columns = [key for key in columns if key != "peak_mb"]
     cell = lambda row, key: COLUMNS[key][1].format(row[key]) if key in row else ""
     lines = [[f"{row['at']:,}", *(cell(row, key) for key in columns), bound(row)] for row in rows]
@@ -429,7 +430,7 @@ def table(results: Sequence[Json]) -> str:
 
 
 def growth(rows: Sequence[Json], key: str) -> str:
-  """Slopes on logarithmic axes between neighbours; none where one is too small to be told from zero."""
+  """Slopes on logarithmic axes between neighbours, unless one is too small to distinguish from zero."""
   slopes, least = [], 0.02 if key.startswith("seconds") else 0.5
   for a, b in itertools.pairwise(rows):
     if min(a.get(key, 0), b.get(key, 0)) >= least:
@@ -438,7 +439,7 @@ def growth(rows: Sequence[Json], key: str) -> str:
 
 
 def bound(row: Json) -> str:
-  """What a number of the line shows to take the time."""
+  """The bottleneck that the numbers of a line show."""
   if "not_run" in row:
     return f"not run: {row['not_run']}"
   if row.get("waits", 0) > 0.1:

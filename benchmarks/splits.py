@@ -2,10 +2,10 @@
 
 python -m benchmarks.splits --name mnist-conv-100 -- --dataset mnist
 
-Everything after the bare `--` goes to `python -m experiments.mnist_ssgan`. Each split is a process of
-its own, one after the other, with the split's seed for all else that is random unless --seed is named; its
-`result.json` becomes a line of `benchmarks/results/<name>.jsonl`. A split whose run directory holds a
-result already is not run again.
+Everything after the bare `--` is passed to `python -m experiments.mnist_ssgan`. Splits run one after the
+other, each in its own process; unless --seed is given, the split's seed is also that of all other
+randomness. Each `result.json` becomes a line of `benchmarks/results/<name>.jsonl`. A split whose run
+directory already holds a result is not run again.
 """
 
 import statistics
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def table(results: Sequence[dict]) -> str:
-  """Markdown: a row a reading, test error in percent."""
+  """Markdown: one row per reading, test error in percent."""
   rows = []
   for key, name in ERRORS.items():
     values = [result[key] for result in results]

@@ -3,8 +3,8 @@
 python -m benchmarks.startup
 python -m benchmarks.startup --networks mlp --repeats 5 -- --dataset digits
 
-First: with an empty compilation cache. Second: with what the first has left there. Everything after the
-bare `--` goes to `python -m experiments.mnist_ssgan`.
+First: with an empty compilation cache. Second: with the cache that the first start filled. Everything after
+the bare `--` is passed to `python -m experiments.mnist_ssgan`.
 """
 
 import statistics
@@ -23,7 +23,7 @@ def main() -> None:
   args = parser.parse_args()
   results = []
   for network in args.networks:
-    # Of one step alone, the first would wait for the diagnostics and the first picture too.
+    # In a run of a single step, that step would also wait for the diagnostics and the first picture.
     flags = ["--network", network, "--steps", "40", *args.flags]
     for _ in range(args.repeats):
       with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def table(results: Sequence[dict]) -> str:
-  """Markdown: a row a network and time."""
+  """Markdown: one row per network and time."""
   rows, n = [], 0
   for network, time in dict.fromkeys((result["network"], result["time"]) for result in results):
     starts = [result for result in results if (result["network"], result["time"]) == (network, time)]

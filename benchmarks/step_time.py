@@ -1,21 +1,21 @@
-"""How fast one step, an update of D and of G, is: ours, the plain way in JAX, and PyTorch, side by side.
+"""Speed of one step, an update of D and of G: ours, plain JAX, and PyTorch, side by side.
 
 python -m benchmarks.step_time
 python -m benchmarks.step_time --recipes article_gan --batch-sizes 32 512 4096 --name batch_sizes
 python -m benchmarks.step_time --contenders ours --replicates 1 4 16 --strategy vmap --name replicates
 
-Each contender is a process of its own, which waits without using a processor while the others run. They
-run in turns: in each of the `--rounds` every contender runs for about `--seconds`, in random order, and a
-ratio is between two runs of the same round.
+Each contender has its own process, which waits without using the CPU while the others run. Their runs are
+interleaved: in each of the `--rounds` every contender runs for about `--seconds`, in random order, and
+ratios compare two runs of the same round.
 
-  ours            many steps a dispatch, data on the device
+  ours            many steps per dispatch, data on the device
   plain_jax       a jitted step, host batches from a NumPy iterator, the loss read after every step
   torch_eager     our own PyTorch version, fused optimizer, data on the device, nothing read back
-  torch_compile   the same as one compiled program a step; on a GPU a CUDA graph
+  torch_compile   the same with one compiled program per step; on a GPU a CUDA graph
 
 `--batch-sizes` are unlabelled images per step (real ones in article_gan and conditional_r1); labelled and
-generated ones change in proportion. Images per second are rows of D's pass. With replicates every step is
-one of each GAN, all in one program.
+generated ones scale in proportion. Images per second count the rows of D's pass. With replicates, a step is
+one step of each GAN, all in one program.
 """
 
 import argparse
@@ -38,16 +38,16 @@ CONTENDERS = ("ours", "plain_jax", "torch_eager", "torch_compile")
 
 
 class WorkerError(Exception):
-  """Why a contender has not run."""
+  """The reason why a contender did not run."""
 
 
 class Worker:
-  """A contender's process. `ready` is what it says of itself."""
+  """A contender's process. `ready` is its description of itself."""
 
   def __init__(self, task: dict, python: str = sys.executable, env: Mapping[str, str] | None = None):
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(env or {})}
     if task["contender"].startswith("torch"):
-      environment["JAX_PLATFORMS"] = "cpu"  # it only gives the parameters to begin with
+      environment["JAX_PLATFORMS"] = "cpu"  # JAX only provides the initial parameters
     self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     self._process = subprocess.Popen(
       [python, "-m", "benchmarks._worker", json.dumps(task)],
@@ -64,9 +64,9 @@ class Worker:
       raise
 
   def ask(self, command: str) -> dict:
-    """Its answer; `WorkerError` where it has none."""
+    """The answer to a command; `WorkerError` if there is none."""
     assert self._process.stdin
-    with contextlib.suppress(OSError):  # the reason comes with the answer that it does not give
+    with contextlib.suppress(OSError):  # the missing answer reports the reason
       self._process.stdin.write(command + "\n")
       self._process.stdin.flush()
     return self._answer()
@@ -101,7 +101,7 @@ class Entry:
   worker: Worker | None = None
   not_run: str | None = None
   rates: list[float] = field(default_factory=list)
-  """Steps per second, one a round."""
+  """Steps per second, one value per round."""
   found: dict[str, Any] = field(default_factory=dict)
 
   @property
@@ -155,7 +155,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
 
 
 def race(name: str, batch_size: int | None, args: argparse.Namespace, order: random.Random) -> list[Entry]:
-  """Starts the contenders one after the other, then lets them run in turns."""
+  """Starts the contenders one after the other, then interleaves their runs."""
   entries = [
     Entry(contender, replicates)
     for contender in dict.fromkeys(args.contenders)
@@ -196,7 +196,7 @@ def _failing(entry: Entry):
 
 
 def run(entry: Entry, seconds: float) -> None:
-  """One round of one contender: whole periods of what is due once in k steps."""
+  """One round of one contender, in whole periods of the penalty that is applied every k steps."""
   if entry.worker is None:
     return
   every = entry.found["every"]
@@ -251,7 +251,7 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(results: Sequence[dict]) -> str:
-  """Markdown: a row a contender."""
+  """Markdown: one row per contender."""
   header = "recipe", "rows", "contender", "steps/s (quartiles)", "images/s", "ours is faster by"
   header += "first steps", "memory", "of the matrix rate"
   rows = []

@@ -1,13 +1,13 @@
-"""Training images that stay on disk: memory over ten epochs, how long the device waits, what reading costs.
+"""Streaming training images from disk: memory over ten epochs, device idle time, cost of reading.
 
 python -m benchmarks.streaming
 python -m benchmarks.streaming --budget-mb 16 --steps 50 --widths 16 --data-dir build/streaming
 
-The images are random colour JPEGs of 64x64 in an array_record, so many that decoded they take ten times
-the budget of memory. `rate`: images a second when nothing else is computed, against the threads that read.
-`wait`: the share of its time that the device waits for images, against threads and the width of the
-networks; `in_memory` is the rate of the same steps on images that are there. `memory`: the most that the
-process held (resident set) in each of ten epochs, and before the first.
+The images are random colour JPEGs of 64x64 in an array_record file; decoded, they take ten times the memory
+budget. `rate`: images per second when nothing else is computed, by number of reading threads. `wait`: the
+fraction of time that the device waits for images, by threads and network width; `in_memory` is the rate of
+the same steps on images in memory. `memory`: the peak memory of the process (resident set) in each of ten
+epochs, and its memory before the first.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from gan_jax.types import BatchSizes
 
 SIZES = BatchSizes(labelled=32, unlabelled=64, generated=64)
 READ = SIZES.unlabelled + SIZES.generated
-"""Images that a step reads."""
+"""Images read per step."""
 SHAPE = (64, 64, 3)
 EPOCHS = 10
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def make_images(data_dir: str, num: int) -> None:
-  """Prepares the dataset `random_pictures` there, unless it is there; without TensorFlow."""
+  """Prepares the dataset `random_pictures` in `data_dir`, unless it exists; without TensorFlow."""
   import tensorflow_datasets as tfds
   from PIL import Image
 
@@ -110,7 +110,7 @@ def with_workers(dataset: Dataset, num: int) -> Dataset:
 
 
 def make_recipe(width: int, num_steps: int) -> Recipe:
-  """A small one, so that reading is what is seen; wider networks compute longer."""
+  """A small recipe, so that reading dominates; wider networks compute longer."""
   tx = optax.adam(1e-4)
   return recipes.Recipe(
     g=networks.MLPGenerator(SHAPE, widths=(width,), latent_size=16),
@@ -134,7 +134,7 @@ def on_device(dataset: Dataset) -> data.DeviceData:
 
 
 def fit(width: int, images: data.DeviceData, num_steps: int, **kwargs: Any) -> dict:
-  """Trains, and says how fast and how long the device waited."""
+  """Trains; returns the speed and the fraction of time that the device waited."""
   done = train.fit(make_recipe(width, num_steps), images, jax.random.key(0), verbose=False, **kwargs)
   return {
     "width": width,
@@ -144,7 +144,7 @@ def fit(width: int, images: data.DeviceData, num_steps: int, **kwargs: Any) -> d
 
 
 def memory(dataset: Dataset, width: int) -> list[dict]:
-  """Ten epochs: as many images read as ten times the training set has."""
+  """Memory over ten epochs: reads ten times the number of training images."""
   process, held, most = psutil.Process(), [], [0]
   num_steps = EPOCHS * (len(dataset.x_train) // READ // 10 * 10)
   images, over = on_device(dataset), threading.Event()
@@ -170,7 +170,7 @@ def memory(dataset: Dataset, width: int) -> list[dict]:
 
 
 def rate(dataset: Dataset, seconds: float) -> list[dict]:
-  """Reading alone."""
+  """Speed of reading alone."""
   images = on_device(dataset)
   recipe = make_recipe(8, 10**6)
   state = recipe.init_state(jax.random.key(0), images)
@@ -185,7 +185,7 @@ def rate(dataset: Dataset, seconds: float) -> list[dict]:
 
 
 def waits(dataset: Dataset, width: int, workers: Sequence[int], num_steps: int) -> list[dict]:
-  """The same steps on images in memory, and on streamed ones."""
+  """The same steps on images in memory and on streamed images."""
   few = np.arange(min(2000, len(dataset.x_train)))
   held = dataclasses.replace(
     dataset, x_train=dataset.x_train[few], y_train=dataset.y_train[few], workers=None

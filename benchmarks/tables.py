@@ -1,10 +1,10 @@
-"""The tables of README.md and docs/, made from the stored results.
+"""Generates the tables of README.md and docs/ from the stored results.
 
 python -m benchmarks.tables            rewrites them
-python -m benchmarks.tables --check    exits with 2 where one differs
+python -m benchmarks.tables --check    exits with 2 if one differs
 
-A table stands in a page between the lines `<!-- table: NAME -->` and `<!-- end -->`. Each is a function of
-lines of `benchmarks/results`, listed in `TABLES`. What was made with local changes has a dagger.
+In a page, a table is between the lines `<!-- table: NAME -->` and `<!-- end -->`. Each is a function of
+lines of `benchmarks/results`, listed in `TABLES`. Results made with uncommitted changes have a dagger.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def rewrite(text: str, page: str, *, check: bool = False) -> str:
-  """The text of a page with its tables made anew.
+  """The text of a page with its tables regenerated.
 
   Args:
     text: Markdown.
@@ -55,7 +55,7 @@ def rewrite(text: str, page: str, *, check: bool = False) -> str:
     check: whether a table that differs is an error.
 
   Raises:
-    InputError: an unknown table, a marker without its partner or, with `check`, a table that differs.
+    InputError: a table is unknown, a marker has no partner or, with `check`, a table differs.
   """
   out, old, name = [], "", None
   for line in text.splitlines(keepends=True):
@@ -97,7 +97,7 @@ FEW_LABELS = {
 
 
 def results(files: Mapping[str, _runs.Rows]) -> str:
-  """A row a file of splits, in short."""
+  """One row per file of splits, abridged."""
   lines = []
   for name, rows in files.items():
     gan, control, _ = (_runs.mean_std([row[key] for row in rows]) for key in splits.ERRORS)
@@ -108,7 +108,7 @@ def results(files: Mapping[str, _runs.Rows]) -> str:
 
 
 def few_labels(files: Mapping[str, _runs.Rows]) -> str:
-  """A row a file of splits, in full."""
+  """One row per file of splits, in full."""
   lines = []
   for name, rows in files.items():
     gan, control, probe = (_runs.mean_std([row[key] for row in rows]) for key in splits.ERRORS)
@@ -126,7 +126,7 @@ def few_labels(files: Mapping[str, _runs.Rows]) -> str:
 
 
 def transfer(rows: _runs.Rows) -> str:
-  """A row a direction; the gain is positive where transfer lowers the error."""
+  """One row per direction; the gain is positive if transfer lowers the error."""
   lines = []
   for row in rows:
     tuned, scratch = row["fine_tuned_test_errors"], row["scratch_test_errors"]
@@ -172,7 +172,7 @@ def _is_plain(row: Json) -> bool:
 
 
 def tuning(rows: _runs.Rows) -> str:
-  """A row an arm; lines whose splits or hyper-parameters are not those of the first are left out."""
+  """One row per arm; lines whose splits or hyper-parameters differ from the first line's are left out."""
   free = "augmentation", "augment", "budgets", "methods"
   fixed = lambda row: {key: value for key, value in row["flags"].items() if key not in free}
   rows = [row for row in rows if fixed(row) == fixed(rows[0])]
@@ -204,7 +204,7 @@ WEIGHTS = {
 
 
 def weights(rows: _runs.Rows) -> str:
-  """A row an arm, weight and number of steps, with augmentation."""
+  """One row per arm, weight and number of steps, with augmentation."""
   rows = [row for row in rows if row["method"] in WEIGHTS and not _is_plain(row)]
   rows = [row for row in rows if row["splits"] == rows[0]["splits"]]
   value_of = lambda row: row["flags"][WEIGHTS[row["method"]]]
@@ -221,7 +221,7 @@ def weights(rows: _runs.Rows) -> str:
 
 
 def photographs_tuning(rows: _runs.Rows) -> str:
-  """A row a pair of networks, a column a policy of augmentation."""
+  """One row per pair of networks, one column per augmentation policy."""
   pairs, policies = (dict.fromkeys(row["flags"][name] for row in rows) for name in ("network", "augment"))
   found = {(row["flags"]["network"], row["flags"]["augment"]): row for row in rows}
   lines = [
@@ -236,7 +236,7 @@ def photographs_tuning(rows: _runs.Rows) -> str:
 
 
 def few_images(row: Json) -> str:
-  """A row a number of images, a column a kind of augmentation."""
+  """One row per number of images, one column per kind of augmentation."""
   found: dict[int, dict[str, str]] = {}
   for cell in row["cells"].values():
     text = f"{cell['frechet']:.2f}, {cell['probe_test_error']:.1f} %"
@@ -254,7 +254,7 @@ PEERS = {"torch_eager": "PyTorch eager", "torch_compile": "PyTorch compiled", "p
 
 
 def peers(rows: _runs.Rows) -> str:
-  """A row a recipe: steps per second, and how many times faster ours is."""
+  """One row per recipe: steps per second, and the speedup of ours over each peer."""
   lines = []
   for name in dict.fromkeys(row["recipe"] for row in rows):
     found = {row["contender"]: row for row in rows if row["recipe"] == name}
@@ -274,7 +274,7 @@ def peers(rows: _runs.Rows) -> str:
 
 
 def batch_sizes(rows: _runs.Rows) -> str:
-  """A row a batch size: how many times faster ours is."""
+  """One row per batch size: the speedup of ours over each peer."""
   found = {(row["batch_size"], row["contender"]): row for row in rows}
   lines = []
   for size in dict.fromkeys(row["batch_size"] for row in rows):
@@ -287,7 +287,7 @@ def batch_sizes(rows: _runs.Rows) -> str:
 
 
 def other_figures(accuracy: _runs.Rows, starts: _runs.Rows, replicates: _runs.Rows) -> str:
-  """A row a figure."""
+  """One row per figure."""
   lines = []
   for row in accuracy:
     name = (
@@ -337,6 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "with-without": lambda: _gan_map.excerpt(
     _map(),
     [
+      ("mnist", 10_000, 20),
       ("mnist", 1500, 100),
       ("digits", 1600, 50),
       ("digits, as they are", 1600, 50),

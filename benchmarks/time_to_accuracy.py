@@ -1,14 +1,14 @@
-"""How long until it is good: seconds of training to a fixed test error with few labels.
+"""Time to accuracy: seconds of training to a fixed test error with few labels.
 
 python -m benchmarks.time_to_accuracy
 python -m benchmarks.time_to_accuracy --target 1 --splits 20 --contenders ours torch_fixmatch --name race
 
-The semi-supervised GAN of `experiments.mnist_ssgan`, its recipe and schedule unchanged. Every `--every`
-steps the averaged discriminator is evaluated on the test set; this takes no part in training, and the clock
-stands still meanwhile. The target is fixed before: 2 % on CPU, 1 % on an accelerator. Compilation is timed
-apart, once, because the splits share the program. `torch_fixmatch` is what one would use instead: FixMatch
-in PyTorch with the published hyper-parameters, see `benchmarks.peers.torch_fixmatch`. It has the same
-labels, is read as often, and needs no compilation.
+Trains the semi-supervised GAN of `experiments.mnist_ssgan`, with its recipe and schedule unchanged. Every
+`--every` steps the averaged discriminator is evaluated on the test set; this does not affect training, and
+the clock is stopped meanwhile. The target is fixed beforehand: 2 % on CPU, 1 % on an accelerator.
+Compilation is timed separately, once, because the splits share the program. `torch_fixmatch` is the usual
+alternative: FixMatch in PyTorch with the published hyper-parameters, see `benchmarks.peers.torch_fixmatch`.
+It has the same labels, is evaluated as often, and needs no compilation.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def train(ours: _worker.Ours, num_steps: int, every: int, target: float, test_er
 
 
 def fixmatch(args: argparse.Namespace, dataset: Dataset, split: LabelSplit, target: float) -> dict:
-  """As `train`, in a process of PyTorch's interpreter."""
+  """Like `train`, in a process of PyTorch's interpreter."""
   num = args.torch_batch
   flags = {"num_labelled": num, "num_unlabelled": 7 * num, "num_steps": 2**20, "every": args.every}
   flags |= {"seed": split.seed, "target": target, "limit": args.limit}
@@ -132,7 +132,7 @@ def fixmatch(args: argparse.Namespace, dataset: Dataset, split: LabelSplit, targ
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
   rows = [json.loads(line) for line in process.stdout.splitlines()]
   recipe = f"fixmatch {num} + {7 * num}"
-  if process.returncode or not rows:  # what the others reached is kept
+  if process.returncode or not rows:  # the results of the others are kept
     return {"recipe": recipe, "not_run": f"it ended with code {process.returncode}"}
   return {
     **({"device": rows[-1]["gpu"]} if rows[-1]["gpu"] else {}),
@@ -148,7 +148,7 @@ def fixmatch(args: argparse.Namespace, dataset: Dataset, split: LabelSplit, targ
 
 
 def table(results: Sequence[dict]) -> str:
-  """Markdown: a row a contender and split."""
+  """Markdown: one row per contender and split."""
   rows = []
   for result in results:
     if "not_run" in result:

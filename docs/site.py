@@ -1,7 +1,7 @@
 """Builds the documentation site in build/site: `python docs/site.py`. A warning is an error.
 
-The repository's own files are the pages. They are staged as they lie in the repository, so that the links
-between them hold, beside pages of docstrings.
+The pages are the repository's own files, staged in the same layout so that the links between them hold, and
+pages of docstrings.
 """
 
 import json
@@ -28,7 +28,7 @@ ROOMS = {
 """Pages of docstrings, and the modules on each."""
 
 LINKS = {"docs/digits.ipynb)": "docs/digits.md)", f"../{RECORDS})": f"../{RECORDS}/index.md)"}
-"""What a Git host shows and a browser does not: a notebook, a folder."""
+"""Links to what a Git host shows and a browser does not: a notebook, a folder."""
 
 
 def write(name: str, text: str) -> None:
@@ -38,7 +38,7 @@ def write(name: str, text: str) -> None:
 
 
 def stage() -> None:
-  """Makes `build/pages` anew."""
+  """Rebuilds `build/pages`."""
   shutil.rmtree(PAGES, ignore_errors=True)
   shutil.copytree(ROOT / RECORDS, PAGES / RECORDS)
   for path in (path for pattern in FILES for path in ROOT.glob(pattern)):
@@ -65,6 +65,6 @@ def as_page(notebook: str) -> str:
 
 if __name__ == "__main__":
   stage()
-  quiet = {"NO_MKDOCS_2_WARNING": "1"}  # says that Material ends in 2027, see mkdocs.yml
+  quiet = {"NO_MKDOCS_2_WARNING": "1"}  # it warns that Material ends in 2027, see mkdocs.yml
   build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml"]
   sys.exit(subprocess.run(build, env=os.environ | quiet).returncode)

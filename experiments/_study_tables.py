@@ -7,20 +7,20 @@ from gan_jax.datasets import Dataset
 from gan_jax.types import Json
 
 CLASSIFIER = "classifier"
-"""The reading of a discriminator that is its own classes; the others are probes on its layers."""
+"""The reading that is the discriminator's own classifier; the others are probes on its layers."""
 REFERENCES = ("supervised_augmented", "fixmatch_ema", "fixmatch_ema@matched")
-"""What every method is compared with, split by split: labels alone, and all images without a GAN, at the
-same number of images and at the same arithmetic. A method `@bfloat16` also with itself in float32."""
+"""What every method is compared with, split by split: labels alone, and all images without a GAN, at an
+equal number of images and at equal compute. A method `@bfloat16` is also compared to itself in float32."""
 
 
 # --- Statistics
 
 
 def summarise(rows: Sequence[Json]) -> list[Json]:
-  """Each row with its summary and its paired differences to `REFERENCES`, where they were trained.
+  """Each row with its summary and its paired differences to those of `REFERENCES` that were trained.
 
-  Verdicts are corrected by Holm's procedure for the number of classifiers that are compared with a
-  reference, over all budgets; the uncorrected ones stand beside them.
+  Verdicts are corrected by Holm's procedure for the number of classifiers compared with a reference, over
+  all budgets; the uncorrected verdicts are kept beside them.
 
   Args:
     rows: the lines of a `study.jsonl`, each with its errors in percent.
@@ -40,14 +40,14 @@ def summarise(rows: Sequence[Json]) -> list[Json]:
 
 
 def compare(errors: Sequence[float], reference: Sequence[float]) -> Json:
-  """`metrics.paired` as JSON: errors less those of the reference, both split by split."""
+  """`metrics.paired` as JSON: errors minus those of the reference, paired by split."""
   return _json(metrics.paired(errors, reference))
 
 
 def correct(found: Sequence[Json]) -> None:
   """Adds `p_holm` and `verdict_holm` to each of these comparisons, corrected for their number.
 
-  A comparison on a single split has no p-value: it is left as it is and does not count.
+  A comparison on a single split has no p-value: it is left unchanged and does not count.
   """
   found = [each for each in found if each["p"] is not None]
   for each, p in zip(found, metrics.holm([each["p"] for each in found]), strict=True):
@@ -64,7 +64,7 @@ def _json(found: metrics.Summary | metrics.Difference) -> Json:
 
 
 def markdown(cells: Sequence[Json], dataset: Dataset) -> str:
-  """Tables: all methods and budgets in short, then each budget in full."""
+  """Markdown tables: an overview of all methods and budgets, then each budget in full."""
   lines = [f"# Error in percent on {dataset.name}", "", *overviews(cells)]
   names = _references(cells)
   head = ["method", "MFLOP a step", "mean +- std", "95 % interval"]
@@ -109,7 +109,7 @@ def overviews(cells: Sequence[Json], title: str = "mean +- std") -> list[str]:
 def overview(
   cells: Sequence[Json], title: str, entry: Callable[[Json], str], *, probes: bool = False
 ) -> list[list[str]]:
-  """A header, then a row a method, a column a budget; of the classifiers or, if asked for, the probes."""
+  """A header, then one row per method, one column per budget; classifiers or, with `probes`, probes."""
   cells = [cell for cell in cells if (cell["reading"] != CLASSIFIER) == probes]
   found = {(_name(cell), cell["budget"]): entry(cell) for cell in cells}
   names, budgets = dict.fromkeys(map(_name, cells)), dict.fromkeys(cell["budget"] for cell in cells)
@@ -129,12 +129,12 @@ def mean(cell: Json) -> str:
 
 
 def interval(found: Sequence[float] | None, sign: str = "") -> str:
-  """An interval; nothing for a single split."""
+  """An interval; empty for a single split."""
   return "" if found is None else f"{found[0]:{sign}.2f} to {found[1]:{sign}.2f}"
 
 
 def difference(found: Json | None) -> str:
-  """A comparison: mean, interval and verdict; nothing where there is none."""
+  """A comparison: mean, interval and verdict; empty if there is none."""
   if found is None:
     return ""
   verdict = found.get("verdict_holm", found["verdict"])

@@ -1,25 +1,25 @@
-"""Does the GAN help, and by how much? Every method on the same splits, over one network and budget.
+"""Does the GAN help, and by how much? Every method on the same splits, with the same network and budget.
 
   python -m experiments.label_study --dataset digits                  four budgets, ten splits, all methods
-  python -m experiments.label_study --dataset mnist --budgets 100     10 labels a class of MNIST
+  python -m experiments.label_study --dataset mnist --budgets 100     10 labels per class of MNIST
   python -m experiments.label_study --dataset digits --methods gan_consistency gan_consistency@bfloat16
   python -m experiments.label_study --dataset digits --tune --splits 100 101 102 --vat 0.5
 
 All methods share the discriminator, the optimizer, the batches, the number of steps and, for each split,
-the initial parameters and the batches' keys; all but `supervised` the augmentation, and those that see
-unlabelled images class balance or, in AdaMatch, distribution alignment. They differ in the rest of their
-objective, see `gan_jax.recipes.study`. Arms named `@matched` are methods without a generator with so many
-unlabelled images per step that the step costs what one of `gan_consistency` costs, by the compiled
-programs' own counts, which stand beside the errors. Arms named `@bfloat16`, none by default, have their
-products and convolutions in bfloat16, and are compared with themselves in float32. `gan_augmented` trains
-its generator first, for as many steps again, on all images. `label_spreading` and `self_training` are
-scikit-learn's, on pixels.
+the initial parameters and the batch keys. All except `supervised` share the augmentation, and those that
+use unlabelled images share class balance or, in AdaMatch, distribution alignment. The rest of the objective
+differs, see `gan_jax.recipes.study`. Arms named `@matched` are methods without a generator at matched
+compute: they get more unlabelled images per step, so that a step costs as much as one of `gan_consistency`
+by XLA's operation counts, which are listed beside the errors. Arms named `@bfloat16`, none by default,
+compute products and convolutions in bfloat16, and are compared with themselves in float32. `gan_augmented`
+first trains its generator, for the same number of steps, on all images. `label_spreading` and
+`self_training` are scikit-learn's, on pixels.
 
 All splits of one method and budget are trained together in one compiled program. The unlabelled images
-are all training images, labelled ones included. The averaged parameters of the last step are evaluated on
-the test set, once. Budgets, splits and methods are written to the run before the first is read; a run
-that is resumed keeps them. Hyper-parameters are tuned with --tune: it reports on training images held
-out, on splits that no result is reported on, and leaves its lines in benchmarks/results/tuning.
+are all training images, including the labelled ones. The averaged parameters of the last step are
+evaluated on the test set, once. Budgets, splits and methods are stored before the first evaluation; a
+resumed run keeps them. Hyper-parameters are tuned with --tune: it reports on held-out training images, on
+splits that no result is reported on, and appends its lines to benchmarks/results/tuning.
 """
 
 import dataclasses
@@ -70,34 +70,34 @@ class Config:
 
   data: cli.DataFlags = cli.DataFlags()
   budgets: tuple[int | Literal["all"], ...] = (20, 50, 100, 200)
-  """Labels in total, a multiple of the number of classes, or all."""
+  """Total number of labels, a multiple of the number of classes, or all."""
   splits: tuple[int, ...] = tuple(range(20, 30))
-  """Seeds of the label splits: below 100 to report, from 100 on to tune."""
+  """Seeds of the label splits: below 100 for reporting, from 100 for tuning."""
   methods: tuple[Arm, ...] = ARMS
-  """What to train. gan_consistency brings probes on every layer of its discriminator."""
+  """Methods to train. gan_consistency adds probes on every layer of its discriminator."""
   tune: bool = False
-  """Hold out a third of the training images, at most 10,000, and report on them, not on the test set."""
+  """Hold out a third of the training images, at most 10,000, and report on them instead of the test set."""
   train: cli.TrainFlags = cli.TrainFlags()
   network: ssgan.Tuned | None = None
-  """The pair of networks of mnist_ssgan; for images below 16x16 conv is a smaller pair, conv_small
-  (default: vgg for colour pictures from 32x32 on, else conv)."""
+  """The pair of networks, as in mnist_ssgan; for images below 16x16, conv is a smaller pair, conv_small
+  (default: vgg for colour pictures of at least 32x32, else conv)."""
   augment: policies.Name | None = None
-  """Augmentation of all that D sees, see mnist_ssgan. With none, consistency and the averaged teacher ask
-  for the same class under D's own noise alone: the mlp has much of it, the others none (default: photos or
+  """Augmentation of D's inputs, see mnist_ssgan. With none, consistency and the mean teacher only enforce
+  the same class under D's own noise, of which the mlp has much and the others none (default: photos or
   objects for colour, digits for grey images)."""
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
   adversarial: float | None = None
-  """Weight of D's adversarial loss in all with a GAN but bad_generator and gan_augmented (default: the
+  """Weight of D's adversarial loss in all GAN methods except bad_generator and gan_augmented (default: the
   recipe's)."""
   consistency: float | None = None
-  """Weight of consistency or of AdaMatch's, where there is any (default: the recipe's)."""
+  """Weight of the consistency or AdaMatch loss, in methods that have one (default: the recipe's)."""
   class_balance: tuple[float, float] | None = None
-  """Weight of class balance, at the first and the last step, in all that see unlabelled images but AdaMatch
-  (default: the recipe's)."""
+  """Weight of class balance at the first and the last step, in all methods that use unlabelled images,
+  except AdaMatch (default: the recipe's)."""
   weights: study.Weights = study.Weights()
   vat_epsilon: float = 0.4
-  """Norm of the virtual adversarial perturbation, as a share of the mean norm of the images."""
+  """Norm of the virtual adversarial perturbation, relative to the mean norm of the images."""
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
@@ -115,7 +115,7 @@ class Config:
 
 
 def main(config: Config) -> Json:
-  """Trains every method on every budget and all splits; returns what `result.json` holds."""
+  """Trains every method on every budget and all splits; returns the contents of `result.json`."""
   dataset = cli.load(config.data, needs_test=not config.tune)
   if config.tune:
     dataset = datasets.for_tuning(dataset, config.train.seed)
@@ -129,7 +129,7 @@ def main(config: Config) -> Json:
     path = run.path / "study.jsonl"
     rows = report.read_metrics(path, ("budget", "method", "reading")) if config.run.resume else []
     if path.exists():
-      report.write_bytes(path, _lines(rows))  # without a line that was cut off
+      report.write_bytes(path, _lines(rows))  # drops a truncated line
     done = {(row["budget"], row["method"]) for row in rows if row["reading"] == _study_tables.CLASSIFIER}
     todo = [(b, m) for b in config.budgets for m in config.methods if (b, m) not in done]
     train = Study(dataset, seed=config.train.seed)
@@ -138,7 +138,7 @@ def main(config: Config) -> Json:
       found = [shared | row for row in train.cell(method, used.get(method), splits[budget])]
       rows += found
       with open(path, "ab") as file:
-        file.write(_lines(found))  # the classifier's own line is the last: with it the cell is complete
+        file.write(_lines(found))  # the classifier's line comes last: it completes the cell
       if config.tune and TUNING.is_dir():
         with open(TUNING / f"{dataset.name.replace('/', '_')}.jsonl", "ab") as file:
           about = {"flags": parsing.flags_of_recipe(config), "note": dataset.note}
@@ -176,7 +176,7 @@ def main(config: Config) -> Json:
 def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
   """The recipes of the methods that have one.
 
-  Those `@matched` cost what `gan_consistency` costs; those `@bfloat16` have that precision.
+  `@matched` arms need as much compute as `gan_consistency`; `@bfloat16` arms have that precision.
   """
   arms: dict[str, Recipe] = {}
   for name in config.methods:
@@ -186,12 +186,12 @@ def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
       arms[name] = make_recipe(config, dataset, method, **given)  # pyright: ignore[reportArgumentType]
       if change == "matched":
         gan = make_recipe(config, dataset, "gan_consistency")
-        arms[name] = recipes.with_arithmetic_of(arms[name], gan)
+        arms[name] = recipes.with_flops_of(arms[name], gan)
   return arms
 
 
 def make_recipe(config: Config, dataset: Dataset, method: study.Method, **changes: Any) -> Recipe:
-  """The recipe of a method, with the flags that were given and these changes of its hyper-parameters."""
+  """The recipe of a method, with the given flags and these changes to its hyper-parameters applied."""
   x = np.asarray(dataset.x_train)
   norm = np.linalg.norm(x.reshape(len(x), -1) / 255, axis=-1).mean()
   given: dict[str, Any] = cli.given(
@@ -213,16 +213,16 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method, **change
 
 
 def network(config: Config, dataset: Dataset) -> ssgan.Tuned:
-  """The pair that all methods share."""
+  """The pair of networks that all methods share."""
   suited = networks.suited(dataset.image_shape)
   return config.network or ("vgg" if suited == "vgg" else "conv")
 
 
 def split_labels(dataset: Dataset, budget: int | str, seeds: Sequence[int]) -> list[LabelSplit]:
-  """The splits of a budget, one for each seed.
+  """The splits of a budget, one per seed.
 
   Raises:
-    InputError: no number of labels that every class can give.
+    InputError: the budget is not a multiple of the number of classes, or a class has too few labels.
   """
   per_class = None
   if isinstance(budget, int):
@@ -244,7 +244,7 @@ def _lines(rows: Sequence[Json]) -> bytes:
 
 
 class Study:
-  """Trains cells, a method and a budget each, and keeps the programs that they share."""
+  """Trains cells, each a method and a budget, and caches the compiled programs that they share."""
 
   def __init__(self, dataset: Dataset, *, seed: int):
     self._dataset, self._seed = dataset, seed
@@ -253,7 +253,7 @@ class Study:
     self._evaluate: dict[tuple[str, bool], Callable] = {}
 
   def cell(self, method: str, recipe: Recipe | None, splits: Sequence[LabelSplit]) -> list[Json]:
-    """Trains on all splits; a row a reading of the discriminator, the classifier's the last."""
+    """Trains on all splits; returns one row per reading of the discriminator, the classifier's last."""
     num_labels = len(splits[0].indices)
     shared = {
       "dataset": self._dataset.name,
@@ -266,9 +266,9 @@ class Study:
       errors = [pixel_error(method, self._dataset, split) for split in splits]
       seconds = {"seconds_train": round(time.perf_counter() - begin, 2), "seconds_compile": 0.0}
       return [{"reading": _study_tables.CLASSIFIER, **shared, "errors": errors, **seconds}]
-    repeats = 1000 // num_labels if 1000 % num_labels == 0 else 1  # one program for all of these
+    repeats = 1000 // num_labels if 1000 % num_labels == 0 else 1  # these sizes share one program
     images = data.to_device_splits(self._dataset, splits, repeats=repeats)
-    # All methods start from the same parameters and see the same batches: a key for each split.
+    # All methods start from the same parameters and see the same batches: one key per split.
     keys = [jax.random.fold_in(jax.random.key(self._seed), split.seed) for split in splits]
     states, seconds, last = self.train(method, recipe, keys, images)
     for split, loss in zip(splits, last["d/loss"], strict=True):
@@ -290,7 +290,7 @@ class Study:
   def train(
     self, method: str, recipe: Recipe, keys: Sequence[Array], images: data.DeviceData
   ) -> tuple[TrainState, dict[str, float], dict[str, np.ndarray]]:
-    """The replicates' last states, seconds in all, and means of the last metrics, `[S]` each."""
+    """The replicates' final states, total seconds, and means of the last metrics, `[S]` each."""
     states = parallel.stack([recipe.init_state(key, images) for key in keys])
     before = {"seconds_train": 0.0, "seconds_compile": 0.0}
     first = study.generator_of(recipe)
@@ -316,13 +316,13 @@ class Study:
   def _program(
     self, method: str, recipe: Recipe, dispatch: int, states: TrainState, images: data.DeviceData
   ) -> Any:
-    """`(states, images, num) -> (states, metrics)`, compiled once for each size of the labelled set."""
+    """`(states, images, num) -> (states, metrics)`, compiled once per size of the labelled set."""
     case = method, images.y_lab.shape[1]
     if case not in self._programs:
       multi_step = parallel.replicate(recipe.make_multi_step(dispatch))
       lowered = jax.jit(multi_step, donate_argnums=0).lower(states, images, np.int32(0))
       self._programs[case] = lowered.compile()
-      # The body of a loop counts once: one step of one replicate, where they go one after the other.
+      # The body of a loop counts once: one step of one replicate, if they run sequentially.
       one = jax.default_backend() == "cpu"
       self._flops[method] = self._programs[case].cost_analysis()["flops"] if one else recipe.flops()
     return self._programs[case]
@@ -330,8 +330,8 @@ class Study:
   def _read(
     self, recipe: Recipe, states: TrainState, splits: Sequence[LabelSplit], *, every_layer: bool
   ) -> dict[str, list[float]]:
-    """Errors of each replicate under each reading, in percent; the classifier's are the last."""
-    case = recipe.hparams.precision, every_layer  # else the methods have the same discriminator
+    """Errors in percent of each replicate under each reading; the classifier's come last."""
+    case = recipe.hparams.precision, every_layer  # otherwise the methods have the same discriminator
     if case not in self._evaluate:
       self._evaluate[case] = evaluate.make_evaluate(recipe, every_layer=every_layer)
     labelled = [data.labelled(self._dataset, split) for split in splits]
@@ -357,12 +357,12 @@ def pixel_error(name: str, dataset: Dataset, split: LabelSplit) -> float:
   classifier: Any = LabelSpreading(kernel="knn", max_iter=100)
   if name == "self_training":
     classifier = SelfTrainingClassifier(LogisticRegression(max_iter=1000))
-  with np.errstate(invalid="ignore"):  # images that no label reaches through neighbours
+  with np.errstate(invalid="ignore"):  # for images that no label reaches through neighbours
     classifier.fit(flat(dataset.x_train), y)
     return evaluate.error_of(lambda x: classifier.predict(flat(x)), dataset)
 
 
 if __name__ == "__main__":
-  # A device a core: on CPU small networks train faster beside each other than on all cores in turn.
+  # One device per core: on CPU, small networks train faster side by side than each in turn on all cores.
   jax.config.update("jax_num_cpu_devices", provenance.num_cores())
   program.run(main, Config)

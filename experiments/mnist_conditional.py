@@ -1,16 +1,15 @@
-"""A class-conditional GAN from all labels or from few: images of the class that is asked for.
+"""A class-conditional GAN from all labels or from few, which generates images of a requested class.
 
-The generator takes (z, y), the discriminator is asked for the logit of y: one real logit a class, the
+The generator takes (z, y), and the discriminator's score is its logit of y: one real logit per class, the
 projection discriminator of Miyato & Koyama, 2018, https://arxiv.org/abs/1802.05637, without its
-unconditional part. With few labels, cross-entropy and consistency teach D the classes of the rest.
+unconditional part. With few labels, D learns to classify the rest by cross-entropy and consistency.
 
-  python -m experiments.mnist_conditional                            every label
-  python -m experiments.mnist_conditional --labels-per-class 10      100 labels, the rest without
+  python -m experiments.mnist_conditional                            all labels
+  python -m experiments.mnist_conditional --labels-per-class 10      100 labels, the rest unlabelled
 
-MNIST, 4,000 steps, split 0: an independent classifier finds 99.97 % of 10,000 images to be of the class
-asked for (100 labels: 99.82 %). Frechet distance to the test set 0.27 (0.55), where replayed training
-images have 0.11. The discriminator as a classifier errs on 0.87 % (3.82 %) of the test images. 489 s
-(544 s) on one CPU core.
+MNIST, 4,000 steps, split 0: an independent classifier assigns 99.97 % of 10,000 images to the requested
+class (100 labels: 99.82 %). Frechet distance to the test set 0.27 (0.55); replayed training images have
+0.11. Test error of the discriminator as a classifier: 0.87 % (3.82 %). 489 s (544 s) on one CPU core.
 """
 
 from dataclasses import dataclass
@@ -46,9 +45,9 @@ class Config:
     run_dir.check_source(self.run, self.transfer)
 
   def hparams(self, dataset: Dataset | None = None) -> gan.Hparams:
-    """What the flags make of the tuned hyper-parameters."""
+    """The tuned hyper-parameters with the flags applied."""
     few = self.labels.labels_per_class != "all" or (dataset is not None and (dataset.y_train < 0).any())
-    # Layer normalisation gives the better classifier from few labels.
+    # With few labels, layer normalisation gives the better classifier.
     given = {"norm": "layer"} if few and self.gan_flags.network in ("conv_fine", "vgg") else {}
     augmentation = self.augment or ("affine" if few else "none")
     labels = "few" if few else "all"
@@ -58,7 +57,7 @@ class Config:
 
 
 def main(config: Config) -> Json:
-  """Trains the conditional GAN and has an independent classifier name its images; returns the result."""
+  """Trains the conditional GAN and has an independent classifier label its images; returns the result."""
   dataset = cli.load(config.data)
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = gan.build(config.hparams(dataset), dataset.image_shape, dataset.num_classes)

@@ -1,13 +1,13 @@
-"""A GAN without labels, any loss, penalty and normalisation: the source article's, and a better one.
+"""A GAN without labels, with any loss, penalty and normalisation: the source article's and a better one.
 
 Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661.
 
   python -m experiments.mnist_gan --network article   the article's networks, optimizer and 10,000 steps
   python -m experiments.mnist_gan                     a convolutional pair with R1
 
-MNIST, Frechet distance of 10,000 images to the test set, where replayed training images have 0.11: article
-39.2 and 6 of 10 classes (with --loss min_max 113 and one class, with --penalty r1 5.50 and all ten), 62 s
-of training on two CPU cores; conv_fine 0.60, 428 s on one core.
+MNIST, Frechet distance of 10,000 images to the test set (0.11 for replayed training images): article 39.2
+with 6 of 10 classes (113 with one class for --loss min_max, 5.50 with all ten for --penalty r1), 62 s of
+training on two CPU cores; conv_fine 0.60, 428 s on one core.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class GanFlags:
   loss: gan.Loss = "non_saturating"
   """Adversarial loss."""
   penalty: gan.Penalty | None = None
-  """Penalty on D's gradient at real images, generated ones, both, or between (default: the recipe's)."""
+  """Gradient penalty on D at real images, generated ones, both, or interpolates (default: the recipe's)."""
   gamma: float | None = None
   """Weight of the penalty (default: the recipe's, 10 for wgan_gp)."""
   norm: gan.Norm | None = None
@@ -57,10 +57,10 @@ class GanFlags:
   real_label: float = 1.0
   """One-sided label smoothing: the target probability of "real" for real images."""
   rotation: float | None = None
-  """Weight of rotation prediction (default: 1 for images of objects, 0 for signs such as digits)."""
+  """Weight of rotation prediction (default: 1 for square images of objects, 0 for others)."""
   num_scored: int = 10_000
-  """Generated images for the Frechet distance, at most as many as training images, which are scored too;
-  0: none, and no feature extractor has to be trained."""
+  """Generated images for the Frechet distance, at most the number of training images, which are scored too;
+  0: no distance, so that no feature extractor has to be trained."""
 
   def check(self) -> None:
     cli.not_negative(self, "gamma", "rotation")
@@ -77,12 +77,12 @@ class Config:
   data: cli.DataFlags = cli.DataFlags()
   images: cli.ImageFlags = cli.ImageFlags(hold_out=None)
   labels: cli.LabelFlags = cli.LabelFlags()
-  """Labels are for the linear probe alone."""
+  """Labels are used only by the linear probe."""
   train: cli.TrainFlags = cli.TrainFlags()
   gan_flags: GanFlags = GanFlags()
   augment: gan.Augmentation = "none"
-  """Augmentation of all that D sees: none, that of a classifier (affine), a stronger policy always (fixed),
-  or as often as D overfits (adaptive: ADA)."""
+  """Augmentation of D's inputs: none, that of a classifier (affine), or a stronger policy, either always
+  (fixed) or with a probability that follows D's overfitting (adaptive: ADA)."""
   transfer: cli.TransferFlags = cli.TransferFlags()
   loop: cli.LoopFlags = cli.LoopFlags()
   run: cli.RunFlags = cli.RunFlags()
@@ -93,7 +93,7 @@ class Config:
 
 
 def main(config: Config) -> Json:
-  """Trains the GAN, scores its generator and probes its discriminator; returns what `result.json` holds."""
+  """Trains the GAN, scores its generator and probes its discriminator; returns `result.json`."""
   dataset = cli.load(config.data)
   split = cli.split_labels(dataset, config.labels, config.images)
   hparams = make_hparams(config.gan_flags, config.train, dataset, augmentation=config.augment)
@@ -112,7 +112,7 @@ def main(config: Config) -> Json:
 def make_hparams(
   flags: GanFlags, train: cli.TrainFlags, dataset: Dataset | None = None, **given: Any
 ) -> gan.Hparams:
-  """The tuned hyper-parameters with the flags that were given, and what suits the dataset."""
+  """The tuned hyper-parameters, with the given flags applied and defaults that suit the dataset."""
   given |= cli.given(
     num_steps=train.steps,
     batch_size=train.batch_size,
@@ -130,7 +130,7 @@ def make_hparams(
 
 
 def load_extractor(flags: GanFlags, dataset: Dataset) -> metrics.FeatureExtractor | None:
-  """The feature extractor of the dataset, where it is needed; `InputError` where the images do not fit."""
+  """The dataset's feature extractor, if needed; `InputError` if the images do not fit in memory."""
   hint = "choose a smaller --num-scored"
   pictures.check_memory(flags.num_scored, dataset.image_shape, hint, num_bytes=8)
   return evaluate.load_feature_extractor(dataset, say=report.say) if flags.num_scored else None
@@ -143,7 +143,7 @@ def fit_gan(
   images: data.DeviceData,
   extractor: metrics.FeatureExtractor | None,
 ) -> train.Fit:
-  """Trains the recipe with diagnostics; the extractor names the classes of generated images."""
+  """Trains the recipe with diagnostics; the extractor classifies the generated images."""
   return train.fit(
     recipe,
     images,
@@ -181,7 +181,7 @@ def finish(
     table.append(("test error of the discriminator as a classifier", f"{found.error:.2f} %"))
   quality = {}
   if extractor is not None:
-    num = min(flags.num_scored, len(dataset.x_train))  # distances compare at equal numbers only
+    num = min(flags.num_scored, len(dataset.x_train))  # distances are comparable only at equal numbers
     x_fake = evaluate.sample(recipe, fit.state, num, seed=run.seed, purpose="frechet")
     quality = metrics.generator_quality(extractor, x_fake)
     replayed = metrics.replay_quality(extractor, dataset, num)

@@ -1,4 +1,4 @@
-"""A GAN from 1, 10 and 100 % of the images: no augmentation, fixed, and adaptive.
+"""A GAN from 1, 10 and 100 % of the images, with no, fixed and adaptive augmentation.
 
 Zhao et al., 2020, https://arxiv.org/abs/2006.10738 (DiffAugment), and Karras et al., 2020,
 https://arxiv.org/abs/2006.06676 (ADA).
@@ -24,16 +24,16 @@ from gan_jax.types import InputError, Json
 
 @dataclass(frozen=True)
 class Config:
-  """The flags of this experiment: those that its runs share, and what the table goes through."""
+  """The flags of this experiment: those that its runs share, and the axes of the table."""
 
   data: cli.DataFlags = cli.DataFlags()
   hold_out: int | None = None
-  """Training images that no step sees, for diagnostics (None: a twentieth, at most 1,000)."""
+  """Training images held out for diagnostics, never trained on (None: a twentieth, at most 1,000)."""
   labels: cli.LabelFlags = cli.LabelFlags()
   train: cli.TrainFlags = cli.TrainFlags()
   gan_flags: mnist_gan.GanFlags = mnist_gan.GanFlags()
   percents: tuple[float, ...] = (1.0, 10.0, 100.0)
-  """Shares of the training images."""
+  """Percentages of the training images to train on."""
   augments: tuple[Literal["none", "fixed", "adaptive"], ...] = ("none", "fixed", "adaptive")
   """Kinds of augmentation."""
   loop: cli.LoopFlags = cli.LoopFlags()
@@ -51,7 +51,7 @@ class Config:
 
 
 def main(config: Config) -> Json:
-  """Trains every GAN of the table, one after the other; returns what `result.json` holds."""
+  """Trains every GAN of the table, one after the other; returns the contents of `result.json`."""
   dataset = cli.load(config.data)
   split = cli.split_labels(dataset, config.labels, cli.ImageFlags(hold_out=config.hold_out))
   num_train = len(split.images)

@@ -1,12 +1,12 @@
-"""What a discriminator learned without labels on one dataset, for few labels of another.
+"""Transfer of a discriminator trained without labels on one dataset to few labels of another.
 
-Mo et al., 2020, https://arxiv.org/abs/2002.10964 (FreezeD: the first layers stay as they were).
+Mo et al., 2020, https://arxiv.org/abs/2002.10964 (FreezeD: the first layers stay frozen).
 
   python -m experiments.transfer --source digits --dataset mnist --steps 3000
   python -m experiments.transfer --source mnist --dataset digits
 
-100 labels, five splits, test error transferred and from scratch: digits to MNIST 6.70 and 7.42 %, MNIST to
-digits 4.14 and 5.28 %. 6 to 7 minutes on one CPU core.
+100 labels, five splits, test error with transfer and from scratch: digits to MNIST 6.70 and 7.42 %, MNIST
+to digits 4.14 and 5.28 %. 6 to 7 minutes on one CPU core.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from gan_jax.types import InputError, Json
 
 @dataclass(frozen=True)
 class Config:
-  """The flags of this experiment. --split-seed is the first of the label splits."""
+  """The flags of this experiment. --split-seed is the seed of the first label split."""
 
   source: str = "digits"
-  """The dataset whose images D learns from first, without a label; see --dataset, which has few labels."""
+  """The dataset on which D is pre-trained without labels; --dataset is the one with few labels."""
   data: cli.DataFlags = cli.DataFlags(dataset="mnist", image_size=16)
   images: cli.ImageFlags = cli.ImageFlags()
   labels: cli.LabelFlags = cli.LabelFlags()
   train: cli.TrainFlags = cli.TrainFlags()
   pretrain_steps: int = 2000
-  """Steps on the source."""
+  """Pre-training steps on the source."""
   freeze_d: int = 0
-  """Leave so many layers of the discriminator, from the image on, as the source made them (FreezeD)."""
+  """Freeze this many of the discriminator's first layers at their pre-trained values (FreezeD)."""
   splits: int = 5
-  """Label splits: --split-seed and those after it."""
+  """Number of label splits, with consecutive seeds from --split-seed."""
   loop: cli.LoopFlags = cli.LoopFlags()
   run: cli.RunFlags = cli.RunFlags()
 
@@ -60,9 +60,9 @@ def main(config: Config) -> Json:
   with run_dir.open_run("transfer", config, dataset, split, recipes_used={}, files=parts) as run:
     source = mnist_gan.Config(
       data=source_data,
-      labels=cli.LabelFlags(labels_per_class=1),  # for a probe that nobody reads
+      labels=cli.LabelFlags(labels_per_class=1),  # for a probe that is not reported
       train=dataclasses.replace(config.train, steps=config.pretrain_steps),
-      # layer: that of the discriminator which is fine-tuned. The discriminator is what is wanted.
+      # layer: the norm of the discriminator that is fine-tuned. The generator is not scored.
       gan_flags=mnist_gan.GanFlags(norm="layer", num_scored=0),
       loop=config.loop,
     )
@@ -105,10 +105,13 @@ def main(config: Config) -> Json:
 
 
 def _pair(config: Config) -> mnist_ssgan.Config:
-  """Fine-tuning and its control: without GAN, consistency and class balance the one phase trains D on the
-  labels alone, and the other does the same from scratch."""
+  """The configuration of fine-tuning and its control.
+
+  Without GAN, consistency and class balance, one phase fine-tunes D on the labels alone, and the other
+  trains it on them from scratch.
+  """
   return mnist_ssgan.Config(
-    network="conv",  # its discriminator is the one that was trained
+    network="conv",  # the pair of the pre-trained discriminator
     data=config.data,
     images=config.images,
     labels=config.labels,
@@ -121,7 +124,7 @@ def _pair(config: Config) -> mnist_ssgan.Config:
 
 
 def gains(fine_tuned: Sequence[float], scratch: Sequence[float]) -> list[float]:
-  """By how many points transfer lowers the error, split by split: positive where it helps."""
+  """By how many percentage points transfer lowers the error on each split: positive if it helps."""
   return [before - after for before, after in zip(scratch, fine_tuned, strict=True)]
 
 

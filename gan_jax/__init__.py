@@ -14,11 +14,11 @@ __version__ = "0.1.0"
 __all__ = ["Model", "SemiSupervisedGAN", "load"]
 
 _MODULES = {"Model": "model", "SemiSupervisedGAN": "estimator", "load": "model"}
-"""Where these names are."""
+"""The module of each name."""
 
 
 def __getattr__(name: str) -> Any:
-  """Modules are imported when they are asked for: --help does not wait for JAX."""
+  """Imports modules on first access, so that --help does not wait for JAX."""
   if name in _MODULES:
     return getattr(importlib.import_module(f"gan_jax.{_MODULES[name]}"), name)
   try:

@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main() -> None:
-  """Runs the command that was named."""
+  """Runs the named command."""
   if sys.argv[1:] == ["--version"]:
     print(f"gan_jax {gan_jax.__version__}")
     sys.exit(0)
@@ -31,7 +31,7 @@ def main() -> None:
     sys.exit(0 if asked else 2)
   handler = signal.getsignal(signal.SIGINT)
   if handler is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process without a traceback of half an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from a half-finished import
   program = importlib.import_module("gan_jax.program")
   module = importlib.import_module(f"gan_jax.{'classify' if name == 'train' else 'commands'}")
   signal.signal(signal.SIGINT, handler)

@@ -1,8 +1,8 @@
-"""Random image transformations, differentiable in the image, one draw an image.
+"""Random image transformations, differentiable in the image, sampled independently per image.
 
-All take `(key, x)` with `x` in [0, 1], `[B, H, W, C]`, consume the key and give the same shape and
-range. Because they are differentiable, a GAN can put them before D on real and generated images alike: G
-then learns the images without them, as long as they can be undone on average.
+All take `(key, x)` with `x` in [0, 1], `[B, H, W, C]`, consume the key and preserve shape and range.
+Because they are differentiable, a GAN can apply them to all inputs of D, real and generated: G then learns
+the images without them, as long as they are invertible in distribution.
 
 References:
   Zhao et al., 2020, https://arxiv.org/abs/2006.10738 (DiffAugment).
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from gan_jax.types import Augment
 
 Border = Literal["zero", "edge", "mirror"]
-"""What is outside an image: zeros, the background of digits, or its edge repeated, or its mirror image."""
+"""Padding outside an image: zeros (the background of digits), the repeated edge, or the mirror image."""
 
 
 def affine(
@@ -33,11 +33,11 @@ def affine(
   """Builds a random affine map with bilinear sampling, each parameter uniform in its range.
 
   Args:
-    shift: largest shift along each axis, as a share of the side.
-    rotate: largest rotation either way, in degrees.
-    scale: largest change of size: each axis by a factor in `[1 / (1 + scale), 1 + scale]`, log-uniform.
+    shift: largest shift along each axis, as a fraction of the side.
+    rotate: largest rotation in either direction, in degrees.
+    scale: largest scaling: each axis by a factor in `[1 / (1 + scale), 1 + scale]`, log-uniform.
     shear: largest horizontal shear, as the tangent of its angle.
-    border: what is outside the image.
+    border: padding outside the image.
   """
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -54,7 +54,7 @@ def affine(
     maps = jnp.array([[*w, m - w[0] * dy - w[1] * dx] for w, m in zip((v, u), middle, strict=True)])
     sides = jnp.arange(height) - middle[0], jnp.arange(width) - middle[1]
     grid = jnp.array([*jnp.meshgrid(*sides, indexing="ij"), jnp.ones((height, width))])
-    # As a product, because XLA takes sums into each gather, and the sines with them, for every pixel.
+    # A matrix product: XLA would fuse sums, and the sines with them, into each gather, for every pixel.
     rows, columns = jnp.einsum("akb,khw->abhw", maps, grid, precision="highest")
     return sample(x, rows, columns, border)
 
@@ -67,12 +67,12 @@ def sample(
   columns: Float[Array, "b i j"],
   border: Border = "zero",
 ) -> Float[Array, "b i j c"]:
-  """The image at fractional positions, bilinear between pixels."""
+  """Samples the image at fractional positions, with bilinear interpolation."""
   batch, height, width, channels = x.shape
   rows, columns = _inside(rows, height, border), _inside(columns, width, border)
   top, left = jnp.floor(rows), jnp.floor(columns)
   down, right = (rows - top)[..., None], (columns - left)[..., None]
-  # A border of zeros, to which every position outside is clipped.
+  # A border of zeros, to which all positions outside the image are clipped.
   width = width + 4
   padded = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))).reshape(-1, channels)
   row = jnp.clip(top, -2, height).astype(jnp.int32) + 2
@@ -89,17 +89,17 @@ def sample(
 
 
 def _inside(position: Array, size: int, border: Border) -> Array:
-  """Positions along a side, those outside as the positions of the pixels that stand there."""
+  """Positions along a side; those outside are mapped to the pixels that the border repeats there."""
   if border == "edge" or (border == "mirror" and size == 1):
     return jnp.clip(position, 0, size - 1)
   if border == "mirror":
     last = size - 1
-    return last - jnp.abs(position % (2 * max(1, last)) - last)  # the edge itself is there once
+    return last - jnp.abs(position % (2 * max(1, last)) - last)  # the edge itself is not repeated
   return position
 
 
 def cutout(size: float, *, fill: float = 0.0) -> Augment:
-  """Builds a square hole of value `fill`, `size` times the shorter side, its centre anywhere.
+  """Builds a square hole of value `fill`, `size` times the shorter side, with a random centre.
 
   References:
     DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552.
@@ -118,7 +118,7 @@ def cutout(size: float, *, fill: float = 0.0) -> Augment:
 
 
 def chain(*augments: Augment) -> Augment:
-  """Applies several one after the other."""
+  """Applies several augmentations in sequence."""
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     for key_one, augment in zip(jax.random.split(key, len(augments)), augments, strict=True):
@@ -129,7 +129,7 @@ def chain(*augments: Augment) -> Augment:
 
 
 def translate(share: float, *, border: Border = "zero") -> Augment:
-  """Builds a shift by whole pixels, up to `share` of the side along each axis: a crop of a padded image."""
+  """Builds a shift by whole pixels, up to `share` of the side along each axis: a padded random crop."""
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     batch, height, width, _ = x.shape
@@ -149,7 +149,7 @@ def translate(share: float, *, border: Border = "zero") -> Augment:
 def brightness_contrast(*, brightness: float = 0.0, contrast: float = 0.0) -> Augment:
   """Builds `clip((x - mean) c + mean + b)` with `b` in +-`brightness` and `c` in 1 +- `contrast`, uniform.
 
-  The mean is the image's own. Clipped to [0, 1], so that what D sees stays an image.
+  The mean is that of each image. Clipped to [0, 1], so that D's input stays an image.
   """
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -161,9 +161,9 @@ def brightness_contrast(*, brightness: float = 0.0, contrast: float = 0.0) -> Au
 
 
 def saturation(most: float) -> Augment:
-  """Builds `mean + (x - mean) s`, the mean of each pixel's colours, with `s` uniform in 1 +- `most`.
+  """Builds `mean + (x - mean) s` with the mean of each pixel's colours and `s` uniform in 1 +- `most`.
 
-  Hue and mean stay. Clipped to [0, 1]. Grey images stay as they are.
+  Preserves hue and mean. Clipped to [0, 1]. Grey images are unchanged.
   """
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -177,10 +177,10 @@ def saturation(most: float) -> Augment:
 
 
 def hue(degrees: float) -> Augment:
-  """Builds a turn of the colours about the grey axis r = g = b, by an angle uniform in +-`degrees`.
+  """Builds a rotation of the colours about the grey axis r = g = b, by an angle uniform in +-`degrees`.
 
-  A third of a turn takes red to green, as in every colour model. Linear in the pixels, so that grey, which
-  has no hue, has a gradient. Clipped to [0, 1]. Grey images stay as they are.
+  A third of a turn maps red to green, as in every colour model. Linear in the pixels, so that grey, which
+  has no hue, has a gradient. Clipped to [0, 1]. Grey images are unchanged.
 
   References:
     Karras et al., 2020, https://arxiv.org/abs/2006.06676, appendix B (hue and saturation as linear maps).
@@ -204,13 +204,13 @@ def _mean_colour(x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
 
 
 def flip(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """Mirrors half of the images left to right. Not for digits: see `data.Dataset.of_objects`."""
+  """Mirrors each image left to right with probability 1/2. Not for digits, see `Dataset.of_objects`."""
   mirrored = jax.random.bernoulli(key, shape=(len(x), 1, 1, 1))
   return jnp.where(mirrored, x[:, :, ::-1], x)
 
 
 def quarter_turns(x: Float[Array, "b s s c"], turns: Int[Array, "b"]) -> Float[Array, "b s s c"]:
-  """Each image turned by its own number of quarter turns, 0 .. 3, counter-clockwise."""
+  """Rotates each image by its own number of quarter turns, 0 .. 3, counter-clockwise."""
   if x.shape[1] != x.shape[2]:
     raise ValueError(f"only square images can be turned by 90 degrees, not {x.shape[1]}x{x.shape[2]}")
   turned = jnp.stack([jnp.rot90(x, k, axes=(1, 2)) for k in range(4)])
@@ -218,7 +218,7 @@ def quarter_turns(x: Float[Array, "b s s c"], turns: Int[Array, "b"]) -> Float[A
 
 
 def sometimes(augment: Augment, prob: Float[Array, ""] | float) -> Augment:
-  """Applies it to each image with probability `prob`."""
+  """Applies an augmentation to each image with probability `prob`."""
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     key_apply, key_which = jax.random.split(key)
@@ -229,7 +229,7 @@ def sometimes(augment: Augment, prob: Float[Array, ""] | float) -> Augment:
 
 
 def some(num: int, *augments: Augment) -> Augment:
-  """Applies so many of these to each image, drawn for it alone, in their order.
+  """Applies `num` of these to each image, chosen at random per image, in the given order.
 
   References:
     Cubuk et al., 2019, https://arxiv.org/abs/1909.13719 (RandAugment; strengths here are drawn as well).
@@ -250,10 +250,10 @@ def some(num: int, *augments: Augment) -> Augment:
 class Adaptive:
   """Transformations whose probability grows while D overfits and falls while it does not (ADA).
 
-  D overfits where it is sure of real training images: `r = E sign(real logit of real images)` near 1. While
-  an average of r is above `target`, the probability p of each transformation grows, by 1 over
-  `num_images` real images; below it falls. p and the average live in `TrainState.aux`, so a resumed run
-  goes on with them.
+  D overfits when it is confident on real training images: `r = E sign(real logit of real images)` near 1.
+  While an average of r is above `target`, the probability p of each transformation grows, by 1 over
+  `num_images` real images; below `target` it falls. p and the average live in `TrainState.aux`, so a
+  resumed run continues with them.
 
   References:
     Karras et al., 2020, https://arxiv.org/abs/2006.06676, section 3.1 (r_t and its target of 0.6).
@@ -262,16 +262,16 @@ class Adaptive:
   augments: tuple[Augment, ...]
   target: float = 0.6
   num_images: int = 500_000
-  """Real images that D sees while p goes from 0 to 1."""
+  """Real images that D processes while p goes from 0 to 1."""
   horizon: int = 100
   """Steps over which r is averaged."""
 
   def init(self) -> dict[str, Float[Array, ""]]:
-    """The state to begin with, for `TrainState.aux`: p = 0, r = 0."""
+    """The initial state, for `TrainState.aux`: p = 0, r = 0."""
     return {"strength": jnp.zeros(()), "overfitting": jnp.zeros(())}
 
   def at(self, aux: dict[str, Float[Array, ""]]) -> Augment:
-    """The augmentation at the present strength."""
+    """The augmentation at the current strength."""
     if "strength" not in aux:
       raise ValueError("adaptive augmentation has a state: pass aux=augment.init() to steps.init_state")
     return chain(*(sometimes(augment, aux["strength"]) for augment in self.augments))
@@ -279,7 +279,7 @@ class Adaptive:
   def update(
     self, aux: dict[str, Float[Array, ""]], real_sign: Float[Array, ""], num_real: int
   ) -> dict[str, Float[Array, ""]]:
-    """The state after an update in which D saw `num_real` real images with this mean sign."""
+    """The state after an update of D on `num_real` real images with this mean sign."""
     overfitting = aux["overfitting"] + (real_sign - aux["overfitting"]) / self.horizon
     change = jnp.sign(overfitting - self.target) * num_real / self.num_images
     return {"strength": jnp.clip(aux["strength"] + change, 0.0, 1.0), "overfitting": overfitting}

@@ -1,4 +1,4 @@
-"""States on disk: all of one through Orbax, entirely or not at all, or its averages as safetensors."""
+"""States on disk: whole ones through Orbax, written atomically, or their averages as safetensors."""
 
 import contextlib
 import errno
@@ -23,7 +23,8 @@ from gan_jax.types import InputError, Json, NetState, TrainState
 class Checkpoints:
   """The checkpoints of one run, named by their step; the last two are kept.
 
-  A context manager: leaving it closes what writes. Reading changes nothing on disk.
+  A context manager: leaving it closes the writer. Nothing but `restore`, which renames
+  damaged checkpoints, changes anything on disk when it reads.
   """
 
   def __init__(self, directory: Path):
@@ -42,28 +43,28 @@ class Checkpoints:
 
   @property
   def latest_step(self) -> int | None:
-    """Step of the newest checkpoint; None where there is none."""
+    """Step of the newest checkpoint; None if there is none."""
     return max(self._steps(), default=None)
 
   def save(self, state: TrainState, extra: Json | None = None) -> None:
-    """Saves the state under its own step, with a checksum an array, unless that step is there already.
+    """Saves the state under its step, with one checksum per array, unless that step already exists.
 
     Args:
-      state: what `restore` gives back.
-      extra: what `extra` gives back.
+      state: the state that `restore` returns.
+      extra: JSON that the property `extra` returns.
 
     Raises:
       InputError: the disk is full.
     """
     step, packed = int(state.step), _pack(state)
-    if not processes.largest(step == self.latest_step):  # of several processes, all or none save
+    if not processes.largest(step == self.latest_step):  # either all processes save or none
       beside = {"checksums": _checksums(packed), "extra": extra or {}}
       with self._writing():
         self._checkpointer = self._checkpointer or self._open()
         self._checkpointer.save(step, packed, custom_metadata=beside)
 
   def _open(self) -> Any:
-    """What writes; it removes what a killed process left half written, and cannot open what is damaged."""
+    """The writer; it removes partial checkpoints of killed processes, and cannot open damaged ones."""
     for step in self._steps():
       try:
         self._beside(step)
@@ -81,7 +82,7 @@ class Checkpoints:
   def _writing(self) -> Iterator[None]:
     try:
       yield
-    except Exception as error:  # Orbax and its storage have no type of their own for it
+    except Exception as error:  # Orbax and its storage have no error type for it
       if "RESOURCE_EXHAUSTED" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
         raise
       raise InputError(
@@ -89,13 +90,13 @@ class Checkpoints:
       ) from error
 
   def restore(self, like: TrainState) -> TrainState:
-    """The newest state that is whole; damaged ones after it are renamed, so that a run goes on from it.
+    """The newest intact state; damaged ones after it are renamed, so that a run resumes from it.
 
     Args:
-      like: a state of the same networks and optimizers; it gives the structure.
+      like: a state of the same networks and optimizers, for its structure.
 
     Raises:
-      InputError: the checkpoint is of another model, or there is none but damaged ones.
+      InputError: the checkpoint is of another model, or all checkpoints are damaged.
     """
     packed = _pack(like)
 
@@ -113,20 +114,22 @@ class Checkpoints:
     for step in self._steps():
       if step > int(restored.step):  # else it would count as the newest
         self._lay_aside(step)
-    processes.wait("restored")  # no other process shall see a newest step that is laid aside
+    processes.wait("restored")  # no other process may see a newest step that is being renamed
     impl = jax.random.key_impl(like.key)
     return restored.replace(key=jax.random.wrap_key_data(restored.key, impl=impl))
 
   @property
   def extra(self) -> Json:
-    """What was saved beside the newest state."""
+    """The JSON saved with the newest state."""
     return self._beside(max(self._steps())).get("extra", {})
 
   def newest(self, read: Callable[[int], Any]) -> Any:
-    """What `read` makes of the newest step that is whole: its `metadata` and `load` raise at others.
+    """Returns `read(step)` for the newest intact step.
+
+    `read` calls `metadata` or `load`, which raise for a damaged step; this step is then skipped.
 
     Raises:
-      InputError: there is none; or what `read` raises.
+      InputError: no step is intact, or `read` raises it.
     """
     damaged = None
     for step in sorted(self._steps(), reverse=True):
@@ -145,14 +148,14 @@ class Checkpoints:
     beside = self._beside(step)
     try:
       found = _orbax().metadata(self.directory / str(step), checkpointable_name="state").metadata
-    except Exception as error:  # whatever Orbax and its storage raise
+    except Exception as error:  # Orbax and its storage may raise anything
       raise _DamagedError from error
     if not _leaves(found) or (beside and _leaves(found).keys() != beside["checksums"].keys()):
       raise _DamagedError
     return found
 
   def load(self, step: int, abstract: Any) -> Any:
-    """A state but for the leaves that are `...`, if it has the checksums that were saved with it."""
+    """A state without the leaves that are `...`; it must match the checksums that were saved with it."""
     beside = self._beside(step)
     try:
       loaded = _orbax().load(self.directory / str(step), abstract, checkpointable_name="state")
@@ -164,11 +167,11 @@ class Checkpoints:
     return loaded
 
   def _beside(self, step: int) -> Json:
-    """What `save` gave to Orbax beside the state; empty for a checkpoint that is older than checksums."""
+    """The metadata that `save` stored with the state; empty for a checkpoint older than checksums."""
     try:
       file = (
         self.directory / str(step) / "_CHECKPOINT_METADATA"
-      )  # Orbax itself would hide that it is damaged
+      )  # read directly: Orbax would hide that it is damaged
       beside = json.loads(file.read_text())["custom_metadata"]
       return beside and {"checksums": {**beside["checksums"]}, "extra": {**beside["extra"]}}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,8 +182,8 @@ class Checkpoints:
     return [int(path.name) for path in paths if path.name.isdigit()]
 
   def _lay_aside(self, step: int) -> None:
-    """Not removed: what cannot be read today perhaps can be tomorrow."""
-    if not processes.writes():  # the first of several processes does it
+    """Renames a checkpoint instead of removing it: what fails to read now may be readable later."""
+    if not processes.writes():  # only the first process does this
       return
     folder = self.directory / str(step)
     shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
@@ -188,12 +191,12 @@ class Checkpoints:
 
 
 class _DamagedError(Exception):
-  """A checkpoint whose files cannot be read, or hold other numbers than were saved."""
+  """A checkpoint whose files cannot be read, or do not hold the values that were saved."""
 
 
 @contextlib.contextmanager
 def _newest(run_dir: str | Path) -> Iterator[Checkpoints]:
-  """The checkpoints of another run, of which nothing is changed; `InputError` where it has none."""
+  """The checkpoints of another run, which are not modified; `InputError` if there are none."""
   directory = Path(run_dir) / "checkpoints"
   with Checkpoints(directory) as checkpoints:
     if checkpoints.latest_step is None:
@@ -204,19 +207,19 @@ def _newest(run_dir: str | Path) -> Iterator[Checkpoints]:
 def transfer(
   state: TrainState, run_dir: str | Path, *, layers: Sequence[str], parts: Sequence[str] = ("g", "d")
 ) -> tuple[TrainState, list[str]]:
-  """Starts networks from the averaged ones of another run's newest checkpoint.
+  """Initialises networks from the averaged ones in another run's newest checkpoint.
 
-  Both the parameters and their averages become the averages stored there; `model_state` comes along.
+  Both the parameters and their averages are set to the stored averages; `model_state` is copied too.
   Step, key and optimizers stay fresh, and so does a head of D that has another size there.
 
   Args:
     state: a fresh state.
-    run_dir: the directory of the other run. Nothing in it is changed.
+    run_dir: the directory of the other run, which is not modified.
     layers: `d.layers(image_shape)`; the other modules of D are its heads.
-    parts: "g", "d", or both.
+    parts: the networks to initialise, "g", "d", or both.
 
   Returns:
-    The state, and a sentence for each head of D that was not taken.
+    The state, and one sentence for each head of D that was not transferred.
 
   Raises:
     InputError: no checkpoint, a damaged one, or networks of another kind or image size.
@@ -246,17 +249,17 @@ def transfer(
   with _newest(run_dir) as checkpoints:
     taken, notes = checkpoints.newest(read)
   for path in list(taken):
-    if path.startswith("ema/"):  # copies: a donated state must not hold one buffer twice
+    if path.startswith("ema/"):  # copies: a donated state must not hold a buffer twice
       _, part, layer = path.split("/", 2)
       taken[f"{part}/params/{layer}"] = jnp.copy(taken[path])
   return _map(lambda path, leaf: taken.get(path, leaf), state), notes
 
 
 def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
-  """What a run's networks are read from: averages and `model_state` of its newest checkpoint.
+  """A run's networks: averages and `model_state` from its newest checkpoint.
 
   Args:
-    run_dir: the directory of the run. Nothing in it is changed.
+    run_dir: the directory of the run, which is not modified.
     like: a state of the same networks, or its shapes.
 
   Returns:
@@ -283,7 +286,7 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
 
 
 def averages(state: TrainState) -> TrainState:
-  """What a state's networks are read from: averages and `model_state`; the other fields are `{}`."""
+  """A state's step, averages and `model_state`, which define its networks; the other fields are `{}`."""
   empty = NetState({}, {}, {})
   return TrainState(
     step=state.step,
@@ -307,11 +310,11 @@ def _check_same(source: Path, wanted: TrainState, found: dict[str, tuple[int, ..
 # --- Averaged networks as safetensors
 
 SAFETENSORS = {"d": "model.safetensors", "g": "generator.safetensors"}
-"""The files of the two networks. A tensor is named by its place in the network's Flax variables."""
+"""The files of the two networks. A tensor is named by its path in the network's Flax variables."""
 
 
 def save_averages(folder: Path, state: TrainState) -> None:
-  """Writes what a state's networks are read from, its averages and `model_state`, as safetensors."""
+  """Writes a state's averages and `model_state`, which define its networks, as safetensors."""
   for name, file in SAFETENSORS.items():
     variables = {"params": state.ema[name], **getattr(state, name).model_state}
     arrays = {path: np.asarray(leaf) for path, leaf in _leaves(variables).items()}
@@ -319,13 +322,13 @@ def save_averages(folder: Path, state: TrainState) -> None:
 
 
 def read_averages(folder: Path, like: TrainState) -> TrainState:
-  """What `save_averages` wrote; otherwise as `restore_averages`."""
+  """Reads the files of `save_averages`; otherwise like `restore_averages`."""
   wanted, loaded = averages(like), {}
   for name, file in SAFETENSORS.items():
     try:
       with safetensors.safe_open(folder / file, "np") as tensors:
         loaded["step"] = np.int32(tensors.metadata()["step"])
-        for path in tensors.keys():  # noqa: SIM118 (it is no dict)
+        for path in tensors.keys():  # noqa: SIM118 (it is not a dict)
           prefix = f"ema/{name}/" if path.startswith("params/") else f"{name}/model_state/"
           loaded[prefix + path.removeprefix("params/")] = tensors.get_tensor(path)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -349,14 +352,14 @@ def _new_head(name: str, here: dict, there: dict) -> str:
 
 
 def _orbax() -> Any:
-  """Imported late, because it takes a second; untyped, because its own types disagree."""
+  """Orbax, imported late because that takes a second; untyped because its own types disagree."""
   from orbax.checkpoint import v1
 
   return v1
 
 
 def _pack(state: TrainState) -> TrainState:
-  """Typed keys become plain arrays."""
+  """The state with its typed key as a plain array."""
   return state.replace(key=jax.random.key_data(state.key))
 
 
@@ -365,13 +368,13 @@ def _abstract(a: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _map(fn: Callable[[str, Any], Any], tree: Any) -> Any:
-  """`fn(path, leaf)` for every leaf; a path is like `d/params/head/kernel`."""
+  """`fn(path, leaf)` for every leaf; a path looks like `d/params/head/kernel`."""
   keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
   return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(keystr(path), leaf), tree)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-  """The leaves of a tree by their paths."""
+  """The leaves of a tree by path."""
   keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
   return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 

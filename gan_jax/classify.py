@@ -1,6 +1,6 @@
-"""The main job: a classifier from few labels and many images, its controls, and how good it is.
+"""The main task: a classifier from few labels and many images, its controls, and their evaluation.
 
-Runs as `python -m gan_jax train` on data of one's own, and as `experiments.mnist_ssgan` on benchmarks.
+Runs as `python -m gan_jax train` on your own data, and as `experiments.mnist_ssgan` on benchmarks.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
 PICTURES = ("samples", "learning_curves.png", "confusion.png", "reliability.png")
 _NUM_SCORED = 10_000
-"""Generated images that go into a Frechet distance."""
+"""Generated images for a Frechet distance."""
 FILES = (*run_dir.TRAINING_FILES, *PICTURES, "supervised", "folds")
 
 
 @dataclass(frozen=True)
 class Config:
-  """The flags of this job."""
+  """The flags of this task."""
 
   data: cli.DataFlags = cli.DataFlags()
   stream: cli.StreamFlags = cli.StreamFlags()
@@ -51,24 +51,24 @@ class Config:
   train: cli.TrainFlags = cli.TrainFlags()
   network: ssgan.Tuned | None = None
   """conv: small convolutional pair with augmentation and consistency. vgg: a deeper one. resnet: a wide
-  residual pair. mlp: the pair of Improved GAN. (Default: vgg for colour pictures from 32x32 on, conv for
-  other images, mlp for vectors.)"""
+  residual pair. mlp: the pair of Improved GAN. (Default: vgg for colour pictures of at least 32x32, conv
+  for other images, mlp for vectors.)"""
   augment: policies.Name | None = None
-  """Augmentation of all that D sees. digits: affine maps with a black border. photos: crops, colours and
-  holes. objects: the same for things whose mirror image is of the same class. (Default: photos or objects
+  """Augmentation of D's inputs. digits: affine maps with a black border. photos: crops, colour changes and
+  cutout. objects: the same with mirroring, if mirror images keep their class. (Default: photos or objects
   for colour, digits for grey images, none for mlp.)"""
   adversarial: float | None = None
   """Weight of D's adversarial loss; 0 trains without a generator (default: the recipe's)."""
   consistency: float | None = None
-  """Weight of consistency; 0, and --class-balance 0 0, give the pure GAN (default: the recipe's)."""
+  """Weight of consistency; 0, with --class-balance 0 0, gives the pure GAN (default: the recipe's)."""
   class_balance: tuple[float, float] | None = None
-  """Weight of class balance at the first and at the last step. It holds predictions to the frequencies of
-  the labels (default: the recipe's)."""
+  """Weight of class balance at the first and at the last step. It pulls the mean prediction towards the
+  class frequencies of the labels (default: the recipe's)."""
   learning_rate: float | None = None
   """Peak learning rate of D (default: the recipe's)."""
   folds: int = 5
-  """Without test images: folds of the cross-validation over the labels that estimates the error, each as
-  long as the training itself; 0: no estimate."""
+  """Without test images: number of folds of the cross-validation over the labels that estimates the error,
+  each as long as the training itself; 0: no estimate."""
   frechet: bool = False
   """Also measure the Frechet distance of generated images to the test set."""
   transfer: cli.TransferFlags = cli.TransferFlags()
@@ -86,7 +86,7 @@ class Config:
 
 
 def main(config: Config, *, name: str = "train") -> Json:
-  """Trains the semi-supervised GAN and its two controls; returns what `result.json` holds."""
+  """Trains the semi-supervised GAN and its two controls; returns the contents of `result.json`."""
   dataset = cli.load(config.data, config.stream, needs_test=config.frechet)
   if config.frechet and dataset.workers is not None:
     raise InputError("--frechet needs all training images in memory: leave it out, or pass --stream no")
@@ -157,7 +157,7 @@ NAMES = {
   "probe_test_error": "linear probe on the discriminator's features",
   "input_probe_test_error": "linear probe on the vectors themselves",
 }
-"""What each error of `result.json` is of."""
+"""The classifier behind each error of `result.json`."""
 
 
 def _percent(error: float | None) -> str:
@@ -165,7 +165,7 @@ def _percent(error: float | None) -> str:
 
 
 def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
-  """The tuned recipe for so many training images, with the flags that were given."""
+  """The recipe tuned for this number of training images, with the given flags applied."""
   hparams = ssgan.for_images(
     dataset.image_shape,
     len(split.images),
@@ -191,16 +191,16 @@ def cross_validate(
   folds: Sequence[tuple[LabelSplit, np.ndarray]],
   workdir: Path,
 ) -> list[Evaluation]:
-  """Each recipe trained anew for every fold and read on the labelled images that the fold leaves out.
+  """Trains each recipe anew for every fold and evaluates it on the labelled images that it leaves out.
 
-  What was read of a fold goes to `workdir/folds`; a fold that is there is not trained again.
+  The results of each fold are stored in `workdir/folds`; a stored fold is not trained again.
 
   Returns:
-    An evaluation a recipe, of all left-out images together; empty where Ctrl-C stopped it.
+    One evaluation per recipe, over all left-out images; empty if Ctrl-C interrupted it.
   """
   evaluate_fold, parts = evaluate.make_evaluate(trained[0], of_input=dataset.of_vectors), []
   for i, (split, out) in enumerate(folds):
-    x_out: Any = data.Chosen(dataset.x_train, out)  # of a stream they are read when they are asked for
+    x_out: Any = data.Chosen(dataset.x_train, out)  # a stream reads them on access
     left_out = dataclasses.replace(dataset, x_test=x_out, y_test=dataset.y_train[out])
     path = workdir / "folds" / f"{i + 1}-of-{len(folds)}.npz"
     if stored := _stored_fold(path, left_out):
@@ -230,7 +230,7 @@ def _fit(
   images: data.DeviceData,
   devices: Sequence[jax.Device],
 ) -> list[train.Fit]:
-  """Trains the recipe and, in the first process, unless that was interrupted, the control."""
+  """Trains the recipe and then, in the first process and unless interrupted, the control."""
   logged = {
     "workdir": run.path,
     "tensorboard": config.loop.tensorboard,
@@ -256,14 +256,14 @@ def _fit(
 
 
 def _draws_images(recipe: Recipe, dataset: Dataset) -> bool:
-  """Whether a generator is trained whose samples can be looked at."""
+  """Whether a generator is trained whose samples can be viewed as images."""
   return recipe.has_generator and not dataset.of_vectors
 
 
 def _read_test_set(
   recipe: Recipe, dataset: Dataset, split: LabelSplit, fits: Sequence[train.Fit]
 ) -> list[Evaluation]:
-  """Of the recipe and of the control, as far as that was trained; none where there are no test images."""
+  """Evaluations of the recipe and of the control, if it was fully trained; none without test images."""
   if not len(dataset.x_test):
     return []
   states = [fits[0].state, *(control.state for control in fits[1:] if not control.interrupted)]
@@ -272,9 +272,9 @@ def _read_test_set(
 
 
 def _fit_control(run: run_dir.Run, control: Recipe, images: data.DeviceData, logged: Json) -> train.Fit:
-  """Trains the control, once: a resumed run of one process takes the end that it kept."""
+  """Trains the control once: a resumed run of one process restores the final state that it saved."""
   with checkpoint.Checkpoints(run.path / "supervised") as kept:
-    alone = jax.process_count() == 1  # Orbax saves with all processes, and here is but the first
+    alone = jax.process_count() == 1  # Orbax saves with all processes, and only the first is here
     done = alone and kept.latest_step is not None
     fit = train.fit(
       control,
@@ -293,7 +293,7 @@ def _fit_control(run: run_dir.Run, control: Recipe, images: data.DeviceData, log
 
 
 def _snapshot(run: run_dir.Run, recipe: Recipe) -> Callable[[TrainState], None]:
-  """Writes the images of ten fixed latents, as they are at this step."""
+  """Writes the images generated from ten fixed latents at the current step."""
 
   def snapshot(state: TrainState) -> None:
     x_fake = evaluate.sample(recipe, state, 10, seed=run.seed)
@@ -303,7 +303,7 @@ def _snapshot(run: run_dir.Run, recipe: Recipe) -> Callable[[TrainState], None]:
 
 
 def _on_the_way(run: run_dir.Run) -> list[page.Section]:
-  """What `_snapshot` wrote, in the order of the steps."""
+  """The images of `_snapshot` in step order."""
   paths = sorted((run.path / "samples").glob("step-*.png"))
   found = [page.Picture(path, f"step {int(path.stem.removeprefix('step-')):,}") for path in paths]
   text = "The same ten latents at ten times of the training."
@@ -318,7 +318,7 @@ def _pictures(
   split: LabelSplit,
   measured_on: str,
 ) -> tuple[list[tuple[str, str]], list[page.Section]]:
-  """Writes the pictures of a run; those at the head of its page, and the page's sections."""
+  """Writes the pictures of a run; returns those at the top of its page, and the page's sections."""
   shown, sections = [], []
   if _draws_images(recipe, run.dataset):
     x_fake = evaluate.sample(recipe, state, 100, seed=run.seed)
@@ -346,7 +346,7 @@ def _pictures(
 
 
 def _stored_fold(path: Path, left_out: Dataset) -> list[Evaluation] | None:
-  """What an earlier part of the run read of a fold, an evaluation a recipe."""
+  """The stored results of a fold, one evaluation per recipe; None if they are missing or damaged."""
   try:
     with np.load(path) as file:
       linear = dict(file)
@@ -358,7 +358,7 @@ def _stored_fold(path: Path, left_out: Dataset) -> list[Evaluation] | None:
 
 
 def _folds(dataset: Dataset, split: LabelSplit, num: int) -> list[tuple[LabelSplit, np.ndarray]]:
-  """Those of the cross-validation; none where there are test images or a class has a single label."""
+  """The folds of the cross-validation; none if there are test images or a class has a single label."""
   if len(dataset.x_test) or not num:
     return []
   counts = np.bincount(dataset.y_train[list(split.indices)], minlength=dataset.num_classes)
@@ -370,7 +370,7 @@ def _folds(dataset: Dataset, split: LabelSplit, num: int) -> list[tuple[LabelSpl
 
 
 def _announce(run: run_dir.Run, recipe: Recipe, split: LabelSplit, num_folds: int) -> None:
-  """What is about to happen."""
+  """Prints what the run will do."""
   dataset = run.dataset
   size = "x".join(map(str, dataset.image_shape))
   of = f"vectors of {dataset.image_shape[1]:,} numbers" if dataset.of_vectors else f"images of {size}"

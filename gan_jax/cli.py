@@ -1,6 +1,6 @@
-"""Groups of flags, each checked by itself, and what they choose.
+"""Groups of flags, each with its own checks, and what they select.
 
-An experiment composes them and takes none that it does not honour; `parsing` has the configurations.
+An experiment composes only the groups that it honours; `parsing` handles whole configurations.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,18 @@ class DataFlags:
   """The dataset."""
 
   dataset: str = "auto"
-  """auto, digits, mnist, fashion_mnist, kmnist, a prepared tfds dataset, or your own: folder:PATH or
-  arrays:FILE.npz. auto is MNIST where it is prepared or can be had, else the bundled digits; a dataset
-  named outright never falls back."""
+  """auto, digits, mnist, fashion_mnist, kmnist, a prepared tfds dataset, or your own data: folder:PATH or
+  arrays:FILE.npz. auto is MNIST if it is prepared or can be obtained, else the bundled digits; a dataset
+  named explicitly never falls back."""
   data_dir: str | None = None
-  """Where tfds keeps its datasets (default: tfds's own choice, TFDS_DATA_DIR included)."""
+  """Where tfds keeps its datasets (default: the default of tfds, which honours TFDS_DATA_DIR)."""
   manual_dir: str | None = None
-  """A folder with the dataset's original files, used in place of the network."""
+  """A folder with the dataset's original files, used instead of downloading them."""
   image_size: int | None = None
   """Resize all images to squares of this side."""
   fit: Literal["crop", "pad"] = "crop"
-  """How --image-size keeps the aspect: the centred square, or the whole picture with its edges repeated."""
+  """How --image-size keeps the aspect ratio: crop to the centred square, or pad the picture by repeating
+  its edges."""
 
   def check(self) -> None:
     at_least_one(self, "image_size")
@@ -46,13 +47,13 @@ class DataFlags:
 
 @dataclass(frozen=True)
 class StreamFlags:
-  """Training images that do not fit."""
+  """Streaming of training images that do not fit in memory."""
 
   stream: datasets.Choice = "auto"
-  """Read training images while training, or hold them on the device. auto reads those that, decoded, take
-  more than a quarter of the free memory or half of the device's, and says so."""
+  """Stream training images during training, or hold them on the device. auto streams images that, decoded,
+  take more than a quarter of the free memory or half of the device's, and says so."""
   workers: int | None = None
-  """Threads that read and decode them; 0: the loop itself does (default: the processor's cores)."""
+  """Threads that read and decode streamed images; 0: the training loop does (default: number of cores)."""
 
   def check(self) -> None:
     not_negative(self, "workers")
@@ -62,12 +63,12 @@ class StreamFlags:
 
 @dataclass(frozen=True)
 class ImageFlags:
-  """The training images that are used."""
+  """The training images to use."""
 
   num_images: int | None = None
-  """Train on so many images only (default: all that are not held out)."""
+  """Train on only this many images (default: all that are not held out)."""
   hold_out: int | None = 0
-  """Training images that no update sees, for diagnostics (None: a twentieth, at most 1,000)."""
+  """Training images held out for diagnostics, never trained on (None: a twentieth, at most 1,000)."""
 
   def check(self) -> None:
     at_least_one(self, "num_images")
@@ -76,14 +77,14 @@ class ImageFlags:
 
 @dataclass(frozen=True)
 class LabelFlags:
-  """The labels that are used."""
+  """The labels to use."""
 
   labels_per_class: int | Literal["all"] | None = None
-  """The label budget: so many labelled images of each class, or all (default: 10; all of your own data)."""
+  """The label budget: labelled images per class, or all (default: 10; for your own data, all)."""
   split_seed: int = 0
-  """Which images are the labelled ones."""
+  """Seed of the label split, which selects the labelled images."""
   exclude_labelled: bool = False
-  """Leave the labelled images out of the unlabelled ones."""
+  """Exclude the labelled images from the unlabelled ones."""
 
   def check(self) -> None:
     if self.labels_per_class != "all":
@@ -91,7 +92,7 @@ class LabelFlags:
     not_negative(self, "split_seed")
 
   def per_class(self, dataset: datasets.Dataset) -> int | None:
-    """The budget for this dataset, None for every label."""
+    """Labels per class for this dataset; None for all labels."""
     if self.labels_per_class is None:
       return None if dataset.own else 10
     return None if self.labels_per_class == "all" else self.labels_per_class
@@ -102,13 +103,13 @@ class TrainFlags:
   """Training."""
 
   steps: int | None = None
-  """Steps, each of which updates D, then G (default: the recipe's)."""
+  """Training steps; each updates D, then G (default: the recipe's)."""
   batch_size: int | None = None
-  """Unlabelled images per step, in experiments with generators all real ones (default: the recipe's)."""
+  """Unlabelled images per step; in generator experiments, all real images (default: the recipe's)."""
   seed: int = 0
-  """Seed of everything random but the label split."""
+  """Seed of all randomness except the label split."""
   precision: Precision | None = None
-  """Of the networks' products and convolutions; all else is float32 (default: the recipe's, float32)."""
+  """Precision of matrix products and convolutions; all else is float32 (default: the recipe's, float32)."""
 
   def check(self) -> None:
     at_least_one(self, "steps", "batch_size")
@@ -117,38 +118,37 @@ class TrainFlags:
 
 @dataclass(frozen=True)
 class LoopFlags:
-  """What is written during training."""
+  """The training loop: checkpoints, logs, devices."""
 
   checkpoint_every: int | None = None
   """Steps between checkpoints (default: a quarter of the steps, at most 1,000)."""
   on_nonfinite: Literal["stop", "rollback"] = "stop"
-  """Where a loss is not finite: stop, or go back to the last checkpoint at half the learning rates, three
-  times at most (rollback)."""
+  """If a loss is not finite: stop, or return to the last checkpoint with halved learning rates, at most
+  three times (rollback)."""
   tensorboard: bool = False
-  """Write the metrics for TensorBoard as well."""
+  """Also write the metrics for TensorBoard."""
   devices: int | None = None
-  """Devices that share each step (default: as many accelerators as divide its images; 1 on CPU)."""
+  """Devices that share each step (default: the most accelerators that divide its batch; 1 on CPU)."""
 
   def check(self) -> None:
     at_least_one(self, "checkpoint_every", "devices")
 
   def steps_between_checkpoints(self, num_steps: int) -> int:
-    """For a run of so many steps."""
+    """The checkpoint interval for a run of `num_steps` steps."""
     return self.checkpoint_every or max(1, min(1000, num_steps // 4))
 
 
 @dataclass(frozen=True)
 class ProcessFlags:
-  """Several processes, on one machine or many, that train together: the same command for each but for
-  --process-id."""
+  """Multi-process training, on one machine or many: the commands differ only in --process-id."""
 
   coordinator: str | None = None
-  """HOST:PORT at which the first process listens for the others, or auto: as Slurm, Open MPI, Kubernetes or
-  a Cloud TPU says."""
+  """HOST:PORT at which the first process listens for the others, or auto to take it from Slurm, Open MPI,
+  Kubernetes or Cloud TPU."""
   num_processes: int | None = None
-  """How many processes there are (default: as the cluster says)."""
+  """Number of processes (default: as reported by the cluster)."""
   process_id: int | None = None
-  """Which of them this is, from 0 on (default: as the cluster says). Process 0 alone writes."""
+  """Index of this process, from 0 (default: as reported by the cluster). Only process 0 writes."""
 
   def check(self) -> None:
     at_least_one(self, "num_processes")
@@ -162,7 +162,7 @@ class ProcessFlags:
       raise InputError(f"--process-id {i} is not one of {num} processes, which are counted from 0")
 
   def start(self) -> None:
-    """Joins the other processes, where there are any; only the first then prints what it does."""
+    """Joins the other processes, if there are any; from then on, only the first prints."""
     if self.coordinator is not None:
       processes.initialize(self.coordinator, self.num_processes, self.process_id)
       say(f"process {jax.process_index()} of {jax.process_count()}, {len(jax.devices())} devices in all")
@@ -171,15 +171,15 @@ class ProcessFlags:
 
 @dataclass(frozen=True)
 class TransferFlags:
-  """Networks from another run."""
+  """Initial networks from another run."""
 
   init_from: str | None = None
-  """Start from the averaged networks of the run in this folder. Another number of classes gives D a new
-  head."""
+  """Initialise with the averaged networks of the run in this folder. With another number of classes, D gets
+  a new head."""
   init_parts: Literal["both", "g", "d"] = "both"
-  """Which networks --init-from gives: both, the generator, or the discriminator."""
+  """Which networks to take from --init-from: both, the generator, or the discriminator."""
   freeze_d: int = 0
-  """Leave so many layers of the discriminator, from the image on, as --init-from gave them (FreezeD)."""
+  """Freeze this many of the discriminator's first layers at their --init-from values (FreezeD)."""
 
   def check(self) -> None:
     not_negative(self, "freeze_d")
@@ -190,7 +190,7 @@ class TransferFlags:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """The networks that the other run gives."""
+    """The networks to take from the other run."""
     return {"both": ("g", "d"), "g": ("g",), "d": ("d",)}[self.init_parts]
 
 
@@ -199,11 +199,11 @@ class RunFlags:
   """The run's directory."""
 
   workdir: str | None = None
-  """Where the run goes (default: runs/<experiment>/<time>)."""
+  """Directory of the run (default: runs/<experiment>/<time>)."""
   resume: bool = False
-  """Continue the run in --workdir from its last checkpoint, bit for bit."""
+  """Resume the run in --workdir from its last checkpoint, bit for bit."""
   overwrite: bool = False
-  """Replace the run that --workdir holds."""
+  """Replace the run in --workdir."""
 
   def check(self) -> None:
     if self.resume and self.workdir is None:
@@ -213,7 +213,7 @@ class RunFlags:
 
 
 def at_least_one(flags: Any, *names: str) -> None:
-  """Raises `InputError` for the first of these flags that is below 1; None is not."""
+  """Raises `InputError` for the first of these flags that is below 1; None is allowed."""
   for name in names:
     value = getattr(flags, name)
     if value is not None and value < 1:
@@ -221,7 +221,7 @@ def at_least_one(flags: Any, *names: str) -> None:
 
 
 def not_negative(flags: Any, *names: str) -> None:
-  """Raises `InputError` for the first of these flags that is negative; None is not."""
+  """Raises `InputError` for the first of these flags that is negative; None is allowed."""
   for name in names:
     value = getattr(flags, name)
     if value is not None and any(v < 0 for v in (value if isinstance(value, tuple) else (value,))):
@@ -229,21 +229,21 @@ def not_negative(flags: Any, *names: str) -> None:
 
 
 def flag(name: str) -> str:
-  """A field as it is typed on the command line."""
+  """A field's name as typed on the command line."""
   return f"--{name.replace('_', '-')}"
 
 
 def given(**values: Any) -> Json:
-  """Those that are not None: what replaces the values of a recipe."""
+  """The values that are not None, which replace those of a recipe."""
   return {name: value for name, value in values.items() if value is not None}
 
 
 def load(
   flags: DataFlags, stream: StreamFlags | None = None, *, needs_test: bool = True
 ) -> datasets.Dataset:
-  """The dataset of these flags, see `datasets.load`; `InputError` where it lacks the test images needed.
+  """Loads the dataset of these flags, see `datasets.load`; `InputError` if it lacks required test images.
 
-  Without `stream` its training images are held in memory.
+  Without `stream`, training images are held in memory.
   """
   stream = stream or StreamFlags("no")
   say(f"reading {flags.dataset}")
@@ -263,7 +263,7 @@ def load(
 
 
 def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFlags) -> LabelSplit:
-  """The labels and images of these flags, see `data.split_labels`."""
+  """The label split of these flags, see `data.split_labels`."""
   num_train, num_held_out = len(dataset.x_train), images.hold_out
   split = data.split_labels(
     dataset.y_train,
@@ -281,12 +281,12 @@ def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFla
 
 
 def devices(num: int | None, recipe: Recipe) -> list[Any]:
-  """The devices of --devices for `train.fit`: none where one does it.
+  """The devices of --devices for `train.fit`; empty if a single device is used.
 
   Raises:
-    InputError: there are not so many, or the batch cannot be split over them, or is beyond all memory.
+    InputError: there are too few devices, or the batch cannot be split over them or exceeds all memory.
   """
-  # Activations and gradients take more than these 64 bytes a value, but how much depends on the networks.
+  # Activations and gradients take more than 64 bytes per value; how much more depends on the networks.
   hint = "choose a smaller --batch-size"
   pictures.check_memory(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
   there, num_processes = jax.devices(), jax.process_count()
@@ -304,6 +304,6 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
   taken = [[d for d in there if d.process_index == i][: num // num_processes] for i in range(num_processes)]
   devices = [device for those in taken for device in those]
   if num > 1:
-    parallel.over_devices(recipe, devices)  # so that a batch that cannot be split is told at once
+    parallel.over_devices(recipe, devices)  # reports a batch that cannot be split before training
     say(f"{num} of {len(there)} devices share each step")
   return devices if num > 1 else []

@@ -1,4 +1,4 @@
-"""The commands of `gan-jax` but for `train`, which is `classify`."""
+"""The commands of `gan-jax`, except `train`, which is in `classify`."""
 
 import csv
 import io
@@ -25,15 +25,15 @@ class Predict:
   model: Positional[str]
   """Folder of a run, or of an export."""
   images: Positional[tuple[str, ...]]
-  """Pictures, folders of pictures, or files .npy and .npz with an array of images."""
+  """Pictures, folders of pictures, or .npy and .npz files with an array of images."""
   out: str | None = None
   """CSV file of the predictions (default: standard output)."""
   top_k: int = 1
-  """How many of the most probable classes to write for each image."""
+  """Number of most probable classes to write for each image."""
   review: int | None = None
-  """Write only this many images whose label would teach most, uncertain and unlike each other, as a
-  labels.csv to fill in; of a single folder without those that its table or its class folders already
-  label, and without its test set."""
+  """Write only this many images, those most worth labelling (uncertain and diverse), as a labels.csv to
+  fill in; of a single folder, exclude its test set and the images that its table or class folders already
+  label."""
 
   def check(self) -> None:
     cli.at_least_one(self, "top_k", "review")
@@ -53,8 +53,8 @@ def predict(config: Predict) -> Json:
   python -m gan_jax predict RUN pictures/ --out predictions.csv --top-k 3
   python -m gan_jax predict RUN pictures/ --review 100 --out to_label.csv
 
-  A line an image: its name, the predicted class and its probability, further ones with --top-k, and
-  real_logit, which is lower for images unlike those of the training set.
+  One line per image: its name, the predicted class and its probability, further classes with --top-k, and
+  real_logit, which is lower for images unlike the training images.
   """
   from gan_jax import model, pictures
 
@@ -91,11 +91,11 @@ def _predictions(
 
 
 def to_review(probs: np.ndarray, features: np.ndarray, num: int) -> list[int]:
-  """Positions of the `num` images whose labels would teach most.
+  """Positions of the `num` images most worth labelling.
 
-  Of the ten times as many least certain images, by the margin between the two most probable classes, those
-  that are unlike each other: the least certain one, then always the one farthest in feature space from all
-  that were chosen (Sener & Savarese, 2018, https://arxiv.org/abs/1708.00489, algorithm 1).
+  A diverse subset of the `10 num` least certain images, by the margin between the two most probable
+  classes: the least certain one, then repeatedly the one farthest in feature space from all chosen so far
+  (Sener & Savarese, 2018, https://arxiv.org/abs/1708.00489, algorithm 1).
   """
   if not len(probs):
     return []
@@ -120,13 +120,13 @@ class Sample:
   model: Positional[str]
   """Folder of a run, or of an export."""
   num: int = 64
-  """How many images."""
+  """Number of images."""
   class_name: str | None = None
-  """The class that they are to be of, for a class-conditional generator."""
+  """The class of the images; needs a class-conditional generator."""
   seed: int = 0
-  """Of the latents: the first images of a larger number are the same."""
+  """Seed of the latents; a larger --num starts with the same images."""
   out: str = "samples.png"
-  """PNG of all images in a grid, or a .npy file of floats in [0, 1], [N, H, W, C]."""
+  """PNG grid of all images, or a .npy file of floats in [0, 1], [N, H, W, C]."""
 
   def check(self) -> None:
     cli.at_least_one(self, "num")
@@ -216,7 +216,7 @@ class Check:
   """The flags of check."""
 
   path: Positional[str]
-  """A folder of pictures or an .npz file, as --dataset folder:PATH and arrays:PATH take them."""
+  """A folder of pictures or an .npz file, as for --dataset folder:PATH and arrays:PATH."""
 
   def check(self) -> None:
     if not Path(self.path.removeprefix("folder:").removeprefix("arrays:")).expanduser().exists():
@@ -224,12 +224,12 @@ class Check:
 
 
 def check(config: Check) -> Json:
-  """Reports what a folder or file of images holds, and what is wrong with it, before any training.
+  """Reports the contents and problems of a folder or file of images, before any training.
 
   python -m gan_jax check PATH
 
-  Counts, sizes, bit depths, classes, unreadable files, duplicates, and images that are both in training and
-  in test. The exit code is 1 where something must be mended before training.
+  Counts, sizes, bit depths, classes, unreadable files, duplicates, and images that are in both the training
+  and the test set. The exit code is 1 if something must be fixed before training.
   """
   from gan_jax import pictures
 
@@ -241,7 +241,7 @@ def check(config: Check) -> Json:
 
 
 def _write(path: str | None, content: str | bytes) -> None:
-  """To a file, whole or not at all, or to standard output."""
+  """Writes atomically to a file, or to standard output."""
   if path is None:
     sys.stdout.write(content if isinstance(content, str) else content.decode())
     return
@@ -265,4 +265,4 @@ CONFIGS: dict[str, tuple[Callable[[Any], Json], type]] = {
   "report": (report_runs, Report),
   "check": (check, Check),
 }
-"""The functions, and their flags."""
+"""The commands by name, each with its flags."""

@@ -1,4 +1,4 @@
-"""Label splits as values, the training set on the device, and batches sampled there."""
+"""Label splits, the training set on the device, and batch sampling there."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -27,22 +27,23 @@ def split_labels(
   num_images: int | None = None,
   num_held_out: int = 0,
 ) -> LabelSplit:
-  """Chooses labels, images, and images to hold out, from one seeded permutation of the training set.
+  """Chooses the labelled, training and held-out images from one seeded permutation of the training set.
 
-  The images of the run are its first `num_images`, the held-out ones its last; the labelled ones are the
-  first `per_class` of every class. So splits of one seed are nested: 5 labels a class are among the 10.
+  The run trains on the first `num_images` of the permutation and holds out the last `num_held_out`; the
+  first `per_class` training images of each class are labelled. Splits of one seed are therefore nested:
+  5 labels per class are a subset of 10.
 
   Args:
-    labels: classes of the whole training set, -1 where there is no label.
-    per_class: labels of each class; None: every label of the images of the run.
-    seed: of the permutation.
-    class_names: of the classes, for messages.
-    num_images: images that the run may train on; None: all that are not held out.
-    num_held_out: images that it may not.
+    labels: classes of the whole training set, -1 for no label.
+    per_class: labels per class; None uses every label of the run's images.
+    seed: seed of the permutation.
+    class_names: names of the classes, for messages.
+    num_images: images that the run may train on; None uses all that are not held out.
+    num_held_out: images to hold out.
 
   Raises:
-    InputError: no labels at all, `per_class` is below 1 or above the labels of the smallest class, or there
-      are not so many images.
+    InputError: there are no labels, a class has none among the chosen images, `per_class` is below 1 or
+      above the number of labels of the rarest class, or there are too few images.
   """
   if per_class is not None and per_class < 1:
     raise InputError(f"--labels-per-class must be at least 1, not {per_class}")
@@ -59,7 +60,7 @@ def split_labels(
   if not len(classes):
     raise InputError("no training image has a label")
   known = images[labels[images] >= 0]
-  known = known[np.argsort(labels[known], kind="stable")]  # class by class, each as in the permutation
+  known = known[np.argsort(labels[known], kind="stable")]  # grouped by class, in permutation order
   first = np.searchsorted(labels[known], classes)
   counts = np.diff(first, append=len(known))
   rarest = classes[counts.argmin()]
@@ -71,7 +72,7 @@ def split_labels(
     )
   if counts.min() == 0:
     raise InputError(f"class {rarest} has no label among the {num_images} images to train on")
-  place = np.arange(len(known)) - np.repeat(first, counts)  # of each among those of its class
+  place = np.arange(len(known)) - np.repeat(first, counts)  # rank of each within its class
   chosen = known if per_class is None else known[place < per_class]
   return _split(labels, chosen, per_class, seed, images, held_out)
 
@@ -79,16 +80,16 @@ def split_labels(
 def folds(
   labels: Int[np.ndarray, "n"], split: LabelSplit, num: int
 ) -> list[tuple[LabelSplit, Int[np.ndarray, "o"]]]:
-  """Cross-validation over the labels: `num` splits, and the labelled images that each leaves out.
+  """Cross-validation over the labels: `num` splits, each with the labelled images that it leaves out.
 
-  Every labelled image is left out once, and then it is no image of the run at all, as a new image would
-  be. None is held out beside them. Stratified: a class's labels are dealt to the folds in turn, in the
-  order of the split's seed.
+  Every labelled image is left out by one split, which does not use it as an unlabelled image either: to
+  this split it is a new image. No other images are held out. Stratified: the labels of each class are
+  dealt to the folds in turn, in an order drawn with the split's seed.
 
   Args:
-    labels: classes of the whole training set, -1 where there is no label.
-    split: what to take apart.
-    num: at least 2, at most the labels of the smallest class.
+    labels: classes of the whole training set, -1 for no label.
+    split: the split to divide.
+    num: number of folds, at least 2 and at most the number of labels of the rarest class.
   """
   order = np.random.default_rng(split.seed).permutation(np.asarray(split.indices))
   order = order[np.argsort(labels[order], kind="stable")]
@@ -116,9 +117,9 @@ def _split(
 
 
 def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | None:
-  """Frequencies of the classes among labels, `(n_k + 1) / (n + K)`; None where all are equal.
+  """Class frequencies of the labels, `(n_k + 1) / (n + K)`; None if all are equal.
 
-  One is added to each count (Laplace), because a class may have but one label.
+  Laplace smoothing, because a class may have only one label.
   """
   counts = np.bincount(np.asarray(y_lab), minlength=num_classes)
   if len(set(counts.tolist())) == 1:
@@ -129,65 +130,67 @@ def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | N
 # --- On the device
 
 NUM_SEEN = 500
-"""Images that every run has on the device, for weight normalisation and diagnostics, see `seen`."""
+"""Images that every run keeps on the device, for weight normalisation and diagnostics, see `seen`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-  """Images that are read while a run trains, see `gan_jax.stream`."""
+  """Images that are read during training, see `gan_jax.stream`."""
 
   source: ImageSource
   rows: Int[np.ndarray, "u"]
-  """Which of them are the unlabelled images of the run."""
+  """Positions of the run's unlabelled images in the source."""
   labelled: Int[np.ndarray, "n"] | None
-  """Which are the labelled ones; None: these are on the device, because they are few."""
+  """Positions of the labelled images; None if they are few and therefore on the device."""
   workers: int
-  """Threads that read; 0: the loop itself does."""
+  """Reader threads; 0 reads in the training loop itself."""
 
   def counts(self, sizes: BatchSizes) -> tuple[int, int, int]:
-    """How many of each kind a step reads."""
+    """Images of each kind that a step reads from the stream."""
     return sizes._replace(labelled=0 if self.labelled is None else sizes.labelled)
 
 
 def seen(x: Any) -> Any:
-  """`NUM_SEEN` rows, spread evenly over all, or all where there are no more: images of a folder are in the
-  order of their classes. Of what was chosen so all is chosen again."""
+  """`NUM_SEEN` evenly spaced rows, or all rows if there are no more. Idempotent.
+
+  Evenly spaced, because the images of a folder are sorted by class.
+  """
   num = min(len(x), NUM_SEEN)
   return x[np.arange(num) * len(x) // max(num, 1)]
 
 
 class DeviceData(struct.PyTreeNode):
-  """A training set on the device, as bytes. Of the labels only those that a run may use are there."""
+  """A training set on the device, as bytes, with only the labels that the run may use."""
 
   x_lab: UInt8[Array, "n h w c"]
-  """Where they are streamed those that are `seen`."""
+  """Labelled images; if these are streamed, only the `seen` ones."""
   y_lab: Int[Array, "n"]
-  """All of them, always."""
+  """Classes of all labelled images, streamed or not."""
   x_unl: UInt8[Array, "u h w c"]
-  """With a stream those that are `seen`."""
+  """Unlabelled images; with a stream, only the `seen` ones."""
   x_held_out: UInt8[Array, "o h w c"]
   """Images that no update sees, for diagnostics."""
   y_held_out: Int[Array, "o"]
-  """Their labels in a run with every label, else -1; no update sees them either."""
+  """Their labels if the run uses every label, else -1; no update sees these either."""
   x_steps: UInt8[Array, "m b h w c"] | None = None
-  """With a stream: what each step of one dispatch draws, as far as it is streamed: labelled images, then
-  unlabelled ones of D's update, then of G's."""
+  """With a stream: the streamed images of each step of one dispatch, in the order labelled, unlabelled for
+  D's update, unlabelled for G's."""
   stream: Stream | None = struct.field(pytree_node=False, default=None)
-  """Where the images come from in a run that does not hold all of them."""
+  """The stream of the images; None if all of them are on the device."""
 
   @classmethod
   def from_arrays(
     cls, x_lab: UInt8[Any, "n h w c"], y_lab: Int[Any, "n"], x_unl: UInt8[Any, "u h w c"]
   ) -> "DeviceData":
-    """Images as bytes, and the labels of some of them, without held-out ones.
+    """A training set from arrays, without held-out images.
 
     Args:
-      x_lab: labelled images, `[N, H, W, C]`.
+      x_lab: labelled images as bytes, `[N, H, W, C]`.
       y_lab: their classes, 0 .. K-1.
-      x_unl: all images that may be used without a label; the labelled ones may be among them.
+      x_unl: images used without labels, as bytes; the labelled ones may be among them.
 
     Raises:
-      InputError: a label below 0.
+      InputError: a label is below 0.
     """
     chex.assert_equal_shape([x_lab, x_unl], dims=(1, 2, 3))
     chex.assert_type([x_lab, x_unl], np.uint8)
@@ -198,10 +201,10 @@ class DeviceData(struct.PyTreeNode):
 
 
 def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = False) -> DeviceData:
-  """Puts the labelled subset, the unlabelled and the held-out images on the device.
+  """Puts the labelled, unlabelled and held-out images on the device.
 
-  The unlabelled images are all images of the run, labelled ones included, or without them. Those of a
-  dataset that is streamed stay where they are; so do the labelled ones if they are more than `NUM_SEEN`.
+  The unlabelled images are all images of the run, with or without the labelled ones. For a streamed dataset
+  only the `seen` ones go to the device; the same holds for more than `NUM_SEEN` labelled images.
   """
   labelled = np.asarray(split.indices, int)
   unlabelled = np.asarray(split.images, int)
@@ -214,7 +217,7 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
     many = len(labelled) > NUM_SEEN
     stream = Stream(dataset.x_train, unlabelled, labelled if many else None, dataset.workers)
     unlabelled, labelled = seen(unlabelled), seen(labelled)
-  take = lambda rows: jax.device_put(dataset.x_train[rows])  # `jnp.asarray` copies once more on the host
+  take = lambda rows: jax.device_put(dataset.x_train[rows])  # `jnp.asarray` makes one more copy on the host
   x_lab = take(labelled)
   same = np.array_equal(labelled, unlabelled)  # every image has a label: one copy serves both
   return DeviceData(
@@ -229,7 +232,7 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-  """Some images of a dataset, read when they are asked for; an array as to `len`, `shape` and `[rows]`."""
+  """Some images of a dataset, read on access; like an array, it has `len`, `shape` and `[rows]`."""
 
   source: ImageSource
   rows: Int[np.ndarray, "n"]
@@ -246,23 +249,23 @@ class Chosen:
 
 
 def labelled(dataset: Dataset, split: LabelSplit) -> tuple[Chosen, Int[np.ndarray, "n"]]:
-  """The labelled images of a split, wherever they are, and their classes."""
+  """The labelled images of a split, in memory or streamed, and their classes."""
   rows = np.asarray(split.indices, int)
   return Chosen(dataset.x_train, rows), dataset.y_train[rows]
 
 
 def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats: int = 1) -> DeviceData:
-  """Several splits of one training set: `x_lab` and `y_lab` with a leading axis, all images once.
+  """Several splits of one training set: `x_lab` and `y_lab` get a leading axis, `x_unl` is shared.
 
   Args:
-    dataset: where the images are.
-    splits: the unlabelled images are those of all of them, labelled ones included.
-    repeats: copies of each labelled image, so that label budgets of one size share one compiled program.
-      They are drawn as often as without, but for a set of exactly the batch's size, which is then no longer
-      taken whole in every step, see `draw_rows`.
+    dataset: source of the images.
+    splits: splits of the same images; all of these serve as unlabelled images, labelled ones included.
+    repeats: copies of each labelled image, so that different label budgets can share one compiled program.
+      Images are drawn as often as without copies, except that a labelled set of exactly the batch size is
+      no longer taken whole in every step, see `draw_rows`.
 
   Raises:
-    InputError: the splits differ in their images, or in how many labels they have.
+    InputError: the splits differ in their images or in their number of labels.
   """
   if len({(split.images, split.held_out, len(split.indices)) for split in splits}) != 1:
     raise InputError("splits that are trained together need the same images and as many labels each")
@@ -273,10 +276,10 @@ def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats:
 
 
 def make_sample_batch(sizes: BatchSizes) -> Callable[..., Batch]:
-  """Builds `sample_batch(key, data, i=0) -> Batch` of these sizes; it consumes the key.
+  """Builds `sample_batch(key, data, i=0) -> Batch` for these sizes; it consumes the key.
 
-  It draws as `draw_rows` does. `i` is the place of the step in its dispatch: images that are streamed were
-  drawn before it.
+  The rows come from `draw_rows`. `i` is the index of the step in its dispatch; it selects the step's
+  streamed images, which were drawn beforehand.
   """
 
   def sample_batch(key: Key[Array, ""], data: DeviceData, i: Int[Any, ""] = 0) -> Batch:
@@ -302,7 +305,7 @@ def make_sample_batch(sizes: BatchSizes) -> Callable[..., Batch]:
 def draw_rows(
   key: Key[Array, ""], sizes: BatchSizes, num_labelled: int, num_unlabelled: int
 ) -> tuple[Int[Array, "n"], Int[Array, "u"], Int[Array, "g"]]:
-  """Which images a batch is made of: rows of the labelled ones, and of the unlabelled ones for D and for G.
+  """Draws the rows of a batch: of the labelled images, and of the unlabelled ones for D and for G.
 
   Uniform with replacement; a labelled set of exactly `sizes.labelled` images is taken whole. Consumes the
   key.

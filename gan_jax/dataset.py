@@ -1,4 +1,4 @@
-"""What every dataset is: images as bytes, labels, names; and whether its images are held or streamed."""
+"""The `Dataset` type: images as bytes, labels and names. Decides whether images are streamed."""
 
 import math
 from collections.abc import Sequence
@@ -14,47 +14,47 @@ from gan_jax.report import say
 from gan_jax.types import ImageSource, InputError
 
 if TYPE_CHECKING:
-  from gan_jax.pictures import Reader, Scaling  # which make datasets
+  from gan_jax.pictures import Reader, Scaling  # which imports this module
 
 Choice = Literal["auto", "yes", "no"]
 HOST_SHARE, DEVICE_SHARE = 0.25, 0.5
-"""Of the host's free memory and of the device's memory: the most that `auto` lets training images take."""
+"""Shares of the host's free memory and of the device's memory that `auto` lets training images take."""
 _OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "imagenette", "oxford_flowers102")
 
 
 @dataclass(frozen=True)
 class Dataset:
-  """Images and labels in host memory. The test part is for the last evaluation of a run alone.
+  """Images and labels on the host. The test set is only for the final evaluation of a run.
 
   Raises:
-    InputError: images that are not bytes `[N, H, W, C]`, other than one label an image, or labels that are
-      no classes.
+    InputError: images are not bytes `[N, H, W, C]`, their number differs from that of the labels, or labels
+      are out of range.
   """
 
   name: str
   x_train: ImageSource
-  """Bytes `[N, H, W, C]`, an array or, where they are read when they are asked for, another source."""
+  """Bytes `[N, H, W, C]`: an array, or a source that reads them on access."""
   y_train: Int[np.ndarray, "n"]
-  """Classes, 0 .. K-1; -1: an image without a label."""
+  """Classes, 0 .. K-1; -1 for an unlabelled image."""
   x_test: UInt8[np.ndarray, "m h w c"]
-  """Empty where there is no test set."""
+  """Empty if there is no test set."""
   y_test: Int[np.ndarray, "m"]
   class_names: tuple[str, ...]
   note: str = ""
-  """What the user must know about how the data was chosen; empty where there is nothing."""
+  """What the user must know about how the data was chosen; may be empty."""
   own: bool = False
-  """The user's own data, of which all given labels are used unless a budget is named."""
+  """Whether this is user data, for which all labels are used unless a label budget is given."""
   reader: "Reader | None" = None
-  """How its pictures were read, so that new ones are read alike."""
+  """How its pictures were read, so that new ones are read the same way."""
   scaling: "Scaling | None" = None
-  """How its vectors became bytes."""
+  """How its vectors were scaled to bytes."""
   names_train: Sequence[str] = ()
-  """Of the training images, such as their files; empty where they have none."""
+  """Names of the training images, such as file names; empty if they have none."""
   names_test: Sequence[str] = ()
-  """Of the test images."""
+  """Names of the test images."""
   workers: int | None = None
-  """Threads that read its training images while a run trains, 0: its loop does; None: they are put on the
-  device before."""
+  """Threads that read its training images during training, 0 for the training loop itself; None if the
+  images are put on the device beforehand."""
 
   def __post_init__(self) -> None:
     for part, x, y, lowest in (
@@ -87,19 +87,19 @@ class Dataset:
 
   @property
   def of_vectors(self) -> bool:
-    """Whether its images are vectors, `[1, F, 1]`: there is nothing to look at."""
+    """Whether its images are vectors, `[1, F, 1]`, which cannot be shown as images."""
     return self.scaling is not None
 
   @property
   def of_objects(self) -> bool:
-    """Whether its images show things that stand upright: a mirror keeps the class, a turn shows."""
+    """Whether its images show upright objects: a flip keeps the class, a rotation is noticeable."""
     return self.name.partition("@")[0] in _OBJECTS
 
 
 def is_streamed(choice: Choice, shape: Sequence[int], *, held: int = 0) -> bool:
-  """Whether training images of this shape `[N, H, W, C]` are streamed; says so where `auto` decides it.
+  """Whether training images of shape `[N, H, W, C]` are streamed; prints a message if `auto` decides so.
 
-  Of the memory that is free now and the bytes `held` by the images themselves.
+  Host memory counts as available if it is free now or `held` by the images themselves, in bytes.
   """
   if choice != "auto":
     return choice == "yes"

@@ -1,7 +1,7 @@
-"""Loads datasets by their names.
+"""Loads datasets by name.
 
-Those of tensorflow-datasets, see `prepared`; the digits bundled with scikit-learn; the user's own pictures
-and arrays, see `pictures`.
+Sources are tensorflow-datasets, see `prepared`; the digits bundled with scikit-learn; user pictures and
+arrays, see `pictures`.
 """
 
 from collections.abc import Callable
@@ -30,22 +30,22 @@ def load(
   stream: Choice = "no",
   workers: int = 2,
 ) -> Dataset:
-  """Loads a dataset, preparing it first where that can be done.
+  """Loads a dataset, preparing it first if possible.
 
   Args:
     name: `digits`, a dataset of tfds such as `mnist`, `folder:PATH` (see `pictures.load_folder`),
-      `arrays:FILE.npz` (see `pictures.load_arrays`), or `auto`: MNIST where it is prepared or can be had,
-      else `digits`.
-    data_dir: where tfds keeps its datasets; by default tfds's own choice, `TFDS_DATA_DIR` included.
-    manual_dir: a folder with the original files of the dataset, in place of the network.
-    image_size: resizes all images to squares of this side; the name then ends in `@` and the side.
-    fit: how the aspect is kept then: `crop` takes the centred square, `pad` the whole image, and repeats
-      its edges.
-    stream: whether training images are read while a run trains, see `is_streamed`.
-    workers: threads that read them then.
+      `arrays:FILE.npz` (see `pictures.load_arrays`), or `auto`: MNIST if it is prepared or can be, else
+      `digits`.
+    data_dir: where tfds keeps its datasets; defaults to tfds's own choice, which includes `TFDS_DATA_DIR`.
+    manual_dir: a folder with the original files of the dataset, used instead of downloading them.
+    image_size: resizes all images to squares of this side and appends `@` and the side to the name.
+    fit: how resizing keeps the aspect ratio: `crop` takes the centred square, `pad` takes the whole image
+      and repeats its edges.
+    stream: whether training images are read during training, see `is_streamed`.
+    workers: threads that read streamed images.
 
   Raises:
-    InputError: unknown name, nothing prepared and no way to get it, corrupt files.
+    InputError: unknown name, a dataset that is not prepared and cannot be, or corrupt files.
   """
   if name.startswith("folder:"):
     dataset = pictures.load_folder(
@@ -81,8 +81,10 @@ def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choic
 
 
 def for_tuning(dataset: Dataset, seed: int) -> Dataset:
-  """Labelled training images in the place of the test set, which is then out of reach: a third of them, at
-  most 10,000."""
+  """Replaces the test set by held-out labelled training images: a third of them, at most 10,000.
+
+  The result gives no access to the real test set.
+  """
   labelled = np.flatnonzero(dataset.y_train >= 0)
   num = min(10_000, len(labelled) // 3)
   held_out = np.sort(labelled[np.random.default_rng(seed).permutation(len(labelled))[:num]])
@@ -101,7 +103,7 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
 
 
 def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Dataset:
-  """Squares of this side, see `pictures.resize_all`."""
+  """The dataset resized to squares of this side, see `pictures.resize_all`."""
   if dataset.scaling is not None:
     raise InputError("--image-size is for images, and these are vectors: leave it out")
   num = len(dataset.x_test) + (len(dataset.x_train) if isinstance(dataset.x_train, np.ndarray) else 0)
@@ -119,7 +121,7 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
 
 
 class Resized:
-  """Another source, resized when it is read."""
+  """An image source that is resized on access."""
 
   def __init__(self, source: ImageSource, side: int, resize: Callable[[np.ndarray], np.ndarray]):
     self._source, self._resize = source, resize
@@ -133,7 +135,7 @@ class Resized:
 
 
 def _load_digits(note: str = "") -> Dataset:
-  """The 1,797 digits of scikit-learn, 8x8; every third image, from the third on, is the test set."""
+  """The 1,797 digits of scikit-learn, 8x8; the test set is every third image, starting with the third."""
   from sklearn.datasets import load_digits
 
   digits: Any = load_digits()

@@ -1,4 +1,4 @@
-"""Diagnostics for discriminator overfitting and mode collapse, and alarms over them in words."""
+"""Diagnostics for discriminator overfitting and mode collapse, and alarms derived from them."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,30 +12,30 @@ from gan_jax import data, losses
 from gan_jax.types import ClassLatents, Discriminator, Generator, InputError, Json, Metrics, TrainState
 
 Classify = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
-"""Images in [0, 1], `[B, H, W, C]`, to logits of their classes `[B, K]`."""
+"""Images in [0, 1], `[B, H, W, C]`, to class logits `[B, K]`."""
 Diagnose = Callable[[TrainState, data.DeviceData], Metrics]
 
 NUM_IMAGES = data.NUM_SEEN
-"""Images of each kind that are looked at."""
+"""Most images of each kind that are used."""
 MOST_CLASSES = NUM_IMAGES // 10
-"""Whose shares are logged: of fewer than ten images a class, one may have none by chance."""
+"""Most classes with logged shares: with fewer than ten images per class, one may have none by chance."""
 
 WARM_UP = 0.1
-"""Share of the steps in which no alarm is raised: early networks are one-sided and recover."""
+"""Fraction of the steps in which no alarm is raised: early networks are unbalanced and recover."""
 NUM_OBSERVATIONS = 5
-"""The latest observations, of which the median counts; fewer than 3 raise no alarm."""
+"""Number of latest observations whose median is used; fewer than 3 raise no alarm."""
 MEMORISED = 0.5
-"""r_v, half of the way from the 0 of no overfitting to the 1 of complete overfitting."""
+"""r_v, halfway between 0, no overfitting, and 1, complete overfitting."""
 MEMORISED_ACCURACY = 80.0
-"""Percent. ADA steers to `E[sign D(train)] = 0.6` as its limit of overfitting: 80 % right, 20 % wrong."""
+"""Percent. ADA's target for its overfitting signal, `E[sign D(train)] = 0.6`, is 80 % right, 20 % wrong."""
 MISSING = 0.1
-"""Share of a class relative to an equal one. The rarest had 0.2 and more in healthy runs of 10 classes."""
+"""Share of a class relative to an equal share. The rarest of 10 classes had 0.2 or more in healthy runs."""
 IDENTICAL = 0.2
-"""Of `diagnostics/variance_ratio`, 1 where samples vary as the data does; 0.8 and 1.0 in healthy runs."""
+"""Of `diagnostics/variance_ratio`, which is 1 if samples vary like the data; healthy runs: 0.8 and 1.0."""
 MIN_ROWS = 8
-"""Rows without a movement before a loss counts as stuck; a quarter of all rows where that is more."""
+"""Rows without change before a loss counts as stuck; a quarter of all rows if that is more."""
 STUCK = 1e-4
-"""Relative range of a stuck loss. Batches alone moved it by 0.06 and more in healthy runs on MNIST."""
+"""Relative range of a stuck loss. Batch noise alone moved it by 0.06 or more in healthy runs on MNIST."""
 SATURATED_ACCURACY = 99.5
 """Percent of training and of generated images that D classifies correctly once it has saturated."""
 SATURATED_LOSS = 0.01
@@ -45,37 +45,37 @@ SATURATED_LOSS = 0.01
 def make_diagnostics(
   g: Generator, d: Discriminator, *, classify: Classify | None = None, by_class: bool = False
 ) -> Diagnose:
-  """Builds `diagnose(state, data) -> metrics`: pure, for jit, to be called now and then.
+  """Builds `diagnose(state, data) -> metrics`: pure, for jit, called from time to time.
 
-  With `r` the mean real logit of D on up to 500 training images, as many held-out ones, and as many
+  With `r` the mean real logit of D on up to 500 training images, up to 500 held-out ones, and as many
   generated ones as training images:
 
       diagnostics/real_logit_train, _held_out, _fake    r, for each kind of image
       diagnostics/real_logit_gap     r(train) - r(held out)
       diagnostics/memorisation       r_v = (r(train) - r(held out)) / (r(train) - r(fake)). Near 0, D treats
-                                     unseen images as it treats those it learns from; near 1, as generated
-                                     ones. 0 where D does not put training images above generated ones
-      diagnostics/train_accuracy, fake_accuracy    percent that D takes for real, and for generated
-      diagnostics/variance_ratio     variance over the generated images, averaged over pixels, as a ratio to
-                                     that of the training images: 0 where all samples are the same
-      diagnostics/class_entropy      of the classes of the generated images, in nats, at most log K
-      diagnostics/share_0 .. K-1     share of each class among them, for at most 50 classes: of more, in 500
-                                     images some are missing by chance
+                                     unseen images like training images; near 1, like generated ones. 0 if
+                                     D does not rank training images above generated ones
+      diagnostics/train_accuracy, fake_accuracy    percent that D classifies as real, and as generated
+      diagnostics/variance_ratio     variance over the generated images, averaged over pixels, relative to
+                                     that of the training images: 0 if all samples are the same
+      diagnostics/class_entropy      entropy of the classes of the generated images, in nats, at most log K
+      diagnostics/share_0 .. K-1     share of each class among them, for at most 50 classes: with more,
+                                     some are missing from 500 images by chance
 
-  The paper shows D augmented images alone; here none is augmented.
+  The paper evaluates D only on augmented images; here, no image is augmented.
 
   Args:
     g: the generator. Images come from its averaged parameters.
-    d: the discriminator. The current one is read, because it is the one that G learns from.
-    classify: names the class of generated images; by default D's own K logits. Without classes (K = 1)
-      the last two kinds of metric are left out.
-    by_class: whether D is asked for the class of every image, as in class-conditional training on all
-      labels: then r is the logit of the class, `l_y`, else `logsumexp(l)`.
+    d: the discriminator. Its current parameters are used, because G learns from these.
+    classify: class logits of generated images; by default D's own K logits. Without classes (K = 1) the
+      last two kinds of metric are omitted.
+    by_class: whether D judges every image by its class, as in class-conditional training on all labels:
+      r is then the logit of the class, `l_y`, else `logsumexp(l)`.
 
   Returns:
-    `diagnose`. Its latents are the same at every call. `data` should hold ten training images a class or
-    more; without held-out images the metrics that need them are left out. Metrics are float32 scalars.
-    Fewer than two training images: `InputError`.
+    `diagnose`, which uses the same latents in every call. `data` should hold at least ten training images
+    per class; without held-out images the metrics that need them are omitted. Metrics are float32 scalars.
+    Fewer than two training images raise `InputError`.
 
   References:
     Karras et al., 2020, https://arxiv.org/abs/2006.06676, equation 1 (r_v).
@@ -87,7 +87,7 @@ def make_diagnostics(
     num = len(x_train)
     if num < 2:
       raise InputError(f"diagnostics need at least 2 training images to compare with, not {num}")
-    # No step has this number, so the latents are none of training's.
+    # No step has this number, so training never uses these latents.
     latents = g.latents(jax.random.fold_in(state.key, 2**32 - 1), num)
     x_fake = g.apply({"params": state.ema["g"], **state.g.model_state}, latents, train=False)
     x = jnp.concatenate([x_train, x_held_out, x_fake])
@@ -123,17 +123,17 @@ def make_diagnostics(
 
 
 def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] = ()) -> dict[str, str]:
-  """What is going wrong now: kind -> one sentence with the problem, the evidence, and what to try.
+  """Current problems: kind -> one sentence with the problem, the evidence, and what to try.
 
-  Only the latest part of training counts, so what was recovered from is forgotten, and the first tenth
-  never does. No alarm means that none of these was seen, not that the samples are good. The classes are
-  taken to be about equally frequent in the data.
+  Only the latest part of training counts, so problems that it recovered from are dropped; the first tenth
+  never counts. No alarm means that none of these problems was seen, not that the samples are good. The
+  classes are assumed to be about equally frequent in the data.
 
   Args:
-    rows: the rows of one phase in `metrics.jsonl`, oldest first: `step`, `d/loss`, `g/loss` where G is
+    rows: the rows of one phase in `metrics.jsonl`, oldest first: `step`, `d/loss`, `g/loss` if G is
       trained, and in some of them the metrics of `make_diagnostics`.
-    num_steps: steps of the whole phase, those to come included.
-    class_names: names of the K classes; their numbers stand in where there are none.
+    num_steps: steps of the whole phase, including those to come.
+    class_names: names of the K classes; class numbers are used if there are none.
   """
   rows = [row for row in rows if row["step"] > WARM_UP * num_steps]
   stuck = {name: text for name in ("d/loss", "g/loss") if (text := _stuck(rows, name))}
@@ -157,7 +157,7 @@ def _median(seen: Sequence[Json], name: str) -> float:
 
 def _memorises(seen: Sequence[Json]) -> str | None:
   r_v, train_accuracy = _median(seen, "memorisation"), _median(seen, "train_accuracy")
-  # A D that says "real" to everything has a small denominator in r_v, and so a large r_v by chance.
+  # A D that calls everything real makes the denominator of r_v small, so r_v may be large by chance.
   knows_fakes = _median(seen, "fake_accuracy") > 50
   if not (r_v > MEMORISED and train_accuracy > MEMORISED_ACCURACY and knows_fakes):
     return None
@@ -212,7 +212,7 @@ def _saturated(seen: Sequence[Json], d_loss: Sequence[float], *, g_is_stuck: boo
 
 
 def _stuck(rows: Sequence[Json], name: str) -> str | None:
-  """The alarm where a loss has not moved in the last quarter of the rows."""
+  """The alarm if a loss has not moved in the last quarter of the rows."""
   values = [row[name] for row in rows if name in row]
   values = values[-max(MIN_ROWS, len(values) // 4) :]
   if len(values) < MIN_ROWS or max(values) - min(values) > STUCK * max(map(abs, values)):

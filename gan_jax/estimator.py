@@ -1,4 +1,4 @@
-"""The semi-supervised GAN as a classifier of scikit-learn's kind."""
+"""The semi-supervised GAN as a scikit-learn classifier."""
 
 import warnings
 from numbers import Integral
@@ -21,31 +21,32 @@ from gan_jax.recipes import policies, ssgan
 class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
   """A classifier from few labels and many images, see `recipes.ssgan`.
 
-  `X` is images, `[N, H, W]` or `[N, H, W, C]` with 1 or 3 channels, or vectors `[N, F]`, such as embeddings
-  of any pretrained model. `y` holds -1 where there is no label, as in scikit-learn's other semi-supervised
-  classifiers (strings need dtype object for that); images with a label are used without it as well.
+  `X` holds images, `[N, H, W]` or `[N, H, W, C]` with 1 or 3 channels, or vectors `[N, F]`, such as
+  embeddings from any pretrained model. `y` is -1 for unlabelled rows, as in scikit-learn's semi-supervised
+  classifiers (with string labels, its dtype must be object); labelled images are also used as unlabelled
+  ones.
 
-  Training images that are bytes are taken as they are. Other numbers are scaled to bytes: images by the
-  training set's smallest and largest value, vectors as in `pictures.Scaling`. What is outside is clipped,
-  and new images or vectors, of whatever type, are on the same scale.
+  Training images in bytes are used as they are. Other numbers are scaled to bytes: images by the training
+  set's smallest and largest value, vectors as in `pictures.Scaling`. Values outside are clipped, and new
+  images or vectors, of any dtype, must be on the same scale.
 
   Args:
     network: any of `networks.PAIRS`, or `auto`: see `networks.suited`.
-    image_shape: height, width and maybe channels of the images that the rows of a flat `X` hold.
-    num_steps: steps of training; None: those that were tuned for so many images.
+    image_shape: height, width and optionally channels of the images in the rows of a flat `X`.
+    num_steps: training steps; None: the number tuned for this many images.
     learning_rate: peak learning rate of D; None: the tuned one.
-    adversarial: weight of the GAN in D's loss, 0 trains without a generator; None: the tuned one.
+    adversarial: weight of D's adversarial loss; 0 trains without a generator; None: the tuned one.
     consistency: weight of consistency; None: the tuned one.
-    augmentation: what D sees images through: a name of `recipes.policies.POLICIES`, True for what suits
-      the images, see `recipes.policies.suited`, where the recipe has augmentation, or False for none.
-    random_state: of the initial parameters and all else that is random.
+    augmentation: augmentation of D's inputs: a name in `recipes.policies.POLICIES`, False for none, or True
+      for the policy that suits the images, see `recipes.policies.suited`, if the recipe has augmentation.
+    random_state: seed of the initial parameters and all other randomness.
     verbose: whether to show the progress of training.
 
   Attributes:
     classes_: the K classes, `[K]`.
-    n_features_in_: numbers in an image or vector.
-    n_iter_: steps done.
-    model_: a `gan_jax.Model` of the images as bytes, `[N, H, W, C]`.
+    n_features_in_: size of the second axis of `X`, by scikit-learn's definition.
+    n_iter_: number of training steps done.
+    model_: a `gan_jax.Model` for the images as bytes, `[N, H, W, C]`.
   """
 
   def __init__(
@@ -72,11 +73,11 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     self.verbose = verbose
 
   def fit(self, X: Any, y: Any) -> "SemiSupervisedGAN":
-    """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 where there is none.
+    """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 for unlabelled ones.
 
     Raises:
-      ValueError: no label, -1 as text, images of a shape that the network does not take, training that
-        broke down, or what scikit-learn refuses.
+      ValueError: there is no label, -1 is text, the network does not take images of this shape, training
+        diverged, or scikit-learn refuses the input.
     """
     X, y = validate_data(self, X, y, allow_nd=True, ensure_min_samples=2)
     if y.dtype.kind in "US" and "-1" in y.astype(str):
@@ -142,10 +143,10 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
 
   def _to_images(self, X: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
-    """Bytes; vectors as images of one row."""
+    """Images as bytes; vectors become images of one row."""
     if (
       X.dtype != np.uint8 or np.any(self._low != 0) or np.any(self._high != 255)
-    ):  # else it changes nothing
+    ):  # otherwise scaling changes nothing
       X = scaled(X, self._low, self._high)
     shape = self.image_shape
     if shape is None:

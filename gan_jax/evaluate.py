@@ -1,7 +1,7 @@
-"""The one reader of the test set: errors, probes and predictions of trained discriminators.
+"""The only reader of the test set: errors, probes and predictions of trained discriminators.
 
-Whatever needs test images goes through `with_test_set`: errors and probes once, when training is over, and
-the moments of a Frechet distance, which no update sees. The keys of all that is random after training are
+All access to test images goes through `with_test_set`: errors and probes once, after training, and the
+moments of a Frechet distance, which no update sees. The keys for all randomness after training are derived
 here too, see `sample`.
 """
 
@@ -29,14 +29,14 @@ def with_test_set(dataset: Dataset) -> Dataset:
 # --- Discriminators
 
 NUM_SHOWN = 16
-"""Test images of a kind that are kept to be looked at."""
+"""Test images of each kind that are kept for inspection."""
 
 
 class Shown(NamedTuple):
-  """A few test images, to be looked at."""
+  """A few test images for inspection."""
 
   indices: Int[np.ndarray, "m"]
-  """Their positions in the test set, or in the training set where folds of it were left out."""
+  """Their positions in the test set, or in the training set for cross-validation."""
   x: UInt8[np.ndarray, "m h w c"]
   y: Int[np.ndarray, "m"]
   """True classes."""
@@ -46,23 +46,23 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-  """A trained discriminator on the test set; errors in percent."""
+  """Results of a trained discriminator on the test set; errors in percent."""
 
   error: float | None
-  """Of its own classes; None for a discriminator without them."""
+  """Error of D's own predictions; None for a discriminator without classes."""
   linear: dict[str, float]
-  """Of a linear probe: layer -> error. `features` are those that the discriminator returns."""
+  """Errors of linear probes, by layer. `features` are those that the discriminator returns."""
   nearest: dict[str, float]
-  """Of the nearest labelled neighbour: layer -> error; empty unless every layer was asked for."""
+  """Errors of the nearest labelled neighbour, by layer; empty unless `every_layer` was requested."""
   logits: Float[np.ndarray, "n k"]
   confusion: Int[np.ndarray, "k k"] | None
   """Counts `[true class, predicted class]`."""
   y: Int[np.ndarray, "n"]
   """True classes."""
   least_certain: Shown | None
-  """The images of the lowest confidence, ascending; None for a discriminator without classes."""
+  """The images with the lowest confidence, ascending; None for a discriminator without classes."""
   worst: Shown | None
-  """The mistakes with the lowest probability of the true class, ascending; None likewise."""
+  """The errors with the lowest probability of the true class, ascending; None without classes."""
 
   @cached_property
   def probs(self) -> Float[np.ndarray, "n k"]:
@@ -77,15 +77,15 @@ Labelled = tuple[Any, Int[Any, "n"]]
 def make_evaluate(
   recipe: Recipe, *, every_layer: bool = False, of_input: bool = False
 ) -> Callable[[Dataset, Sequence[TrainState], Sequence[Labelled]], list[Evaluation]]:
-  """Builds `evaluate(dataset, states, labelled)`, which reads the test set once for all states.
+  """Builds `evaluate(dataset, states, labelled)`, which opens the test set once for all states.
 
-  It reads the averaged discriminators, compiled once for all of them. The probes are fitted on the labelled
-  images of each state, which are those of its training.
+  It evaluates the averaged discriminators, compiled once for all of them. The probes of each state are
+  fitted on the labelled images that it was trained on.
 
   Args:
-    recipe: what the states were trained with, up to the objective.
-    every_layer: fits probes on every layer, not on the features alone.
-    of_input: fits a linear probe on the pixels too, or on the vectors that stand in for them: `input`.
+    recipe: the recipe of the states; only its objective may differ.
+    every_layer: fits probes on every layer, not only on the features.
+    of_input: also fits a linear probe on the input, pixels or vectors, reported as `input`.
   """
   classify, layers = steps.make_classifier(recipe.d), probe.make_layers(recipe.d, recipe.image_shape)
 
@@ -103,7 +103,7 @@ def make_evaluate(
 
   @jax.jit
   def answers(state: TrainState, probes: tuple[dict, dict], x: Float[Array, "b h w c"]):
-    """D's logits and the classes that the probes give; features of all test images might not fit."""
+    """D's logits and the probes' classes; the features of all test images might not fit in memory."""
     (logits, features), (linear, nearest) = read(state, x), probes
     of_linear = {name: fitted.logits(features[name]).argmax(axis=-1) for name, fitted in linear.items()}
     return logits, of_linear, {name: fitted.classes(features[name]) for name, fitted in nearest.items()}
@@ -136,7 +136,7 @@ def of_logits(
   nearest: dict[str, float],
   taught: bool = True,
 ) -> Evaluation:
-  """What the logits of images and their classes say; `taught`: whether they are those of the classes."""
+  """The evaluation of logits against classes; `taught`: whether they are logits of these classes."""
   every = Shown(np.arange(len(y)), x, y, _probs(logits)) if taught else None
   return Evaluation(
     error=metrics.error_percent(logits, y) if taught else None,
@@ -151,11 +151,11 @@ def of_logits(
 
 
 def pooled(found: Sequence[Evaluation], indices: Sequence[Int[np.ndarray, "n"]]) -> Evaluation:
-  """The evaluation of all images that several evaluations of one recipe have read, each image once.
+  """Pools several evaluations of one recipe on disjoint images.
 
   Args:
     found: evaluations of discriminators with the same classes.
-    indices: for each, what the positions of its images are to be, see `Shown`.
+    indices: for each, the positions to report for its images, see `Shown`.
   """
   logits, y = (np.concatenate([getattr(each, name) for each in found]) for name in ("logits", "y"))
   num = [len(each.y) for each in found]
@@ -194,10 +194,10 @@ def _worst(images: Shown) -> Shown:
 
 
 def describe(found: Evaluation, class_names: Sequence[str]) -> Json:
-  """What `result.json` holds of a classifier on the test set beside its error.
+  """Test metrics of a classifier in `result.json`, besides its error.
 
   `num_test_images`; `test_error_interval`, 95 % for this one classifier, and `balanced_test_error`, both
-  in percent; `test_recall`, percent by class, None for one without test images; `calibration_error` in
+  in percent; `test_recall`, percent by class, None for a class without test images; `calibration_error` in
   [0, 1].
   """
   y, logits = found.y, found.logits
@@ -214,14 +214,14 @@ def describe(found: Evaluation, class_names: Sequence[str]) -> Json:
 def error_of(
   classify: Callable[[UInt8[np.ndarray, "n h w c"]], Int[np.ndarray, "n"]], dataset: Dataset
 ) -> float:
-  """Test error in percent of any other classifier, images as bytes to classes."""
+  """Test error in percent of any other classifier, a function from images as bytes to classes."""
   test = with_test_set(dataset)
   return 100 * float(np.mean(classify(test.x_test) != test.y_test))
 
 
 # --- Generators
 
-# Modules of Linen are values, so one compiled program serves all states of one generator.
+# Linen modules compare by value, so one compiled program serves all states of a generator.
 sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))
 """`sampler(g)(variables, key, num, y)`, compiled, see `steps.make_sampler`."""
 
@@ -240,10 +240,10 @@ def sample(
   purpose: str = "grid",
   y: Int[np.ndarray, "n"] | None = None,
 ) -> Float[np.ndarray, "n h w c"]:
-  """Images in [0, 1] from the averaged generator, `num` of them, of the classes `y` where it is given.
+  """`num` images in [0, 1] from the averaged generator, of the classes `y` if given.
 
-  An image depends on its own latent alone. Each purpose has keys of its own: `jax.random.key(seed)` folded
-  with the purpose, see `objectives.named_key`, and with the number of the batch of 500.
+  Each image depends only on its own latent. Each purpose has its own keys: `jax.random.key(seed)` folded
+  with the purpose, see `objectives.named_key`, and with the index of the batch of 500.
   """
   draw = sampler(recipe.g)
   variables = steps.generator_variables(recipe.g, state)

@@ -1,4 +1,4 @@
-"""A finished run as files for others: safetensors with a model card, ONNX, StableHLO."""
+"""Export of a finished run: safetensors with a model card, ONNX, StableHLO."""
 
 import contextlib
 import dataclasses
@@ -26,20 +26,20 @@ _JAX2ONNX = "pip install 'gan-jax[export]' && pip install --no-deps jax2onnx==0.
 
 
 def export(run: str | Path, out: str | Path, formats: Sequence[Format]) -> list[Path]:
-  """Writes a run in these formats into one folder, which is there entirely or not at all.
+  """Exports a run in these formats to one folder, which is written completely or not at all.
 
   Args:
-    run: the directory of a run, or a folder that was exported from one.
-    out: a new or empty folder: safetensors give it four files, see `to_safetensors`, the others
+    run: the directory of a run, or a folder exported from one.
+    out: a new or empty folder. safetensors gives four files, see `to_safetensors`; the others give
       `model.onnx`, and `model.stablehlo` with `model.stablehlo.json`.
-    formats: which ones.
+    formats: the formats to write.
 
   Returns:
     The files.
 
   Raises:
-    InputError: an unknown format, no run, a folder that holds files, no classifier where the format is of
-      one, or a library that is not installed.
+    InputError: a format is unknown, there is no run, the folder is not empty, a format needs a classifier
+      and there is none, or a library is not installed.
   """
   unknown = [each for each in formats if each not in get_args(Format)]
   if unknown or not formats:
@@ -57,19 +57,19 @@ def export(run: str | Path, out: str | Path, formats: Sequence[Format]) -> list[
 
 
 def to_safetensors(model: Model, folder: str | Path, run: str | Path | None = None) -> None:
-  """Writes a folder that `gan_jax.load` opens like a run; its outputs are the same bit for bit.
+  """Writes a folder that `gan_jax.load` opens like a run, with bit-identical outputs.
 
-  `config.json` says what the model is and where it comes from, `model.safetensors` holds the averaged
+  `config.json` holds the model's description and provenance, `model.safetensors` the averaged
   discriminator, `generator.safetensors` the averaged generator with the statistics that it samples with,
-  and `MODEL_CARD.md` what was measured.
+  and `MODEL_CARD.md` the measurements.
 
   Args:
     model: the model.
-    folder: a new or empty folder. It is there entirely or not at all.
-    run: what the model was loaded from; without it, the folder tells nothing of data and errors.
+    folder: a new or empty folder, written completely or not at all.
+    run: the run that the model was loaded from; without it, the folder says nothing about data and errors.
 
   Raises:
-    InputError: a folder that holds files.
+    InputError: the folder is not empty.
   """
   with _new_folder(Path(folder)) as beside:
     _write_safetensors(model, beside, None if run is None else Path(run))
@@ -79,18 +79,18 @@ def to_onnx(model: Model, path: str | Path) -> None:
   """Writes the classifier as ONNX, in float32.
 
   Its input `images [N, H, W, C]` is in [0, 1], with any N; its outputs are `probabilities [N, K]` and
-  `features [N, F]`. What `about` says of the model is JSON in its properties of these names.
+  `features [N, F]`. The entries of `about` are stored as JSON in model properties of the same names.
 
   Raises:
-    InputError: a model without a classifier, or jax2onnx is not installed.
+    InputError: the model has no classifier, or jax2onnx is not installed.
   """
   classify = _classifier(model)
   try:
-    with _silent("jax2onnx", "onnx_ir"):  # they warn of each framework that is not installed
+    with _silent("jax2onnx", "onnx_ir"):  # they warn about every framework that is not installed
       import jax2onnx  # pyright: ignore[reportMissingImports]
       import onnx  # pyright: ignore[reportMissingImports]
 
-      with jax.disable_jit():  # it knows no jit inside of a function in JAX 0.12
+      with jax.disable_jit():  # it does not support nested jit in JAX 0.12
         proto: Any = jax2onnx.to_onnx(
           classify,
           [("N", *model.recipe.image_shape)],
@@ -105,13 +105,13 @@ def to_onnx(model: Model, path: str | Path) -> None:
 
 
 def to_stablehlo(model: Model, path: str | Path) -> None:
-  """Writes the classifier for `jax.export.deserialize`, inputs and outputs as in `to_onnx`.
+  """Writes the classifier for `jax.export.deserialize`, with inputs and outputs as in `to_onnx`.
 
-  It is for CPU, CUDA and TPU, and needs no gan_jax. A file beside it, with `.json` at the end of its name,
-  holds what `about` says of the model.
+  It runs on CPU, CUDA and TPU, without gan_jax. A file beside it, with `.json` appended to its name, holds
+  the entries of `about`.
 
   Raises:
-    InputError: a model without a classifier, or flatbuffers is not installed.
+    InputError: the model has no classifier, or flatbuffers is not installed.
   """
   classify = _classifier(model)
   x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *model.recipe.image_shape), jnp.float32)
@@ -125,8 +125,11 @@ def to_stablehlo(model: Model, path: str | Path) -> None:
 
 
 def about(model: Model) -> Json:
-  """What a user of the bare classifier must know: `classes`, `image_shape`, and how a picture or a vector
-  becomes its input, the fields of `pictures.Reader` and `pictures.Scaling`; None where there is none."""
+  """Metadata for users of the bare classifier.
+
+  `classes`, `image_shape`, and how pictures or vectors become its inputs: `reader` and `scaling`, the
+  fields of `pictures.Reader` and `pictures.Scaling`, or None.
+  """
   return {
     "classes": list(model.classes),
     "image_shape": list(model.recipe.image_shape),
@@ -163,7 +166,7 @@ def _silent(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-  """A folder to write to, which becomes `path`, or goes into the empty one there, when all is written."""
+  """A temporary folder that becomes `path`, or fills the empty folder there, when it is complete."""
   there, name = path.exists(), f".{path.absolute().name}.{getpid()}"
   if there and not (path.is_dir() and not any(path.iterdir())):
     raise InputError(f"{path} is there already and not an empty folder: name a new one")
@@ -174,7 +177,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
     raise InputError(f"{path} cannot be made: {error.strerror}") from error
   try:
     yield beside
-    if there:  # not replaced: it may be the working directory, or where a disk is mounted
+    if there:  # not replaced: it may be the working directory or a mount point
       for file in beside.iterdir():
         file.rename(path / file.name)
       beside.rmdir()
@@ -185,7 +188,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
     raise
 
 
-# --- What a folder of safetensors says of its model
+# --- Metadata of a safetensors folder
 
 _PROVENANCE = ("experiment", "dataset", "note", "command", "device", "versions", "commit")
 _MEASURED = (
@@ -218,7 +221,7 @@ def _write_safetensors(model: Model, folder: Path, run: Path | None) -> None:
 
 
 def _facts(run: Path, step: int) -> Json:
-  """Where a run comes from and, where that was measured at this step, what its result is; no paths."""
+  """Provenance of a run and, if measured at this step, its results; without paths."""
   stored: Json = json.loads((run / "config.json").read_text())
   if "command" in stored:
     stored["command"] = shlex.join(map(_last_part, shlex.split(stored["command"])))
@@ -232,7 +235,7 @@ def _facts(run: Path, step: int) -> Json:
 
 
 def _last_part(word: str) -> str:
-  """A word of a command; of an absolute path only its last part."""
+  """A word of a command; an absolute path is reduced to its last part."""
   kind, colon, path = word.rpartition(":")
   return f"{kind}{colon}{Path(path).name}" if Path(path).is_absolute() else word
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images, curves, matrices."""
+"""Figures of a run: image grids, curves, matrices."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,12 @@ from gan_jax.types import Json
 
 
 def sample_grid(path: Path, x: Float[np.ndarray, "n h w c"], columns: int = 10) -> None:
-  """Images in [0, 1] as one PNG file, see `grid_png`."""
+  """Writes images in [0, 1] to one PNG file, see `grid_png`."""
   write_bytes(path, grid_png(x, columns))
 
 
 def grid_png(x: Float[np.ndarray, "n h w c"], columns: int) -> bytes:
-  """Images in [0, 1] as one PNG, row by row, small ones enlarged pixel by pixel."""
+  """Images in [0, 1] as one PNG, row by row; small images are enlarged without interpolation."""
   from PIL import Image
 
   n, height, width, channels = x.shape
@@ -61,7 +61,7 @@ _CURVES = {
 
 
 def learning_curves(path: Path, rows: Sequence[Json]) -> None:
-  """Metrics over steps: a line a phase and metric, a panel a kind that the run has, one below the other."""
+  """Plots metrics over steps: one line per phase and metric, stacked panels for the kinds of metrics."""
   logged = set().union(*rows)
   curves = {title: names for title, names in _CURVES.items() if logged & set(names)}
 
@@ -84,8 +84,10 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
 
 
 def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:
-  """Confusion matrix; the diagonal is left blank so that the mistakes show. Numbers up to 20 classes, names
-  up to 100."""
+  """Plots the confusion matrix, with the diagonal left uncoloured so that mistakes stand out.
+
+  Numbers are drawn for up to 20 classes, names for up to 100.
+  """
   many = len(counts) > 10
   names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
 
@@ -96,7 +98,7 @@ def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[
     ticks = range(len(names))
     turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
     axes.tick_params(labelsize=10 if many else 12)
-    if len(names) <= 100:  # beyond, they would lie on each other, and drawing them takes longest
+    if len(names) <= 100:  # more would overlap, and take longest to draw
       axes.set_xticks(ticks, names, parse_math=False, **turned)
       axes.set_yticks(ticks, names, parse_math=False)
     axes.set_xlabel("predicted")
@@ -115,7 +117,7 @@ def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[
 
 
 def reliability_diagram(path: Path, found: Reliability) -> None:
-  """Accuracy over confidence, a bar a bin, above the number of images in each bin."""
+  """Plots accuracy over confidence, one bar per bin, above the number of images in each bin."""
 
   def draw(figure):
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -141,16 +143,16 @@ def reliability_diagram(path: Path, found: Reliability) -> None:
 def label_curves(
   path: Path, cells: Mapping[str, Mapping[int, Sequence[float]]], *, smallest: float, ylabel: str
 ) -> None:
-  """Errors over the number of labels on logarithmic axes: a colour a method, a point a split.
+  """Plots errors over the number of labels on logarithmic axes: one colour per method, one point per split.
 
-  Lines go through the medians. The methods stand side by side at each number, so that no point hides
-  another.
+  Lines connect the medians. At each number of labels the methods are drawn side by side, so that no point
+  hides another.
 
   Args:
-    path: of the PNG.
+    path: path of the PNG.
     cells: method -> number of labels -> errors in percent.
-    smallest: errors below are drawn there, because zero has no place on a logarithmic axis.
-    ylabel: of the errors' axis.
+    smallest: errors below this value are drawn at it, because a logarithmic axis has no zero.
+    ylabel: label of the error axis.
   """
 
   def draw(figure):

@@ -1,6 +1,6 @@
-"""Two operations that XLA's CPU backend does slowly, written such that it does them fast.
+"""Fast implementations of two operations that are slow on XLA's CPU backend.
 
-On every other backend they are JAX's own. Both give what JAX's own give, up to rounding.
+On every other backend they are JAX's own. Both give the same results as JAX's own, up to rounding.
 """
 
 import functools
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Key, UInt32
 # --- Products and convolutions
 
 Precision = Literal["float32", "bfloat16"]
-"""In what products and convolutions are computed; everything else is float32."""
+"""The precision of products and convolutions; everything else is float32."""
 
 
 def in_precision(product: Callable[..., Array], precision: Precision) -> Callable[..., Array]:
   """`product(x, w, ...)` of float32 arrays with a float32 result, computed in this precision.
 
-  With bfloat16, inputs and result are rounded to it, forward and backward, which leaves a relative error of
-  `2^-9` each; devices with units for it sum in float32.
+  With bfloat16, inputs and result are rounded to it, forward and backward, with a relative error of `2^-9`
+  each; devices with bfloat16 units accumulate in float32.
   """
   if precision == "float32":
     return product
@@ -41,18 +41,18 @@ def conv(
   padding: Literal["SAME"] = "SAME",
   **_,
 ) -> Float[Array, "b oh ow f"]:
-  """Convolution with "SAME" padding, fast inside loops too, any number of times differentiable.
+  """Convolution with "SAME" padding, fast inside loops too, and differentiable any number of times.
 
   XLA's CPU backend runs the gradients of a convolution in a loop body with a naive kernel, 4 to 60
-  times slower than outside (https://github.com/jax-ml/jax/issues/12868). There the derivatives, in reverse
-  mode alone, are those of the same map as a matrix product.
+  times slower than outside (https://github.com/jax-ml/jax/issues/12868). On CPU the derivatives, in reverse
+  mode only, are those of the same map written as a matrix product.
   """
   fn = _conv if jax.default_backend() == "cpu" else lax_conv
   return fn(x, w, (strides[0], strides[1]))
 
 
 def lax_conv(x: Array, w: Array, strides: Sequence[int], *_, **__) -> Array:
-  """JAX's own, with the same arguments."""
+  """JAX's own convolution, with the same arguments."""
   return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -60,8 +60,8 @@ def _product_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
   kh, kw, c, f = w.shape
   b, height, width, _ = x.shape
   if strides == (1, 1) and f < c:
-    # What each pixel adds to its neighbours, shifted there: `kh * kw * f` numbers a pixel, not
-    # `kh * kw * c`.
+    # The contributions of each pixel to its neighbours, shifted there: `kh * kw * f` numbers per pixel,
+    # not `kh * kw * c`.
     terms = (x.reshape(-1, c) @ w.transpose(2, 0, 1, 3).reshape(c, -1)).reshape(b, height, width, -1)
     ups, lefts = ([(k - 1) // 2 - i for i in range(k)] for k in (kh, kw))
     shifts = [((0, 0, 0), (up, -up, 0), (left, -left, 0), (0, 0, 0)) for up in ups for left in lefts]
@@ -97,23 +97,23 @@ _conv.defvjp(
 
 
 def normal(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "*shape"]:
-  """Standard normal float32, those of `jax.random.normal(key, shape)` to 1e-5; consumes the key.
+  """Standard normal float32 samples, equal to `jax.random.normal(key, shape)` to 1e-5; consumes the key.
 
-  JAX rolls the rounds of Threefry into a loop on CPU, whose every turn goes through memory. Unrolled, a
-  draw is one pass over the array that it is added to, 2.6 times as fast on two cores.
+  On CPU, JAX rolls the rounds of Threefry into a loop, and every iteration goes through memory. Unrolled,
+  sampling is one pass over the array that the samples are added to, 2.6 times as fast on two cores.
 
   References:
     Salmon et al., 2011, https://doi.org/10.1145/2063384.2063405 (Threefry-2x32, 20 rounds).
   """
   if jax.default_backend() != "cpu" or jax.random.key_data(key).shape != (2,):
     return jax.random.normal(key, shape)
-  # The upper 23 bits, as in `jax.random.uniform`, which takes zero for half a step.
+  # The upper 23 bits, as in `jax.random.uniform`; zero, which has no finite quantile, becomes 2^-25.
   p = jnp.maximum((_bits(key, shape) >> 9).astype(jnp.float32) * 2.0**-23, 2.0**-25)
   return jnp.where(p < 0.5, -1.0, 1.0) * _upper_quantile(jnp.minimum(p, 1 - p))
 
 
 def _bits(key: Key[Array, ""], shape: Sequence[int]) -> UInt32[Array, "*shape"]:
-  """Those of `jax.random.bits(key, shape)`: for the i-th element, both words of Threefry of i, xor."""
+  """The bits of `jax.random.bits(key, shape)`: for element i, the xor of both words of Threefry of i."""
   k0, k1 = jax.random.key_data(key)
   keys = (k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA))
   x0, x1 = keys[0], jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) + keys[1]
@@ -128,7 +128,7 @@ def _bits(key: Key[Array, ""], shape: Sequence[int]) -> UInt32[Array, "*shape"]:
 def _upper_quantile(p: Float[Array, "*n"]) -> Float[Array, "*n"]:
   """z with P(Z > z) = p for `2^-25 <= p <= 1/2`: a ratio of cubics in `t = sqrt(-2 ln p)`.
 
-  Fitted to the smallest greatest error, 6e-7. The shape is that of Hastings, 1955.
+  A minimax fit with a maximum error of 6e-7. The form is that of Hastings, 1955.
   """
   t = jnp.sqrt(-2 * jnp.log(p))
   upper = -3.014205579274 + t * (-3.919554140564772 + t * (3.4452269266526607 + t * 1.747928692569808))

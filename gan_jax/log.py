@@ -1,4 +1,4 @@
-"""What a run tells while it trains: rows of metrics, alarms, TensorBoard, a progress bar."""
+"""Reports during training: rows of metrics, alarms, TensorBoard, a progress bar."""
 
 import contextlib
 import json
@@ -26,9 +26,9 @@ class NonFiniteError(InputError):
 
 
 class MetricsLog:
-  """Appends to `metrics.jsonl`, a line a dispatch: the mean of every metric over its steps.
+  """Appends one line per dispatch to `metrics.jsonl`: the mean of every metric over its steps.
 
-  The metrics of one dispatch are read when the next has been sent, so the device never waits for the host.
+  The metrics of one dispatch are read after the next has been sent, so the device never waits for them.
   """
 
   def __init__(
@@ -46,14 +46,14 @@ class MetricsLog:
     """Opens the log.
 
     Args:
-      workdir: where it is; None: nowhere.
-      phase: the name of its rows there; those of other phases are kept.
-      first: the step that the run goes on from; rows of this phase after it are dropped.
+      workdir: directory of the log; None writes nothing.
+      phase: the name of its rows; rows of other phases are kept.
+      first: the step that the run starts or resumes from; later rows of this phase are dropped.
       num_steps: the last step of the run, for the alarms.
-      class_names: likewise.
-      tensorboard: whether to log for TensorBoard too.
-      rollbacks: those that the run had, for what a `NonFiniteError` says.
-      show: is given every row.
+      class_names: class names, for the alarms.
+      tensorboard: whether to also log for TensorBoard.
+      rollbacks: earlier rollbacks of the run, for the message of a `NonFiniteError`.
+      show: called with every row.
     """
     rows, self._file, self._tensorboard = [], None, None
     if workdir is not None:
@@ -84,19 +84,19 @@ class MetricsLog:
 
   @property
   def seconds(self) -> float:
-    """Since training began, earlier parts of a resumed run included."""
+    """Time since training began, including earlier parts of a resumed run."""
     return self._before + time.perf_counter() - self._begin
 
   def push(self, step: int, num: int, metrics: dict[str, Array]) -> None:
-    """Takes the metrics of the `num` steps up to `step`, and writes those that it was given before."""
+    """Takes the metrics of the `num` steps up to `step`, and writes the previous ones."""
     self.flush()
     self._pending = step, num, metrics
 
   def flush(self) -> None:
-    """Waits for the metrics that it was given last, and writes them.
+    """Waits for the latest metrics and writes them.
 
     Raises:
-      NonFiniteError: one is not finite.
+      NonFiniteError: a metric is not finite.
     """
     if self._pending is not None:
       pending, self._pending = self._pending, None
@@ -141,7 +141,7 @@ def _tensorboard(path: Path) -> Any:
 
 @contextlib.contextmanager
 def progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], None]]:
-  """A live bar on a terminal, about ten plain lines elsewhere; fed with the rows of the log."""
+  """A live bar on a terminal, about ten plain lines elsewhere; fed with log rows."""
   shown = {"d/loss": "D", "g/loss": "G", "d/error": "error on labels"}
   begin = time.perf_counter()
 

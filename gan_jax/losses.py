@@ -1,8 +1,8 @@
-"""Logits to per-example losses. The three readings of the K logits live here.
+"""Per-example losses from logits, and the three ways to read the K logits.
 
-The discriminator gives K logits `l_1 .. l_K`; the logit of an extra class "fake" is fixed at zero,
-which loses nothing because a softmax over K + 1 logits does not change when a constant is taken from
-all of them. With `Z = sum_k exp(l_k)`:
+The discriminator returns K logits `l_1 .. l_K`; the logit of an extra class "fake" is fixed at zero,
+without loss of generality, because a softmax over K + 1 logits does not change when a constant is
+subtracted from all of them. With `Z = sum_k exp(l_k)`:
 
     p(real | x)        = Z / (Z + 1)           = sigmoid(logsumexp(l))
     p(y | x, real)     = exp(l_y) / Z          = softmax(l)_y
@@ -10,7 +10,7 @@ all of them. With `Z = sum_k exp(l_k)`:
 
 With K = 1 the first line is the sigmoid of the only logit: the plain GAN.
 
-Every loss is element-wise and returns one value an example; the caller takes the mean.
+Losses return one value per example unless they say otherwise; the caller takes the mean.
 """
 
 import math
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 
 def real_logit(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
-  """The logit of "real", `logsumexp_k l_k`: positive where the discriminator takes x for real.
+  """The logit of "real", `logsumexp_k l_k`: positive where the discriminator classifies x as real.
 
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, section 5: `D(x) = Z(x) / (Z(x) + 1)`.
@@ -38,7 +38,7 @@ def class_logit(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array,
 
 
 def known_real_logit(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Array, "b"]:
-  """Each image's real logit with what is known of its class: `l_y`, or `logsumexp(l)` where y is -1."""
+  """Each image's real logit given its class, if known: `l_y`, or `logsumexp(l)` where y is -1."""
   return jnp.where(y < 0, real_logit(logits), class_logit(logits, jnp.maximum(y, 0)))
 
 
@@ -54,15 +54,15 @@ def cross_entropy(logits: Float[Array, "b k"], y: Int[Array, "b"]) -> Float[Arra
 
 
 class Adversarial(NamedTuple):
-  """A pair of losses on real logit: what D minimises on real and fake images, and what G does.
+  """A pair of losses on real logits: what D minimises on real and fake images, and what G minimises.
 
-  Below, `r` and `f` are the real logit of real and generated images.
+  Below, `r` and `f` are the real logits of real and generated images.
   """
 
   d: Callable[[Float[Array, "n"], Float[Array, "m"]], tuple[Float[Array, "n"], Float[Array, "m"]]]
-  """(real, fake) real logit -> (loss of each real image, loss of each fake image)."""
+  """(real, fake) real logits -> (loss of each real image, loss of each fake image)."""
   g: Callable[[Float[Array, "n"], Float[Array, "m"]], Float[Array, "m"]]
-  """(real, fake) real logit -> loss of each fake image."""
+  """(real, fake) real logits -> loss of each fake image."""
 
 
 def _cross_entropy_d(real: Array, fake: Array) -> tuple[Array, Array]:
@@ -70,10 +70,10 @@ def _cross_entropy_d(real: Array, fake: Array) -> tuple[Array, Array]:
 
 
 min_max = Adversarial(d=_cross_entropy_d, g=lambda real, fake: -jax.nn.softplus(fake))
-"""The GAN as a game of one value: D minimises `softplus(-r) + softplus(f)`, G minimises `-softplus(f)`.
+"""The minimax GAN loss: D minimises `softplus(-r) + softplus(f)`, G minimises `-softplus(f)`.
 
-G's loss is `log(1 - p(real | G(z)))`: its gradient vanishes where D is sure, which is why
-`non_saturating` is what everybody trains.
+G's loss is `log(1 - p(real | G(z)))`: its gradient vanishes where D is confident, which is why
+`non_saturating` is used in practice.
 
 References:
   Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661, equation 1.
@@ -82,9 +82,9 @@ References:
 non_saturating = Adversarial(d=_cross_entropy_d, g=lambda real, fake: jax.nn.softplus(-fake))
 """The GAN loss: D minimises `-log p(real|x) - log(1 - p(real|G(z)))`, G minimises `-log p(real|G(z))`.
 
-In logits `-log sigmoid(r) = softplus(-r)` and `-log(1 - sigmoid(r)) = softplus(r)`, which neither
-under- nor overflow. On the real logit of K logits, D's half is the unsupervised loss of the (K+1)-class
-discriminator: `-log p(real|x) = -logsumexp(l) + softplus(logsumexp(l))`.
+In terms of logits, `-log sigmoid(r) = softplus(-r)` and `-log(1 - sigmoid(r)) = softplus(r)`, which
+neither underflow nor overflow. On the real logit of K logits, D's half is the unsupervised loss of the
+(K+1)-class discriminator: `-log p(real|x) = -logsumexp(l) + softplus(logsumexp(l))`.
 
 References:
   Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661, section 3.
@@ -114,7 +114,7 @@ References:
 wasserstein = Adversarial(d=lambda real, fake: (-real, fake), g=lambda real, fake: -fake)
 """D minimises `f - r`, G minimises `-f`: the Wasserstein-1 distance, if D is 1-Lipschitz.
 
-Nothing here makes it so: that takes `penalties.wgan_gp` or spectral normalisation.
+The loss does not enforce this: use `penalties.wgan_gp` or spectral normalisation.
 
 References:
   Arjovsky et al., 2017, https://arxiv.org/abs/1701.07875, equation 2 and algorithm 1.
@@ -134,8 +134,9 @@ def _relativistic_g(real: Array, fake: Array) -> Array:
 relativistic = Adversarial(d=_relativistic_d, g=_relativistic_g)
 """Each generated image against one real image: D minimises `softplus(f - r)`, G `softplus(r - f)`.
 
-The i-th real and the i-th generated image are a pair, so both batches must be of one size; the pair's
-loss counts once, as the real image's. Without a penalty it need not converge; with R1 and R2 it does.
+The i-th real and the i-th generated image form a pair, so both batches must have the same size; the
+pair's loss counts once, as the real image's. Without a penalty, training need not converge; with R1 and
+R2 it does.
 
 References:
   Jolicoeur-Martineau, 2018, https://arxiv.org/abs/1807.00734; Huang et al., 2024 (R3GAN),
@@ -144,11 +145,11 @@ References:
 
 
 def smooth(loss: Adversarial, label: float) -> Adversarial:
-  """One-sided label smoothing: D is to call real images real with probability `label`, not 1.
+  """One-sided label smoothing: D's target probability of "real" for real images is `label`, not 1.
 
-  D's loss of a real image becomes `label` times its loss as a real one and `1 - label` times its loss
-  as a fake one. Generated images and G's loss stay as they are. For losses that are cross-entropies or
-  squares; for least squares this moves the target from 1 to `label`.
+  D's loss on a real image becomes `label` times its loss as real plus `1 - label` times its loss as fake.
+  The loss on generated images and G's loss are unchanged. For cross-entropy and squared losses; for least
+  squares this moves the target from 1 to `label`.
 
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, section 3.4.
@@ -165,7 +166,7 @@ def smooth(loss: Adversarial, label: float) -> Adversarial:
 def feature_matching(
   features_real: Float[Array, "n f"], features_fake: Float[Array, "m f"]
 ) -> Float[Array, "f"]:
-  """Squared difference of the mean features, `(E_x f_j(x) - E_z f_j(G(z)))^2`, one value a feature.
+  """Squared difference of the mean features, `(E_x f_j(x) - E_z f_j(G(z)))^2`, one value per feature.
 
   The only loss here that is per feature, not per example: it compares two batches. The paper's norm
   sums over features; its code, whose learning rate we follow, takes the mean, and so does our caller.
@@ -179,11 +180,11 @@ def feature_matching(
 def consistency(
   logits_weak: Float[Array, "b k"], logits_strong: Float[Array, "b k"], *, threshold: float
 ) -> Float[Array, "b"]:
-  """Cross-entropy of a strongly augmented image against the class of its weakly augmented self.
+  """Cross-entropy of a strongly augmented image against the class predicted for its weakly augmented copy.
 
   `1[max_k p_k >= threshold] * -log q(argmax_k p_k)` with `p = p(. | weak, real)`,
   `q = p(. | strong, real)`. No gradient flows into `p`. Examples below the threshold count as zeros,
-  so the mean weighs the term by the share of confident examples.
+  so the mean weights the term by the fraction of confident examples.
 
   References:
     Sohn et al., 2020, https://arxiv.org/abs/2001.07685 (FixMatch), equation 4.
@@ -204,15 +205,16 @@ def adamatch(
 
   With `p = p(. | lab, real)` the predictions on labelled images and `t = p(. | weak, real)`:
   `t' = t (E p / E t)`, normalised, and `1[max_k t'_k >= c] * -log q(argmax_k t'_k)`,
-  `c = threshold * E max_k p_k`, `q = p(. | strong, real)`. So the classes of the pseudo-labels are as
-  frequent as those of the predictions on labels, and confidence is relative to that on labels, which a
-  penalty on D's gradient lowers for both. No gradient flows into `p` and `t`.
+  `c = threshold * E max_k p_k`, `q = p(. | strong, real)`. This matches the class frequencies of the
+  pseudo-labels to those predicted on labelled images, and makes the threshold relative to the confidence on
+  labelled images, because a penalty on D's gradient lowers both confidences. No gradient flows into `p` and
+  `t`.
 
   Args:
-    logits_lab: of the labelled images; none: as `consistency`.
+    logits_lab: of the labelled images; if empty, the loss is that of `consistency`.
     logits_weak: of the weakly augmented unlabelled images.
     logits_strong: of the same images, strongly augmented.
-    threshold: share of the confidence on labelled images, in [0, 1].
+    threshold: fraction of the confidence on labelled images, in [0, 1].
 
   References:
     Berthelot et al., 2021, https://arxiv.org/abs/2106.04732 (AdaMatch).
@@ -227,10 +229,10 @@ def adamatch(
 
 
 def mutual_information(logits_a: Float[Array, "b k"], logits_b: Float[Array, "b k"]) -> Float[Array, ""]:
-  """Mutual information of the classes of two views of the same images, in nats, at most log K.
+  """Mutual information of the predicted classes of two views of the same images, in nats, at most log K.
 
-  `sum_kl P_kl log(P_kl / (P_k. P_.l))` with `P = (J + J') / 2`, `J = E p(. | a) p(. | b)'`. High where the
-  classes are decided, equal for both views and equally frequent.
+  `sum_kl P_kl log(P_kl / (P_k. P_.l))` with `P = (J + J') / 2`, `J = E p(. | a) p(. | b)'`. High if the
+  predictions are confident, the same for both views, and balanced over classes.
 
   References:
     Ji et al., 2019, https://arxiv.org/abs/1807.06653 (IIC), section 3.1.
@@ -242,9 +244,9 @@ def mutual_information(logits_a: Float[Array, "b k"], logits_b: Float[Array, "b 
 
 
 def entropy(logits: Float[Array, "b k"]) -> Float[Array, "b"]:
-  """`H(p) = -sum_k p_k log p_k` of the classifier `p = p(. | x, real)`: low where it is decided.
+  """`H(p) = -sum_k p_k log p_k` of the classifier `p = p(. | x, real)`: low where it is confident.
 
-  Minimised on unlabelled images it moves the borders between classes to where there are none.
+  Minimising it on unlabelled images moves decision boundaries to regions without images.
 
   References:
     Grandvalet & Bengio, 2004, "Semi-supervised learning by entropy minimization", equation 6.
@@ -257,11 +259,11 @@ def class_imbalance(
 ) -> Float[Array, ""]:
   """Divergence of a batch's mean prediction from the class prior, `sum_k m_k log(m_k / prior_k)`.
 
-  `m_k = E p_k` over the batch; in nats, 0 at best.
+  `m_k = E p_k` over the batch; in nats, 0 at the minimum.
 
   Args:
     logits: `[B, K]`.
-    prior: frequencies of the classes, `[K]`, all above 0; None: equal ones, `1 / K`.
+    prior: frequencies of the classes, `[K]`, all above 0; None: uniform, `1 / K`.
 
   References:
     Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5 (the entropy of the marginal: the
@@ -275,7 +277,7 @@ def class_imbalance(
 
 
 def divergence(logits_p: Float[Array, "b k"], logits_q: Float[Array, "b k"]) -> Float[Array, "b"]:
-  """`KL(p || q) = sum_k p_k (log p_k - log q_k)` of two readings of the classifier."""
+  """`KL(p || q) = sum_k p_k (log p_k - log q_k)` between two predictions of the classifier."""
   log_p, log_q = jax.nn.log_softmax(logits_p), jax.nn.log_softmax(logits_q)
   return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -283,12 +285,12 @@ def divergence(logits_p: Float[Array, "b k"], logits_q: Float[Array, "b k"]) -> 
 def high_density(
   features_real: Float[Array, "n f"], features_fake: Float[Array, "m f"], *, quantile: float
 ) -> Float[Array, "m"]:
-  """How far generated images lie in the dense regions of the real ones: `max(log p(f) - tau, 0)`.
+  """How far generated images lie inside dense regions of the real ones: `max(log p(f) - tau, 0)`.
 
-  `p` is a kernel estimate over the features of the batch's real images,
-  `log p(f) = log mean_i exp(-|f - f_i|^2 / 2 h^2)`, its width the typical distance of neighbours:
-  `h^2 = mean_i min_{j != i} |f_i - f_j|^2`. `tau` is a quantile of the real images' own densities, each
-  estimated without itself. Scaling all features changes nothing. No gradient flows into the real ones.
+  `p` is a kernel density estimate over the features of the batch's real images,
+  `log p(f) = log mean_i exp(-|f - f_i|^2 / 2 h^2)`, with the typical nearest-neighbour distance as its
+  width: `h^2 = mean_i min_{j != i} |f_i - f_j|^2`. `tau` is a quantile of the real images' own densities,
+  each a leave-one-out estimate. Scaling all features changes nothing. No gradient flows into the real ones.
 
   Args:
     features_real: at least three rows.
@@ -296,9 +298,9 @@ def high_density(
     quantile: of the real densities, below which generated images are not penalised, in [0, 1].
 
   References:
-    Dai et al., 2017, https://arxiv.org/abs/1705.09783, equation 7, where `p` is a PixelCNN++ trained on
-    pixels beforehand and frozen. Ours needs no second model, and it is dense where D's own features are:
-    that is the space in which D draws its borders.
+    Dai et al., 2017, https://arxiv.org/abs/1705.09783, equation 7, where `p` is a PixelCNN++, pretrained on
+    pixels and frozen. Ours needs no second model, and measures density in D's own feature space, where D's
+    decision boundaries lie.
   """
   real = jax.lax.stop_gradient(features_real)
   others = ~jnp.eye(len(real), dtype=bool)

@@ -19,8 +19,8 @@ from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
 
 Images = UInt8[Any, "n h w c"] | Float[Any, "n h w c"]
-"""Bytes, or floats in [0, 1]; the axis of a single channel may be left out. Of a model of vectors also the
-vectors `[N, F]`, on the scale of those that it was trained on."""
+"""Bytes, or floats in [0, 1]; the channel axis may be omitted if there is one channel. A model trained on
+vectors also takes vectors `[N, F]`, on the scale of its training data."""
 
 _BATCH = 100
 _SAMPLES = 500
@@ -28,25 +28,25 @@ _SAMPLES = 500
 
 @dataclass(frozen=True)
 class Model:
-  """The averaged networks of a run. Any number of images goes through one compiled program."""
+  """The averaged networks of a run. One compiled program serves any number of images."""
 
   recipe: Recipe
   state: TrainState
   classes: tuple[str, ...]
   """Names of the K classes."""
   reader: Reader | None = None
-  """How pictures become its images; None: they are resized to them."""
+  """How pictures become input images; None: they are only resized."""
   scaling: Scaling | None = None
-  """How vectors become its images."""
+  """How vectors become input images."""
 
   @property
   def num_parameters(self) -> dict[str, int]:
-    """Of the generator `"g"` and the discriminator `"d"`."""
+    """Number of parameters of the generator `"g"` and the discriminator `"d"`."""
     return {name: sum(p.size for p in jax.tree.leaves(net)) for name, net in self.state.ema.items()}
 
   @cached_property
   def has_classifier(self) -> bool:
-    """Whether the discriminator has the K classes; that of a GAN without labels has not."""
+    """Whether the discriminator has the K classes; without labels, it has none."""
     x = jax.ShapeDtypeStruct((1, *self.recipe.image_shape), jnp.float32)
     logits, _ = jax.eval_shape(_classify(self.recipe.d), self.state, x)
     return logits.shape[-1] == len(self.classes)
@@ -55,17 +55,17 @@ class Model:
     """Class probabilities `p(y | x, real)`, in the order of `classes`.
 
     Raises:
-      InputError: images of another shape or range, or a model without a classifier.
+      InputError: the images have another shape or range, or the model has no classifier.
     """
     if not self.has_classifier:
       raise InputError("this model has no classifier: its run trained a GAN without labels")
     return _batched(lambda x: losses.class_probs(self._read(x)[0]), self._checked(images))
 
   def features(self, images: Images, layer: str | None = None) -> Float[np.ndarray, "n f"]:
-    """Features of the discriminator, `[N, F]`; with `layer` those of that layer, see `probe.make_layers`.
+    """Features of the discriminator, `[N, F]`; with `layer`, those of that layer, see `probe.make_layers`.
 
     Raises:
-      InputError: images of another shape or range, or a layer that the discriminator does not have.
+      InputError: the images have another shape or range, or the discriminator has no such layer.
     """
     if layer is None:
       return _batched(lambda x: self._read(x)[1], self._checked(images))
@@ -76,25 +76,25 @@ class Model:
     return _batched(lambda x: layers(self.state, x)[layer], self._checked(images))
 
   def real_logit(self, images: Images) -> Float[np.ndarray, "n"]:
-    """The logit of "real", `logsumexp(l)`: lower for images that are unlike those of the training set.
+    """The logit of "real", `logsumexp(l)`: lower for images unlike the training images.
 
-    Where a GAN was trained, the highest class probability tells such images better (`docs/study.md`).
+    If a GAN was trained, the highest class probability detects such images better (`docs/study.md`).
     """
     return _batched(lambda x: losses.real_logit(self._read(x)[0]), self._checked(images))
 
   def sample(
     self, num: int, *, seed: int = 0, classes: Sequence[str] | None = None
   ) -> Float[np.ndarray, "n h w c"]:
-    """Generated images in [0, 1]. Image i depends on the seed and i alone.
+    """Generated images in [0, 1]. Image i depends only on the seed and i.
 
     Args:
-      num: how many images.
-      seed: of the latents.
-      classes: the class that each image is to be of, for a class-conditional generator; else random ones.
+      num: number of images.
+      seed: seed of the latents.
+      classes: the class of each image, for a class-conditional generator; None: random ones.
 
     Raises:
-      InputError: an unknown class, not as many as images, a generator that cannot be asked for classes, or
-        one that was not trained.
+      InputError: a class is unknown, there is not one per image, or the generator is not class-conditional
+        or was not trained.
     """
     if not self.recipe.has_generator:
       raise InputError("this model has no generator: its run trained without one")
@@ -113,26 +113,26 @@ class Model:
   def read(
     self, paths: str | Path | Sequence[str | Path]
   ) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
-    """Files as images of this model, read as those of its training were.
+    """Reads files as inputs of this model, in the same way as its training images.
 
     Args:
-      paths: one or several: pictures, folders of them, or arrays in .npy files or under `x` in .npz files:
-        images as `predict` takes them or, where the model was trained on vectors, vectors `[N, F]`.
+      paths: one or several: pictures, folders of pictures, or arrays in .npy files or under `x` in .npz
+        files: images as `predict` takes them or, if the model was trained on vectors, vectors `[N, F]`.
 
     Returns:
-      A name an image, for the pictures of a single folder as it is in that folder; and the images. Pictures
-      of a folder that cannot be decoded are left out, and named on the terminal.
+      One name per image, relative to the folder if `paths` is a single folder; and the images. Pictures in
+      a folder that cannot be decoded are left out and reported on the terminal.
 
     Raises:
-      InputError: a path that is none of these, a picture named by itself that cannot be decoded, or a
-        folder without any that can, arrays of another shape.
+      InputError: a path is none of these, a picture given by its own path or every picture of a folder
+        cannot be decoded, or an array has another shape.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
     names, images = [], []
     shape = self.recipe.image_shape
     reader = self.reader or Reader(channels=shape[2], size=shape[:2])  # pyright: ignore[reportArgumentType]
     for path in map(Path, paths):
-      if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+      if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would block
         raise InputError(f"{path} is neither a file nor a folder")
       if path.suffix in (".npy", ".npz"):
         x = self._from_array(path)
@@ -186,7 +186,7 @@ class Model:
     return np.array([number[name] for name in classes])
 
   def _checked(self, images: Images) -> np.ndarray:
-    """Bytes, or floats in [0, 1], `[N, H, W, C]`; vectors `[N, F]` on their own scale become such."""
+    """Images `[N, H, W, C]` as bytes or floats in [0, 1]; unscaled vectors `[N, F]` become such images."""
     x, shape = np.asarray(images), self.recipe.image_shape
     if self.scaling is not None and x.ndim == 2:
       return self.scaling.apply(x)
@@ -204,18 +204,18 @@ class Model:
 
 
 def load(run: str | Path) -> Model:
-  """The model of a run, from its directory alone: `config.json` and the newest checkpoint.
+  """Loads the model of a run from its directory alone: `config.json` and the newest checkpoint.
 
   Args:
-    run: the directory of a run, or the folder that `export.to_safetensors` made of one.
+    run: the directory of a run, or a folder written by `export.to_safetensors`.
 
   Raises:
-    InputError: no run, a run of another version, or one without a checkpoint.
+    InputError: there is no run, it is from another version, or it has no checkpoint.
   """
   path = Path(run)
   try:
     stored = json.loads((path / "config.json").read_text())
-    described = next(iter(stored["recipes"].values()))  # the first is the one that is saved
+    described = next(iter(stored["recipes"].values()))  # only the first is saved
     classes = tuple(stored["class_names"])
     reader, scaling = stored.get("reader"), stored.get("scaling")
     read_alike = reader and Reader(**reader), scaling and Scaling(**scaling)
@@ -232,7 +232,7 @@ def load(run: str | Path) -> Model:
 
 
 def _read_pictures(reader: Reader, files: dict[str, Path]) -> dict[str, UInt8[np.ndarray, "h w c"]]:
-  """Those that can be decoded, by the same names; says which cannot."""
+  """The pictures that can be decoded, by the same names; reports those that cannot."""
   read = for_all(reader.read, list(files.values()), f"reading {len(files):,} pictures")
   failed = [reason for reason in read if isinstance(reason, str)]
   if failed and len(failed) == len(files):
@@ -243,7 +243,7 @@ def _read_pictures(reader: Reader, files: dict[str, Path]) -> dict[str, UInt8[np
 
 
 def _batched(read: Any, x: np.ndarray) -> Any:
-  """`read` for many images, a full batch at a time."""
+  """Applies `read` to many images in full batches."""
   outputs = []
   for start in range(0, max(len(x), 1), _BATCH):
     rows = x[start : start + _BATCH]
@@ -253,6 +253,6 @@ def _batched(read: Any, x: np.ndarray) -> Any:
   return np.concatenate(outputs)
 
 
-# Modules of Linen are values, so one compiled program serves all models of one network.
+# Linen modules compare by value, so one compiled program serves all models with the same network.
 _classify = cache(lambda d: jax.jit(steps.make_classifier(d)))
 _layers = cache(lambda d, image_shape: jax.jit(probe.make_layers(d, image_shape)))

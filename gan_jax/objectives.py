@@ -34,9 +34,9 @@ class Objective:
 def weighted_sum(
   weighted: Mapping[str, tuple[Weight, Term]], outputs: StepOutputs
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """The loss, and the value of each term by its name before its weight.
+  """The loss, and the unweighted value of each term by name.
 
-  A term's key comes from its name, so the other terms of an objective do not change its random numbers.
+  A term's key derives from its name, so the other terms of an objective do not change its random numbers.
   """
   values, loss = {}, jnp.zeros(())
   for name, (weight, term) in weighted.items():
@@ -46,19 +46,19 @@ def weighted_sum(
 
 
 def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-  """The key of this name. Unlike small numbers, names are no index of another `split` of the same key."""
+  """The key of this name. Unlike small integers, hashed names are not indices of a `split` of the key."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def with_class_balance(
   objective: Objective, weight: Weight, prior: Sequence[float] | None = None
 ) -> Objective:
-  """The objective and a class-balance term.
+  """The objective with an added class-balance term.
 
   Args:
-    objective: any with unlabelled images.
+    objective: any objective with unlabelled images.
     weight: a number or a schedule.
-    prior: frequencies of the K classes; None: equal ones.
+    prior: frequencies of the K classes; None: uniform.
 
   References:
     Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5, see `losses.class_imbalance`.
@@ -75,19 +75,19 @@ def gan(
   rotation_weight: float = 0.0,
   labelled: bool = False,
 ) -> Objective:
-  """A GAN: any adversarial pair, with or without a gradient penalty and self-supervision.
+  """A GAN: any adversarial loss, with or without a gradient penalty and self-supervision.
 
   `L_D = E loss_d + gamma L_penalty + w L_rotation(x)`, `L_G = E loss_g + 0.2 w L_rotation(G(z))`. A
-  class-conditional generator plays for the logit of the class that it was asked for.
+  class-conditional generator is trained on the logit of its requested class.
 
   Args:
-    loss: the pair.
+    loss: the adversarial loss.
     penalty: on D's gradient at real images (r1), generated ones (r2), both, or between them (wgan_gp).
-    gamma: the penalty's weight, for pixels in [0, 1]: of R1 and R2 a quarter of one for [-1, 1], see
-      `penalties`.
-    penalty_every: steps from one application of the penalty to the next.
-    rotation_weight: w; the factor 0.2 of G is the paper's.
-    labelled: whether labelled images count as real ones too.
+    gamma: the penalty's weight, for pixels in [0, 1]; for R1 and R2, a quarter of the weight for [-1, 1],
+      see `penalties`.
+    penalty_every: interval between applications of the penalty, in steps.
+    rotation_weight: w; G's factor of 0.2 is the paper's.
+    labelled: whether labelled images also count as real.
   """
   kinds: dict[str, dict[str, Term]] = {
     "none": {},
@@ -109,7 +109,7 @@ def gan(
 
 
 def supervised_only() -> Objective:
-  """The control: labelled images and nothing else."""
+  """The supervised control: labelled images only."""
   return Objective(d={"supervised": (1.0, terms.supervised)})
 
 
@@ -120,18 +120,18 @@ def semi_supervised_gan(
   weak: Augment | None = None,
   threshold: float = 0.95,
 ) -> Objective:
-  """The K + 1 discriminator against a feature-matching generator, with or without consistency.
+  """The (K+1)-class discriminator against a feature-matching generator, with or without consistency.
 
   `L_D = CE(x_lab, y) + a [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + c L_consistency`,
   `L_G = mean_j (E f_j(x_unl) - E f_j(G(z)))^2`, with `r` the real logit and `f` the features.
 
   Args:
-    adversarial: a. The published recipe has 1/2: "is it real?" is then one question, asked half of
-      the time on real and half of the time on generated images, beside the one question "which class?".
-      With 0 there is no GAN: D does not look at generated images and G is not trained.
+    adversarial: a. The published recipe has 1/2: the real-or-fake loss, half on real and half on generated
+      images, then weighs as much as the class loss. With 0 there is no GAN: D does not use generated images
+      and G is not trained.
     consistency_weight: c, a number or a schedule; 0 gives the published GAN.
-    weak: the augmentation under which an image has its class; needed where c is not 0.
-    threshold: confidence from which an image's own class is taught, in [0, 1].
+    weak: augmentation of the images that give consistency targets; required if c is not 0.
+    threshold: minimum confidence of a pseudo-label, in [0, 1].
 
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, sections 3.1 and 5.
@@ -157,19 +157,19 @@ def conditional_gan(
   threshold: float = 0.95,
   **penalty: Any,
 ) -> Objective:
-  """A class-conditional GAN from any number of labels, over the same K logits.
+  """A class-conditional GAN with any number of labels, over the same K logits.
 
-  G is always judged by the logit `l_y` of the class that it was asked for. In a batch of labelled images,
-  so is D: a real image by the logit of its class, a generated one by that of the class asked for. With
-  unlabelled images in the batch D's question is only "is it real?", by the logsumexp of all logits, and
+  G's loss always uses the logit `l_y` of the requested class. In a batch of labelled images, so does D's
+  loss: the logit of its label for a real image, that of the requested class for a generated one. With
+  unlabelled images in the batch, D only decides "is it real?", by the logsumexp of all logits, and
   cross-entropy and consistency teach it which logit an image raises. Then
-  `l_y = logsumexp(l) + log p(y | x, real)` asks of G both to look real and to look like y.
+  `l_y = logsumexp(l) + log p(y | x, real)` trains G to make images that look real and look like y.
 
   Args:
-    loss: the pair.
-    consistency_weight: as in `semi_supervised_gan`, and so are the next two.
-    weak: augmentation of the images that consistency takes its targets from.
-    threshold: confidence from which a pseudo-label counts.
+    loss: the adversarial loss.
+    consistency_weight: as in `semi_supervised_gan`, like `weak` and `threshold`.
+    weak: augmentation of the images that give consistency targets.
+    threshold: minimum confidence of a pseudo-label.
     penalty: `penalty`, `gamma`, `penalty_every` and `rotation_weight` as in `gan`.
   """
   adversarial = gan(loss, labelled=True, **penalty)
@@ -185,12 +185,12 @@ def bad_gan(*, entropy_weight: Weight, density_weight: Weight, quantile: float =
   `L_D = CE(x_lab, y) + 1/2 [E softplus(-r(x_unl)) + E softplus(r(G(z)))] + e E H(p(. | x_unl))`,
   `L_G = mean_j (E f_j(x_unl) - E f_j(G(z)))^2 + w E max(log p(f(G(z))) - tau, 0)`.
 
-  Without the paper's terms for the entropy of G, which are for its larger images.
+  Omits the paper's terms for the entropy of G, which it uses for larger images.
 
   Args:
     entropy_weight: e.
     density_weight: w.
-    quantile: which of the real images' densities is tau, see `losses.high_density`.
+    quantile: tau is this quantile of the real images' densities, see `losses.high_density`.
 
   References:
     Dai et al., 2017, https://arxiv.org/abs/1705.09783, section 4.
@@ -231,8 +231,8 @@ def mean_teacher(*, weight: Weight, weak: Augment) -> Objective:
 
 
 def generator_augmented(*, weight: Weight) -> Objective:
-  """A classifier of labelled images and of those that a class-conditional generator makes.
+  """A classifier trained on labelled images and on images from a class-conditional generator.
 
-  `L_D = CE(x_lab, y) + w CE(G(z, y'), y')`. G has no terms: it is trained before and stays as it is.
+  `L_D = CE(x_lab, y) + w CE(G(z, y'), y')`. G has no terms: it is pretrained and stays fixed.
   """
   return Objective(d={"supervised": (1.0, terms.supervised), "generated": (weight, terms.generated)})

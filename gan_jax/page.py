@@ -1,6 +1,6 @@
-"""A run, or several side by side, as one HTML file for people: no scripts, nothing that lies elsewhere.
+"""A run, or several side by side, as one self-contained HTML file without scripts.
 
-Whatever a caller gives is text, numbers or PNG files, never HTML: the template escapes all of it.
+Callers pass text, numbers or PNG files, never HTML: the template escapes everything.
 """
 
 import base64
@@ -18,39 +18,39 @@ from gan_jax.evaluate import Evaluation, Shown
 from gan_jax.types import InputError, Json
 
 _PER_CLASS = 10
-"""Labelled images of each class that are shown."""
+"""Labelled images shown per class."""
 _ROWS = 20
-"""Rows of a table of classes or mistakes; a confusion matrix of more classes is shown as such a table."""
+"""Rows of a table of classes or mistakes; a confusion matrix with more classes is shown as such a table."""
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 
 
 class Picture(NamedTuple):
-  """A PNG file, as bytes or by its path, and the words under it."""
+  """A PNG file, as bytes or a path, and its caption."""
 
   png: bytes | Path
   caption: str = ""
 
 
 class Section(NamedTuple):
-  """A part of the page; what is empty is left out."""
+  """A section of the page; empty fields are left out."""
 
   title: str
   text: str = ""
   header: Sequence[str] = ()
-  """Of the columns of `rows`."""
+  """Column names of `rows`."""
   rows: Sequence[Sequence[str]] = ()
-  """A table."""
+  """Rows of a table."""
   tiles: Sequence[Picture] = ()
-  """Single images, many in a row, enlarged pixel by pixel."""
+  """Single images, many per row, enlarged without interpolation."""
   pictures: Sequence[Picture] = ()
-  """Side by side where there is room."""
+  """Pictures, side by side if there is room."""
   full_size: bool = False
-  """Whether the pictures scroll sideways on a small screen, where they would shrink."""
+  """Whether pictures scroll sideways on a small screen instead of shrinking."""
   code: str = ""
-  """Text that is shown as it is typed."""
+  """Preformatted text."""
   folded: bool = False
-  """Whether only the title shows until it is opened."""
+  """Whether the section is collapsed to its title until opened."""
 
 
 def write(
@@ -62,19 +62,19 @@ def write(
   sections: Sequence[Section] = (),
   command: str = "",
 ) -> None:
-  """The page of a run.
+  """Writes the page of a run.
 
-  In order: the result in a sentence, notes and alarms, the table, the pictures, the sections, where the
-  numbers come from, and the result as JSON.
+  In order: the result in one sentence, notes and alarms, the table, the pictures, the sections, provenance,
+  and the result as JSON.
 
   Args:
-    path: of the page.
-    result: what `result.json` holds.
-    table: rows, each a name and its values. A test error in percent has a bar; a row named `alarm` is an
-      alarm.
-    pictures: title and PNG file, a section each.
-    sections: further ones.
-    command: that repeats the run.
+    path: path of the page.
+    result: contents of `result.json`.
+    table: rows, each a name and its values. A test error in percent gets a bar; a row named `alarm` becomes
+      an alarm.
+    pictures: title and PNG file, one section each.
+    sections: further sections.
+    command: the command that repeats the run.
   """
   alarms = [f"Alarm: {value}" for name, *values in table if name == "alarm" for value in values]
   early = f"Stopped after {result.get('steps')} steps, before the run was complete."
@@ -91,14 +91,14 @@ def write(
 
 
 def compare(path: Path, runs: Sequence[Path]) -> None:
-  """Several runs side by side on one page: numbers, flags that differ, samples, learning curves.
+  """Writes a page with several runs side by side: numbers, flags that differ, samples, learning curves.
 
   Args:
-    path: of the page.
-    runs: folders of complete runs; only `result.json`, `config.json` and pictures are read there.
+    path: path of the page.
+    runs: folders of complete runs; only their `result.json`, `config.json` and pictures are read.
 
   Raises:
-    InputError: no folders, a folder without a complete run, or a page that cannot be written.
+    InputError: there are no folders, one has no complete run, or the page cannot be written.
   """
   if not runs:
     raise InputError("name the folder of at least one run")
@@ -156,17 +156,17 @@ def of_classifier(
   image_names: Sequence[str] = (),
   visible: bool = True,
 ) -> list[Section]:
-  """The labelled images, test images to look at, reliability, and mistakes of a K-class discriminator.
+  """Sections on a K-class discriminator: labelled images, notable test images, reliability, mistakes.
 
   Args:
-    folder: of the run, where `reliability.png` and `confusion.png` are.
-    found: its evaluation; of a discriminator without classes only the labelled images are shown.
-    class_names: K.
+    folder: folder of the run, with `reliability.png` and `confusion.png`.
+    found: its evaluation; for a discriminator without classes, only the labelled images are shown.
+    class_names: names of the K classes.
     x_lab: the labelled images that were used, as bytes, an array or `data.Chosen`.
     y_lab: their classes.
-    measured_on: what `found` is an evaluation of.
-    image_names: of those images, by the positions that `found` gives; else they are known by their number.
-    visible: whether there is something to look at; of vectors there is not.
+    measured_on: the kind of images that `found` was measured on.
+    image_names: names of those images, indexed by the positions in `found`; if empty, numbers are shown.
+    visible: whether inputs can be shown as images; vectors cannot.
   """
   sections = [_labelled(class_names, x_lab, np.asarray(y_lab))] if visible else []
   if found.least_certain is None or found.worst is None or found.confusion is None:
@@ -216,12 +216,12 @@ def _tiles(shown: Shown, class_names: Sequence[str], image_names: Sequence[str])
 
 
 def _abstaining(found: Evaluation, measured_on: str) -> list[Section]:
-  """What error remains where the classifier may leave images undecided; nothing where it makes none."""
+  """The remaining error if the classifier may abstain; empty if it makes no errors."""
   rows, error = [], 100 * float((found.probs.argmax(axis=-1) != found.y).mean())
   for limit in (error / 2, error / 4, 0.0) if error else ():
     kept = metrics.abstention_threshold(found.probs, found.y, limit)
     if kept is not None:
-      # In full: close to 1, where most thresholds are, a rounded one would let other images in.
+      # Full precision: most thresholds are close to 1, where rounding would admit other images.
       rows.append((f"{limit:.2f} %", str(np.float32(kept[0])), f"{100 * kept[1]:.1f} %"))
   section = Section(
     "Leaving images undecided",
@@ -234,7 +234,7 @@ def _abstaining(found: Evaluation, measured_on: str) -> list[Section]:
 
 
 def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> list[Section]:
-  """The confusion matrix, or its largest entries where there are many classes, and the recall by class."""
+  """The confusion matrix, or for many classes its largest entries, and the recall per class."""
   num = counts.sum(axis=1)
   text = "Images by true and predicted class; correct ones are on the diagonal."
   if len(class_names) <= _ROWS:
@@ -261,11 +261,11 @@ def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> l
   return [confusion, by_class]
 
 
-# --- Words
+# --- Text
 
 
 def _headline(result: Json) -> str:
-  """The result against its control, in a sentence."""
+  """The result and its control, in one sentence."""
   error, control = result.get("test_error"), result.get("supervised_test_error")
   probe, labels = result.get("probe_test_error"), result.get("num_labels")
   if error is None:
@@ -277,7 +277,7 @@ def _headline(result: Json) -> str:
 
 
 def _detail(result: Json) -> str:
-  """How exact the error is."""
+  """The uncertainty of the error."""
   if not result.get("test_error_interval"):
     return ""
   (low, high), images = result["test_error_interval"], result.get("error_from") or "test images"
@@ -353,7 +353,7 @@ def _word(value: Any) -> str:
 
 
 def _percent(p: float) -> str:
-  """A probability; one that is not quite 0 or 1 is not shown as such."""
+  """A probability in percent; values close to 0 or 1 are not rounded to them."""
   text = f"{100 * p:.0f}" if 0.01 <= p <= 0.99 else "< 1" if p < 0.5 else "> 99"
   return f"{text}{_PERCENT}"
 
@@ -389,7 +389,7 @@ def _render(
 
 
 def _with_bars(table: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str], float | None]]:
-  """Rows with the width of their bar in percent of the widest; None for what is no test error."""
+  """Rows with the width of their bar in percent of the widest; None if the row is not a test error."""
   errors = [
     float(values[0].removesuffix(" %"))
     if name.startswith("test error") and re.fullmatch(r"[\d.]+ %", values[0])

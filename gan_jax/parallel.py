@@ -1,14 +1,14 @@
-"""More than one device: the images of a step split over them, or replicates of a run spread over them.
+"""Several devices: the images of a step split over them, or replicates of a run spread over them.
 
-**One run**, `over_devices`: on each device the networks see a part of each batch, and everything else is as
-on one device. The step stays one function of the whole batch, so losses that compare images of a batch, its
-statistics, and ADA's signal are those of the whole batch by construction. The devices may be those of
-several `processes`. `over_axis` is the same for code that uses `jax.pmap`.
+**One run**, `over_devices`: on each device the networks see a part of each batch; everything else is as on
+one device. The step stays one function of the whole batch, so losses that compare images of a batch, batch
+statistics, and ADA's signal are those of the whole batch by construction. The devices may belong to several
+`processes`. `over_axis` does the same for code that uses `jax.pmap`.
 
-**Replicates**, `replicate`: a replicate is a run of its own, a label split and a seed. States and
-labelled sets carry a leading axis `[S]`; the unlabelled images are there once. Nothing is averaged over
-replicates, so spreading them over devices leaves each as it was. One after the other on one device, a
-replicate is its single run bit for bit; elsewhere the compiled program is another one, and they agree to
+**Replicates**, `replicate`: a replicate is an independent run with its own label split and seed. States and
+labelled sets carry a leading axis `[S]`; the unlabelled images are stored once. Nothing is averaged over
+replicates, so spreading them over devices does not change them. Trained sequentially on one device, a
+replicate equals its single run bit for bit; otherwise the compiled program differs, and they agree up to
 rounding.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Wrapped:
-  """A network that is applied in another way."""
+  """A network with another `apply`."""
 
   net: Any
 
@@ -51,7 +51,7 @@ class _Wrapped:
 
 @dataclass(frozen=True)
 class _Split(_Wrapped):
-  """A network whose inputs are split over a mesh, by their first axis."""
+  """A network whose inputs are split over a mesh, along their first axis."""
 
   mesh: Mesh
 
@@ -64,11 +64,11 @@ class _Split(_Wrapped):
 def over_devices(recipe: "Recipe", devices: Sequence[Any]) -> "Recipe":
   """The same training with the images of each step split over these devices.
 
-  Give its steps a state and images from `replicated`. The compiler partitions the step, forward and
-  backward, and adds the communication; results are those of one device to rounding.
+  Its steps need a state and images from `replicated`. The compiler partitions the step, forward and
+  backward, and adds the communication; results equal those of one device up to rounding.
 
   Raises:
-    InputError: a kind of images in the batch is not a multiple of the number of devices.
+    InputError: a size in `recipe.batch` is not a multiple of the number of devices.
   """
   sizes = {name: num for name, num in recipe.batch._asdict().items() if num % len(devices)}
   if sizes:
@@ -87,7 +87,7 @@ def most_devices(sizes: BatchSizes, num: int) -> int:
 
 
 def replicated(tree: Any, devices: Sequence[Any]) -> Any:
-  """The same arrays on each of these devices; of several processes, each gives its copy of them."""
+  """The same arrays on each of these devices; with several processes, each supplies its own copy."""
   whole = NamedSharding(_batch_mesh(devices), PartitionSpec())
   if jax.process_count() == 1:
     return jax.device_put(tree, whole)
@@ -101,14 +101,14 @@ def replicated(tree: Any, devices: Sequence[Any]) -> Any:
 
 
 def batch_sharding(devices: Sequence[Any], axis: int) -> Sharding:
-  """Of images that these devices share by this axis; without any, all are on JAX's default device."""
+  """Sharding of images over these devices along an axis; without devices, on JAX's default device."""
   if not devices:
     return jnp.zeros(()).sharding
   return NamedSharding(_batch_mesh(devices), PartitionSpec(*[None] * axis, "batch"))
 
 
 def rows_here(sharding: Sharding, shape: Sequence[int], axis: int) -> Int[np.ndarray, "n"]:
-  """Which rows of an array's axis the devices of this process have, in order."""
+  """The rows along an axis of an array that are on this process's devices, in order."""
   parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
   return np.unique(np.concatenate([np.arange(shape[axis])[part[axis]] for part in parts if part]))
 
@@ -120,21 +120,21 @@ def _batch_mesh(devices: Sequence[Any]) -> Mesh:
 # --- One run, under jax.pmap
 
 AXIS = "batch"
-"""The name of the axis of `over_axis`."""
+"""The axis name that `over_axis` uses."""
 
 
 def over_axis(recipe: "Recipe") -> "Recipe":
-  """The same training for code bases that use `jax.pmap`: each device does its part of the networks.
+  """The same training for code that uses `jax.pmap`: each device applies the networks to its part.
 
       multi_step = jax.pmap(over_axis(recipe).make_multi_step(50), AXIS, in_axes=(0, 0, None))
       states, metrics = multi_step(stack([state] * 8), stack([images] * 8), 50)
 
-  Every device has the whole state and the whole batch. Its networks see a part of the batch, and what they
-  return is put together again, so losses and statistics are those of the whole batch, results are those of
-  one device to rounding, and the devices' states stay the same: `pick(states, 0)` is the state.
+  Every device has the whole state and the whole batch. Its networks see a part of the batch, and their
+  outputs are gathered, so losses and statistics are those of the whole batch, results equal those of one
+  device up to rounding, and the devices' states stay identical: `pick(states, 0)` is the state.
 
   Raises:
-    InputError: a network that cannot normalise over devices, because it has no `axis_name`.
+    InputError: a network cannot normalise over devices, because it has no `axis_name`.
   """
   parts = []
   for net in (recipe.g, recipe.d):
@@ -146,19 +146,19 @@ def over_axis(recipe: "Recipe") -> "Recipe":
 
 @dataclass(frozen=True)
 class _Part(_Wrapped):
-  """A network that on each device of `AXIS` computes its part of the batch."""
+  """A network that computes one part of the batch on each device of `AXIS`."""
 
   def apply(self, variables: Any, x: Any, **kwargs: Any) -> Any:
     found = self.net.apply(jax.tree.map(_to_parts, variables), jax.tree.map(_part, x), **kwargs)
     if kwargs.get("mutable", False) is False:
       return jax.tree.map(_whole, found)
-    out, changed = found  # by statistics of the whole batch, or by none
+    out, changed = found  # `changed` uses statistics of the whole batch, or none
     return jax.tree.map(_whole, out), changed
 
 
-# Two pairs of linear maps between values that are the same on all devices and values that differ, each the
-# other's transpose. JAX's own all_gather and psum do not know which values are the same: their transposes
-# count a gradient that every device has once for each device.
+# Two pairs of linear maps between values that are the same on all devices and values that differ, each map
+# the transpose of the other. JAX's own all_gather and psum do not know which values are the same: their
+# transposes count a gradient that every device has once per device.
 
 
 def _own(x: Array) -> Array:
@@ -197,19 +197,19 @@ _DATA = DeviceData(_EACH, _EACH, _WHOLE, _WHOLE, _WHOLE)  # pyright: ignore[repo
 def replicate(
   multi_step: MultiStep, *, strategy: Strategy | None = None, devices: Sequence[Any] | None = None
 ) -> MultiStep:
-  """`multi_step` for S replicates at once.
+  """`multi_step` for S replicates.
 
   Args:
     multi_step: from `steps.make_multi_step`.
-    strategy: `sequential` trains one replicate after the other, `vmap` all in lockstep: they must be at
-      the same step. By default `sequential` on CPU, where `vmap` makes convolutions with a kernel for each
-      replicate grouped ones, which XLA has no fast code for there; else `vmap`, for a device that one
-      small network does not fill.
-    devices: over which the replicates are spread evenly, as many of them as divide S; all by default.
+    strategy: `sequential` trains one replicate after the other; `vmap` trains all in lockstep, so they must
+      be at the same step. Defaults to `sequential` on CPU, where `vmap` turns convolutions with one kernel
+      per replicate into grouped ones, which XLA has no fast code for; else to `vmap`, because one small
+      network does not fill the device.
+    devices: devices to spread the replicates over evenly (default: all); the most that divide S are used.
 
   Returns:
-    `multi_step(states, data, num) -> (states, metrics)` with `[S]` in front of every leaf of `states` and
-    `metrics`, and of `x_lab` and `y_lab` in `data`. Uncompiled; give it what `place` returns.
+    `multi_step(states, data, num) -> (states, metrics)` with a leading `[S]` in every leaf of `states` and
+    `metrics`, and in `x_lab` and `y_lab` of `data`. Uncompiled; its inputs come from `place`.
   """
   strategy = strategy or ("sequential" if jax.default_backend() == "cpu" else "vmap")
 
@@ -220,7 +220,7 @@ def replicate(
   def local(states: TrainState, data: DeviceData, num: Array):
     labelled = data.x_lab, data.y_lab
     if strategy == "vmap":
-      # One step count for all: with a count each, a term due once in k steps would always be computed.
+      # One step count for all: with one per replicate, a term due every k steps would always be computed.
       axes = jax.tree.map(lambda _: 0, states).replace(step=None)
       all_as_one = jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=(axes, 0))
       after, metrics = all_as_one(states.replace(step=states.step[0]), labelled, data, num)
@@ -250,7 +250,7 @@ def place(
 
 
 def stack(trees: Sequence[Any]) -> Any:
-  """Stacks replicates: each leaf with `[S]` in front."""
+  """Stacks replicates: each leaf gets a leading `[S]`."""
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 

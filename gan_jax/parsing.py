@@ -1,4 +1,4 @@
-"""Configurations, dataclasses of groups of flags and of an experiment's own: checked and parsed."""
+"""Parsing and checking of configurations: dataclasses of flag groups and of an experiment's own flags."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from gan_jax.types import InputError, Json
 
 Config = TypeVar("Config")
 
-# These say where a run finds and puts things, not what it computes.
+# These control a run's input, output and execution, not what it computes.
 PROCESSES = {field.name for field in dataclasses.fields(ProcessFlags)}
 NOT_RECIPE = {
   "data_dir",
@@ -39,9 +39,9 @@ NOT_RECIPE = {
 
 
 def check(config: Any) -> None:
-  """Checks that 32 bits hold the numbers, then every group, then what the configuration has to say."""
+  """Checks that numbers fit in 32 bits, then every group, then the configuration as a whole."""
   for name, value in flags_of(config).items():
-    largest = 2**32 - 1 if name.endswith("seed") else 2**31 - 1  # a larger seed is a smaller one again
+    largest = 2**32 - 1 if name.endswith("seed") else 2**31 - 1  # a larger seed would wrap around
     for number in value if isinstance(value, tuple) else (value,):
       if isinstance(number, int) and number > largest:
         raise InputError(f"{flag(name)} must be at most {largest:,}, and it is {number:,}")
@@ -56,7 +56,7 @@ def check(config: Any) -> None:
 
 
 def flags_of(config: Any) -> Json:
-  """All flags by their names; a name is there once, in whatever group it is."""
+  """All flags by name, from all groups; names are unique."""
   flags = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -65,14 +65,14 @@ def flags_of(config: Any) -> Json:
 
 
 def flags_of_recipe(config: Any) -> Json:
-  """Flags that say what a run computes; without those that say where it finds and puts things."""
+  """The flags that determine what a run computes, i.e. all except `NOT_RECIPE`."""
   return {name: value for name, value in flags_of(config).items() if name not in NOT_RECIPE}
 
 
 def command(program: str, config: Any) -> str:
-  """The command that repeats a run elsewhere: `program` and the flags that are not at their defaults.
+  """The command that repeats a run elsewhere: `program` and the flags that differ from their defaults.
 
-  Without those of the directory and of the processes: the command neither resumes nor replaces the run.
+  Flags of the directory and of the processes are left out: it neither resumes nor replaces the run.
   """
   defaults, words = flags_of(type(config)()), []
   for name, value in flags_of(config).items():
@@ -86,10 +86,10 @@ def command(program: str, config: Any) -> str:
 
 
 def with_flags(config: Config, **changes: Any) -> Config:
-  """The configuration with some flags changed, in whatever group they are.
+  """The configuration with some flags changed, whichever groups they are in.
 
   Raises:
-    TypeError: a flag that it does not have.
+    TypeError: the configuration has no such flag.
   """
   config, unknown = _with_flags(config, changes)
   if unknown:
@@ -112,18 +112,18 @@ def _with_flags(config: Any, changes: Json) -> tuple[Any, Json]:
 
 
 def parse(config_cls: type[Config], flags: Sequence[str], **about: Any) -> Config:
-  """The configuration of these flags, checked; with --resume that of the stored run, see `resumed`.
+  """The checked configuration of these flags; with --resume, that of the stored run, see `resumed`.
 
   Args:
-    config_cls: its class.
-    flags: as the process gets them.
-    about: for tyro.
+    config_cls: class of the configuration.
+    flags: command-line arguments.
+    about: passed to tyro.
 
   Raises:
-    InputError: what does not parse, or is refused.
+    InputError: the flags do not parse, or a check fails.
   """
   config = _parse(config_cls, flags, **about)
-  run = getattr(config, "run", None)  # some commands have a flag of this name
+  run = getattr(config, "run", None)  # in some commands `run` is a plain flag
   if isinstance(run, RunFlags) and run.resume:
     run.check()
     config = resumed(config_cls, Path(run.workdir or ""), flags)
@@ -132,12 +132,12 @@ def parse(config_cls: type[Config], flags: Sequence[str], **about: Any) -> Confi
 
 
 def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Config:
-  """The configuration of the run in `path`; `InputError` where a flag contradicts it."""
+  """The configuration of the run in `path`; `InputError` if a flag contradicts it."""
   try:
     fields = json.loads((path / "config.json").read_text())["config"]
     stored = with_flags(config_cls(), **{name: _tuples(value) for name, value in fields.items()})
     then = {"overwrite": False} | dict.fromkeys(PROCESSES & fields.keys())
-    stored = with_flags(stored, **then)  # those were about the run before
+    stored = with_flags(stored, **then)  # they applied to the previous invocation
     _check_types(stored)
   except FileNotFoundError as error:
     raise InputError(f"{path} holds no run to resume: it has no config.json") from error
@@ -154,7 +154,7 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
 
 
 def _named(value: Any) -> Any:
-  """A flag's value; of a folder or file of the user's own its name, as they may have been moved."""
+  """A flag's value; of user data only the name of the folder or file, which may have been moved."""
   kind, colon, path = value.partition(":") if isinstance(value, str) else (value, "", "")
   return f"{kind}:{Path(path).absolute().name}" if colon and kind in ("folder", "arrays") else value
 
@@ -181,9 +181,9 @@ def _parse(config_cls: type[Config], flags: Sequence[str], **kwargs: Any) -> Con
 
 
 def _unboxed(box: str) -> str:
-  """What tyro says in its box as a sentence: up to the first rule, and the flag perhaps meant."""
+  """The message in tyro's box as one sentence: the text up to the first rule, and the suggested flag."""
   parts: list[list[str]] = [[]]
-  for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first has a title
+  for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first line is a title
     line = line.strip(" │")
     if line and set(line) <= {*"─╰╯-"}:
       parts.append([])

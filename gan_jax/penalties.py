@@ -1,11 +1,11 @@
-"""Gradient penalties: a discriminator that cannot be steep. One value an example; the caller averages.
+"""Gradient penalties, which limit the discriminator's slope. One value per example; the caller averages.
 
-All take `real_logit_fn: images [B, H, W, C] -> real logit [B]`, in which every example must depend on
-its own image alone (no batch normalisation): then the gradient of the sum over the batch holds the
+All take `real_logit_fn: images [B, H, W, C] -> real logit [B]`, in which every output must depend on
+its own image alone (no batch normalisation): then the gradient of the sum over the batch contains the
 gradient of every example.
 
 Units: pixels are in [0, 1] here and in [-1, 1] in most papers, where a gradient is half as large and its
-square a quarter. A published weight gamma of R1 or R2 is `gamma / 4` here: 0.05 in R3GAN is 0.0125.
+square a quarter. A published R1 or R2 weight gamma is `gamma / 4` here: 0.05 in R3GAN is 0.0125.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ RealLogitFn = Callable[[Float[Array, "b h w c"]], Float[Array, "b"]]
 
 
 def squared_gradient_norm(real_logit_fn: RealLogitFn, x: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-  """`|grad_x D(x)|^2` of every image: R1 at real images, R2 at generated ones.
+  """`|grad_x D(x)|^2` at every image: R1 at real images, R2 at generated ones.
 
   Args:
-    real_logit_fn: images to real logit `[B]`.
+    real_logit_fn: maps images to real logits `[B]`.
     x: images in [0, 1], `[B, H, W, C]`.
 
   Returns:
@@ -45,9 +45,9 @@ def wgan_gp(
 
   Args:
     key: consumed.
-    real_logit_fn: images to real logit `[B]`.
+    real_logit_fn: maps images to real logits `[B]`.
     x_real: images in [0, 1].
-    x_fake: generated images, as many.
+    x_fake: as many generated images.
 
   Returns:
     `[B]`. The caller averages and multiplies by lambda, 10 in the paper.
@@ -58,5 +58,5 @@ def wgan_gp(
   chex.assert_equal_shape([x_real, x_fake])
   share = jax.random.uniform(key, (len(x_real),) + (1,) * (x_real.ndim - 1))
   squared = squared_gradient_norm(real_logit_fn, share * x_real + (1 - share) * x_fake)
-  # The root has no gradient at zero: a tiny constant keeps it finite for a D that is flat.
+  # The root has no gradient at zero: a tiny constant keeps it finite for a flat D.
   return jnp.square(jnp.sqrt(squared + 1e-12) - 1)

@@ -1,6 +1,6 @@
 """Datasets of tensorflow-datasets, read and, for the MNIST family, prepared without TensorFlow.
 
-What is prepared is read through tfds's data sources; what was decoded is kept beside it.
+Prepared datasets are read through tfds's data sources; the decoded arrays are cached next to them.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
 
 
 def _tfds() -> Any:
-  """Imported late, because it takes half a second; untyped, because its lazy modules are."""
+  """tfds, imported late because that takes half a second; untyped because its lazy modules are."""
   import tensorflow_datasets
 
   return tensorflow_datasets
@@ -57,7 +57,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
       f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH,"
       " arrays:FILE.npz and the image-classification datasets of tensorflow-datasets, such as cifar10"
     ) from error
-  except Exception as error:  # tfds raises whatever it likes for a version or for damaged files
+  except Exception as error:  # tfds may raise anything for an unknown version or damaged files
     reason = str(error).rpartition('": ')[2].partition("\n")[0].strip(". ")
     raise InputError(
       f"{name} cannot be opened ({reason}): name a version that there is, or remove what is prepared of it"
@@ -66,7 +66,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
 
 
 def _reachable(url: str, seconds: float = 5.0) -> bool:
-  """Whether anything answers there; a refusal is an answer. tfds itself would try for a minute."""
+  """Whether the host answers, even with an HTTP error. tfds itself would try for a minute."""
   answered = threading.Event()
 
   def ask() -> None:
@@ -78,18 +78,18 @@ def _reachable(url: str, seconds: float = 5.0) -> bool:
     except OSError:
       pass
 
-  thread = threading.Thread(target=ask, daemon=True)  # a look-up of the name may hang for longer
+  thread = threading.Thread(target=ask, daemon=True)  # a DNS look-up may hang for longer
   thread.start()
   thread.join(seconds)
   return answered.is_set()
 
 
 def _mnist_builder_cls(name: str) -> Any:
-  """tfds's own builder of an MNIST-like dataset, less the two calls that need TensorFlow.
+  """tfds's own builder of an MNIST-like dataset, without the two calls that need TensorFlow.
 
-  The stock builder unzips with TensorFlow and hands arrays to its PNG encoder. This one unzips with
-  Python and hands over Pillow images, which tfds encodes itself; name, version, features and checksums
-  are the parent's, so what it writes is the standard dataset.
+  The stock builder unzips with TensorFlow and passes arrays to its PNG encoder. This one unzips with
+  Python and passes Pillow images, which tfds encodes itself; name, version, features and checksums are
+  inherited, so it writes the standard dataset.
   """
   tfds = _tfds()
   from PIL import Image
@@ -130,7 +130,7 @@ def _mnist_builder_cls(name: str) -> Any:
 
 
 def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
-  """Prepares a dataset of the MNIST family as the standard tfds one, without TensorFlow."""
+  """Prepares the standard tfds version of a dataset of the MNIST family, without TensorFlow."""
   from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
   tfds = _tfds()
@@ -153,16 +153,16 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
     where = f"{manual_dir}/{file}" if manual_dir else f"the downloaded {file}"
     raise InputError(f"{where} is not the original file of {name}: its checksum is wrong") from error
   except (tfds.core.download.DownloadError, OSError) as error:
-    if isinstance(error, OSError) and error.strerror and error.filename:  # of the disk, not of the network
+    if isinstance(error, OSError) and error.strerror and error.filename:  # of the disk, not the network
       raise InputError(f"{name} cannot be prepared: {error.filename}: {error.strerror}") from error
     raise InputError(f"{name} could not be prepared ({str(error).splitlines()[0]}): {ways_out}") from error
   return builder
 
 
 def _read(builder: Any, name: str, stream: Choice) -> Dataset:
-  """Reads a prepared dataset; what was decoded stays beside it and goes when it is prepared anew.
+  """Reads a prepared dataset; decoded arrays are cached in its folder, so preparing it again drops them.
 
-  Of a dataset that is streamed these are the labels and the test images.
+  For a streamed dataset, these are the labels and the test images.
   """
   features, splits = builder.info.features, builder.info.splits
   test = next((part for part in ("test", "validation") if part in splits), None)
@@ -176,7 +176,7 @@ def _read(builder: Any, name: str, stream: Choice) -> Dataset:
       source = {"x_train": Records(_source(builder, name, "train"), name)}
     folder = Path(os.fspath(builder.data_dir))
     cache = folder / ("gan_jax_labels.npz" if source else "gan_jax_arrays.npz")
-    with contextlib.suppress(Exception):  # whatever is wrong with the cache, it is made anew
+    with contextlib.suppress(Exception):  # a cache with any fault is rebuilt
       if cache.is_file():
         with np.load(cache) as file:
           return _checked(builder, name, dict(file) | source)
@@ -186,7 +186,7 @@ def _read(builder: Any, name: str, stream: Choice) -> Dataset:
     arrays |= _decode(builder, name, test, "test")
   except InputError:
     raise
-  except Exception as error:  # a damaged file may give any
+  except Exception as error:  # a damaged file may raise anything
     reason = (str(error) or type(error).__name__).partition("\n")[0]
     raise InputError(
       f"{name} in {builder.data_dir} cannot be read ({reason}): remove that folder and prepare it anew"
@@ -197,7 +197,7 @@ def _read(builder: Any, name: str, stream: Choice) -> Dataset:
 
 
 def _checked(builder: Any, name: str, arrays: dict[str, Any]) -> Dataset:
-  """The dataset of these arrays; `InputError` where they are not what was prepared, or of several sizes."""
+  """The dataset of these arrays; `InputError` if they do not match the builder or differ in image size."""
   classes = tuple(builder.info.features["label"].names)
   dataset = Dataset(name=name, class_names=classes, **arrays)
   x, x_test = dataset.x_train, dataset.x_test
@@ -231,7 +231,7 @@ class Records:
   def _read(self, rows: Any) -> list[np.ndarray]:
     try:
       return [example["image"] for example in self._source.__getitems__(np.asarray(rows).tolist())]
-    except Exception as error:  # whatever the reader of records and Pillow raise
+    except Exception as error:  # the record reader and Pillow may raise anything
       raise InputError(f"records of {self._name} {reason_of(error)}") from error
 
 
@@ -258,13 +258,13 @@ def _decode(builder: Any, name: str, split: str, part: str = "train") -> dict[st
 
 
 def _labels(builder: Any, name: str) -> Int[np.ndarray, "n"]:
-  """Those of the training images, which are not decoded."""
+  """Labels of the training images, which are not decoded."""
   skip = {"image": _tfds().decode.SkipDecoding()}
   examples = _examples(_source(builder, name, "train", decoders=skip))
   return np.fromiter((example["label"] for example in examples), np.int64)
 
 
 def _examples(source: Any) -> Iterable[Any]:
-  """All examples, a thousand a read: one at a time takes as long as decoding them."""
+  """All examples, a thousand per read: reading one at a time takes as long as decoding them."""
   for start in range(0, len(source), 1000):
     yield from source.__getitems__(list(range(start, min(start + 1000, len(source)))))

@@ -36,9 +36,9 @@ def fit_linear(
 ) -> LinearProbe:
   """Multinomial logistic regression, `min_W,b sum_i CE(W z_i + b, y_i) + l2 / 2 |W|^2`, by L-BFGS.
 
-  The features are standardised by their own mean and standard deviation first; constant features
-  count for nothing. The bias is not penalised. The problem is strictly convex in W, so there is one
-  answer and no seed: it is scikit-learn's `LogisticRegression(C=1 / l2)`.
+  The features are first standardised by their own mean and standard deviation; constant features
+  are ignored. The bias is not penalised. The problem is strictly convex in W, so the solution is unique
+  and needs no seed: it is that of scikit-learn's `LogisticRegression(C=1 / l2)`.
 
   Args:
     features: `[N, F]`, on any scale.
@@ -46,7 +46,7 @@ def fit_linear(
     num_classes: K.
     l2: weight of the penalty.
     tolerance: the largest gradient entry, relative to N, at which to stop.
-    max_iterations: the most L-BFGS iterations.
+    max_iterations: the maximum number of L-BFGS iterations.
   """
   mean, std, z = _standardise(features)
 
@@ -76,7 +76,7 @@ def fit_linear(
 
 
 class NearestNeighbour(struct.PyTreeNode):
-  """The class of the nearest labelled image, by the Euclidean distance of standardised features."""
+  """The class of the nearest labelled image, by Euclidean distance between standardised features."""
 
   mean: Float[Array, "f"]
   std: Float[Array, "f"]
@@ -86,13 +86,13 @@ class NearestNeighbour(struct.PyTreeNode):
 
   def classes(self, features: Float[Array, "b f"]) -> Int[Array, "b"]:
     z = (features - self.mean[None]) / self.std[None]
-    # |z - z_i|^2 less |z|^2, which moves no minimum.
+    # |z - z_i|^2 minus |z|^2, which does not move the minimum.
     distances = jnp.square(self.z).sum(axis=-1)[None] - 2 * z @ self.z.T
     return self.y[distances.argmin(axis=-1)]
 
 
 def fit_nearest(features: Float[Array, "n f"], y: Int[Array, "n"]) -> NearestNeighbour:
-  """One neighbour, because a class may have but two labels. Constant features count for nothing."""
+  """One neighbour, because a class may have only two labels. Constant features are ignored."""
   mean, std, z = _standardise(features)
   return NearestNeighbour(mean, std, z, y)
 
@@ -132,6 +132,6 @@ def _pooled(h: Array) -> Array:
 
 def _standardise(features: Array) -> tuple[Array, Array, Array]:
   """Mean, standard deviation, standardised features; a constant feature becomes zero."""
-  mean, std = features.mean(axis=0), features.std(axis=0)  # rounding gives a constant one some deviation
+  mean, std = features.mean(axis=0), features.std(axis=0)  # rounding: not exactly 0 for a constant one
   std = jnp.where(features.max(axis=0) > features.min(axis=0), std, jnp.inf)
   return mean, std, (features - mean[None]) / std[None]

@@ -1,7 +1,7 @@
 """Several processes that train one run, on one machine or many, joined by `jax.distributed`.
 
 Each runs the same program on the same data, their devices share each step (`parallel.over_devices`), and
-the first alone writes. In a single process all of this changes nothing.
+only the first writes. In a single process all of this has no effect.
 """
 
 import ctypes
@@ -35,17 +35,17 @@ def initialize(
   timeout: int = 300,
   heartbeat: int = 30,
 ) -> None:
-  """Joins this process to those that train together, by `jax.distributed`. Before any array is made.
+  """Joins this process to the others through `jax.distributed`. Call it before creating any array.
 
-  Should another one end, this one ends with `LOST` and exit code 1, within `heartbeat` seconds or so.
+  If another process ends, this one ends with `LOST` and exit code 1, within about `heartbeat` seconds.
 
   Args:
-    coordinator: `host:port` at which the first process listens, or `auto` where JAX knows the cluster
+    coordinator: `host:port` at which the first process listens, or `auto` if JAX knows the cluster
       (Slurm, Open MPI, Kubernetes, Cloud TPU).
-    num_processes: how many there are; None: as the cluster says.
-    process_id: which of them this is, from 0 on; None likewise.
+    num_processes: number of processes; None asks the cluster.
+    process_id: index of this process, from 0; None asks the cluster.
     timeout: seconds to wait for the others.
-    heartbeat: seconds without a sign of life after which a process counts as ended.
+    heartbeat: seconds without a heartbeat after which a process counts as ended.
 
   Raises:
     InputError: the cluster is unknown, the port is in use, or the coordinator does not answer.
@@ -61,7 +61,7 @@ def initialize(
       process_id,
       initialization_timeout=timeout,
       heartbeat_timeout_seconds=heartbeat,
-      # The first process evaluates alone; should it end meanwhile, there is no heartbeat.
+      # The others wait while the first process evaluates; if it dies, its heartbeat stops.
       shutdown_timeout_seconds=7 * 24 * 3600,
     )
   except ValueError as error:
@@ -70,12 +70,12 @@ def initialize(
     ) from error
   except (RuntimeError, OSError) as error:
     raise InputError(f"--coordinator {coordinator} cannot be used: {error}") from error
-  if threading.current_thread() is threading.main_thread():  # JAX has put a handler of its own in its place
+  if threading.current_thread() is threading.main_thread():  # JAX has installed its own handler
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _check_reachable(address: str, *, listens: bool, timeout: int) -> None:
-  """What JAX ends the process for: a port in use, and a coordinator that nobody hears."""
+  """Raises `InputError` where JAX would end the process: a port in use, an unreachable coordinator."""
   host, _, port = address.rpartition(":")
   if not host or not port.isdigit() or int(port) > 65535:
     raise InputError(f"--coordinator {address} must be HOST:PORT or auto")
@@ -99,7 +99,7 @@ def _check_reachable(address: str, *, listens: bool, timeout: int) -> None:
 
 
 def _end_with_a_sentence() -> None:
-  """JAX aborts a process whose run has lost another one; a handler of Python's would not be called."""
+  """Prints `LOST` when JAX aborts because another process is lost; a Python handler would not be called."""
 
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def ended(signum: int) -> None:
@@ -112,30 +112,30 @@ def _end_with_a_sentence() -> None:
 
 
 def is_lost(error: BaseException) -> bool:
-  """Whether this came of another process that ended, as each transport words it."""
+  """Whether the end of another process caused this error, judging by the wording of each transport."""
   return any(word in str(error) for word in ("Gloo", "NCCL", "oordination service", "UNAVAILABLE"))
 
 
 def writes() -> bool:
-  """Whether this process is the one that writes: the first."""
+  """Whether this process writes files: only the first does."""
   return jax.process_index() == 0
 
 
 def wait(what: str) -> None:
-  """Until every process has come here."""
+  """Waits until every process has reached this point."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
 def largest(value: int) -> int:
-  """The largest value of all processes; each must ask at the same point."""
+  """The largest value over all processes; each must call this at the same point."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def check_same(what: Any, arrays: Any) -> None:
-  """Raises `InputError` unless all processes have the same arrays and the same `what`, which is JSON."""
+  """Raises `InputError` unless all processes have the same arrays and the same JSON value `what`."""
   if jax.process_count() == 1:
     return
   digest = zlib.crc32(json.dumps(what, sort_keys=True).encode())
@@ -151,5 +151,5 @@ def check_same(what: Any, arrays: Any) -> None:
 
 
 def local(tree: Any) -> Any:
-  """What this process has of arrays that are the same on all devices; its own arrays as they are."""
+  """This process's copy of arrays that are the same on all devices; its own arrays as they are."""
   return jax.tree.map(lambda a: a if a.is_fully_addressable else a.addressable_data(0), tree)

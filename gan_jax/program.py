@@ -1,4 +1,4 @@
-"""A program of the command line around its `main`: signals, errors as one sentence, and JAX's cache."""
+"""Runs a `main` as a command-line program: signals, one-sentence errors, and JAX's compilation cache."""
 
 import contextlib
 import errno
@@ -20,29 +20,30 @@ from gan_jax import parsing, processes
 from gan_jax.report import cache_dir, console, say
 from gan_jax.types import InputError, Json, Stopped
 
-# A folder that is closed or a disk that is full, which no check can foresee: no bug of ours.
+# No permission or a full disk: no check can foresee these, and they are not bugs.
 _CLOSED_OR_FULL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 @contextlib.contextmanager
 def _quiet_pipe() -> Iterator[None]:
-  """Ends without a traceback where the reader of standard output left early, as `| head` does."""
+  """Exits without a traceback if the reader of standard output closes it early, as `| head` does."""
   try:
     try:
       yield
     finally:
       sys.stdout.flush()
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter will flush again
-    sys.exit(141)  # what a shell says of a process that SIGPIPE has ended
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at exit
+    sys.exit(141)  # the shell's exit code for a process ended by SIGPIPE
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
   """SIGTERM and SIGHUP raise `Stopped`, unless they are ignored (nohup).
 
-  They and Ctrl-C also count where Python would lose them: an exception in a callback of a weak reference or
-  of the garbage collector, which JAX has one of all through a compilation, is printed and ignored.
+  They and Ctrl-C also take effect where Python would lose them: it prints and ignores exceptions in
+  callbacks of weak references and of the garbage collector, and JAX has such a callback throughout a
+  compilation.
   """
   hook = sys.unraisablehook
 
@@ -80,17 +81,17 @@ def run(
   name: str | None = None,
   description: str | None = None,
 ) -> None:
-  """Parses the flags and runs `main`; an `InputError` is one sentence and exit code 2.
+  """Parses the flags and runs `main`; an `InputError` becomes one sentence and exit code 2.
 
-  With --resume the stored configuration stands in for the flags that are not given, and a flag that
-  contradicts it is an error.
+  With --resume, flags that are not given come from the stored configuration, and a flag that contradicts it
+  is an error.
 
   Args:
-    main: what to run with the configuration.
-    config_cls: its class.
-    flags: default: those that the process was started with.
-    name: what --help calls it; default: the name of the process.
-    description: what --help says; default: the docstring of main's module.
+    main: called with the configuration.
+    config_cls: class of the configuration.
+    flags: command-line arguments; default: those of the process.
+    name: program name in --help; default: the name of the process.
+    description: text of --help; default: the docstring of main's module.
   """
   flags = sys.argv[1:] if flags is None else flags
   about = {"description": description or sys.modules[main.__module__].__doc__ or "", "prog": name}
@@ -105,7 +106,7 @@ def run(
     console.quiet = False
     console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     _leave(2)
-  except KeyboardInterrupt:  # outside of training, or for the second time
+  except KeyboardInterrupt:  # outside of training, or the second Ctrl-C
     say("stopped at once")
     _leave(130)
   except Stopped as stopped:
@@ -127,7 +128,7 @@ def run(
 
 
 def _leave(code: int) -> NoReturn:
-  """Ends the process; where it is one of several, at once: they wait for each other when they are done."""
+  """Ends the process; one of several ends immediately, as a normal exit would wait for the others."""
   if jax.distributed.is_initialized():
     sys.stdout.flush()
     os._exit(code)
@@ -140,12 +141,12 @@ def _leave(code: int) -> NoReturn:
 def _quiet() -> None:
   import absl.logging
 
-  absl.logging.set_verbosity("fatal")  # Orbax logs what it then raises
-  logging.getLogger("asyncio").setLevel("CRITICAL")  # and leaves more of it behind
+  absl.logging.set_verbosity("fatal")  # Orbax logs errors that it also raises
+  logging.getLogger("asyncio").setLevel("CRITICAL")  # and leaves more for asyncio to log
 
 
 def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, at most 1 GB: a second start does not compile again."""
+  """Caches compiled programs on disk, at most 1 GB, so that a second start does not recompile."""
   if jax.config.values["jax_compilation_cache_dir"] is None:  # the attribute is untyped in JAX 0.10
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_compilation_cache_max_size", 2**30)
@@ -154,7 +155,7 @@ def enable_compilation_cache() -> None:
 
 
 def replace_damaged(cache: Path) -> None:
-  """JAX warns of a damaged program and compiles, but does not write over it: now it does, and is silent."""
+  """Silently deletes damaged cache entries, so that JAX rewrites them instead of warning at every start."""
   warned = "Error reading persistent compilation cache entry for "
   show = warnings.showwarning
 

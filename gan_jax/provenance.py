@@ -1,4 +1,4 @@
-"""Where numbers come from: the device, the versions of the libraries, the commit."""
+"""Provenance of results: device, library versions, commit."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ from gan_jax.types import Json
 
 
 def environment() -> Json:
-  """Device, versions and commit: what every result and every line of a benchmark has."""
+  """Device, versions and commit, as recorded with every result and every line of a benchmark."""
   device = jax.devices()[0]
   names = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
   root, commit = Path(__file__).parent.parent, ""
-  if (root / ".git").exists():  # else this is an installed package, in whatever repository it may lie
+  if (root / ".git").exists():  # else this is an installed package, perhaps inside some repository
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):
       commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -36,7 +36,7 @@ def environment() -> Json:
 
 
 def num_cores() -> int:
-  """Processor cores that this process may use."""
+  """CPU cores that this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

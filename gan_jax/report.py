@@ -1,4 +1,4 @@
-"""Output of a run: sentences, JSON, files. Files are written whole or not at all."""
+"""Output of a run: messages, JSON, files. Files are written atomically."""
 
 import contextlib
 import json
@@ -13,21 +13,21 @@ from rich.console import Console
 
 from gan_jax.types import InputError, Json
 
-console = Console(stderr=True, highlight=False, emoji=False)  # else `folder:a:` shows as a letter in a box
+console = Console(stderr=True, highlight=False, emoji=False)  # else `folder:a:` shows as a boxed letter
 
 
 def say(text: str) -> None:
-  """Prints a plain sentence on standard error."""
+  """Prints a plain message on standard error."""
   console.print(text, markup=False, soft_wrap=True)
 
 
 def cache_dir() -> Path:
-  """Where what can be made again is kept: `gan_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+  """The cache directory: `gan_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gan_jax"
 
 
 def check_file(path: Path) -> None:
-  """Raises `InputError` where a file cannot be written. It tries that, and leaves nothing there."""
+  """Raises `InputError` if a file cannot be written. It tries to write, and leaves nothing behind."""
   try:
     if path.is_dir():
       raise InputError(f"{path} is a folder: name a file")
@@ -40,7 +40,7 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-  """A path to write to, which then takes the place of `path`: a reader never sees half a file."""
+  """A path to write to, which replaces `path` at the end: a reader never sees a partial file."""
   beside = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     yield beside
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-  """Writes a file, whole or not at all. Pipes and devices are written to."""
+  """Writes a file atomically. Pipes and devices are written to directly."""
   if path.exists() and not path.is_file():
     path.write_bytes(content)
     return
@@ -61,7 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes an .npz file of what can be made again; a folder that cannot be written is no error."""
+  """Writes an .npz file to a cache; a folder that cannot be written is not an error."""
   with contextlib.suppress(OSError), replacing(path) as beside, open(beside, "wb") as file:
     np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
@@ -72,10 +72,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_metrics(path: Path, keys: Sequence[str] = ()) -> list[Json]:
-  """The rows of a `metrics.jsonl`; a last line that was cut off does not count.
+  """The rows of a `metrics.jsonl`; a truncated last line is ignored.
 
   Raises:
-    InputError: a whole line is not JSON, or no row with these keys.
+    InputError: a whole line is not JSON, or not a row with these keys.
   """
   if not path.exists():
     return []

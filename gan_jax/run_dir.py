@@ -1,4 +1,4 @@
-"""The directory of a run: opened, locked, filled."""
+"""The directory of a run: opening, locking, resuming, replacing, results."""
 
 import contextlib
 import dataclasses
@@ -26,18 +26,18 @@ from gan_jax.report import console, say
 from gan_jax.types import InputError, Json, LabelSplit, Stopped, TrainState
 
 FILES = ("config.json", "labels.json", "report.html", "result.json")
-"""What every run has."""
+"""The files of every run."""
 TRAINING_FILES = ("metrics.jsonl", "checkpoints", "tensorboard")
-"""What a run that trains one recipe has as well."""
+"""Additional files of a run that trains one recipe."""
 
 _REPLACED, _REPLACING = ".replaced", ".replacing"
-# Where the files of a run wait that --overwrite replaces, until the new one has its first row of metrics;
-# and where they are while they are moved there or back.
+# Where --overwrite keeps the files of the old run until the new one has its first row of metrics, and where
+# they are while being moved there or back.
 
 
 @dataclass(frozen=True)
 class Run:
-  """An open run: its directory, its flags, its data, and where it runs."""
+  """An open run: its directory, flags, data, and environment."""
 
   path: Path
   experiment: str
@@ -47,10 +47,10 @@ class Run:
   seed: int
   exclude_labelled: bool
   environment: Json
-  """Device, versions and commit, as they were when the run began."""
+  """Device, versions and commit at the start of the run."""
   begin: float
   command: str
-  """What repeats the run."""
+  """The command that repeats the run."""
 
   @property
   def metrics_path(self) -> Path:
@@ -67,22 +67,22 @@ def open_run(
   recipes_used: Mapping[str, Recipe],
   files: Sequence[str],
 ) -> Iterator[Run]:
-  """Opens the directory of a run, which is locked meanwhile.
+  """Opens the directory of a run and keeps it locked meanwhile.
 
-  Everything that can be checked before should have been: from here on the directory is written to, of
-  several processes by the first. A run that --overwrite replaces comes back where the new one ends by an
-  exception before its first row of metrics, or was killed before it: then the next call puts it back.
+  Check everything that can be checked first: from here on the directory is written to, with several
+  processes only by the first. A run that --overwrite replaces is restored if the new one raises before its
+  first row of metrics; if the new one is killed before that, the next call restores the old run.
 
   Args:
-    experiment: its name.
+    experiment: name of the experiment.
     config: its configuration, with a group `run`.
     dataset: its data.
-    split: its labels; None where the experiment writes splits of its own.
-    recipes_used: what it trains, by the names of the phases.
-    files: what it writes beside `FILES`, files and folders.
+    split: its label split; None if the experiment writes its own splits.
+    recipes_used: the recipes that it trains, by the names of the phases.
+    files: files and folders that it writes besides `FILES`.
 
   Raises:
-    InputError: a directory that holds a run or other files, or is in use; a run that cannot be resumed.
+    InputError: the directory holds a run or other files, or is in use; or the run cannot be resumed.
   """
   flags: cli.RunFlags = config.run
   values = parsing.flags_of(config)
@@ -130,7 +130,7 @@ def open_run(
       yield run
       complete = True
     except InputError:
-      # A mistake that showed before any training: the next try shall find no run here.
+      # A user error found before any training: the next attempt must find no run here.
       if not flags.resume and not _has_begun(path, owned):
         remove(path, owned)
       raise
@@ -143,7 +143,7 @@ def open_run(
 
 
 def _describe(run: Run, flags: Json, recipes_used: Mapping[str, Recipe]) -> tuple[Json, Json]:
-  """What goes into `labels.json` and `config.json`, as it will be read: a tuple is a list."""
+  """The content of `labels.json` and `config.json` as it will be read back: tuples become lists."""
   dataset, split = run.dataset, run.split
   named = {"experiment": run.experiment, "dataset": dataset.name, "note": dataset.note}
   labels = named | (describe_split(split, run.exclude_labelled) if split else {})
@@ -179,7 +179,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def describe_split(split: LabelSplit, exclude_labelled: bool = False) -> Json:
-  """What a run stores of a split."""
+  """The description of a split that a run stores."""
   return {
     "sha256": split.sha256,
     "seed": split.seed,
@@ -192,7 +192,7 @@ def describe_split(split: LabelSplit, exclude_labelled: bool = False) -> Json:
 
 
 def remove(path: Path, files: Iterable[str]) -> None:
-  """Removes these files and folders of a run; of a symbolic link the link alone."""
+  """Removes these files and folders of a run; of a symbolic link, only the link."""
   for name in files:
     target = path / name
     if target.is_dir() and not target.is_symlink():
@@ -211,8 +211,10 @@ def _move_aside(path: Path, files: Sequence[str]) -> None:
 
 
 def _settle(path: Path, files: Sequence[str], *, complete: bool = False) -> None:
-  """Ends what `_move_aside` began: the old run goes where the new one has come to something, else it is
-  put back. Killed at any moment, it can be called again."""
+  """Finishes what `_move_aside` began: removes the old run if the new one has begun, else puts it back.
+
+  It can be called again after being killed at any point.
+  """
   aside, moving = path / _REPLACED, path / _REPLACING
   if aside.exists():
     if complete or _has_begun(path, files):
@@ -228,13 +230,13 @@ def _settle(path: Path, files: Sequence[str], *, complete: bool = False) -> None
 
 
 def _has_begun(path: Path, files: Sequence[str]) -> bool:
-  """Whether a run has a first row, of metrics or of results, itself or in one of its parts."""
+  """Whether a run or one of its parts has a first row of metrics or results."""
   rows = (row for name in files for row in (path / name, *(path / name).rglob("*.jsonl")))
   return any(row.suffix == ".jsonl" and row.is_file() and row.stat().st_size for row in rows)
 
 
 def _check_folder(path: Path) -> None:
-  """Raises `InputError` for a directory in which no run may be."""
+  """Raises `InputError` for a directory that must not hold a run."""
   if path.exists() and not path.is_dir():
     raise InputError(f"--workdir {path} is not a folder")
   names = set(os.listdir(path)) if path.exists() else set()
@@ -243,7 +245,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _check_outside(path: Path, values: Json) -> None:
-  """Raises `InputError` where a run would lie among the pictures that a flag names."""
+  """Raises `InputError` if a run would lie in the folder of pictures that a flag names."""
   for value in values.values():
     if isinstance(value, str) and value.startswith("folder:"):
       folder = Path(value.removeprefix("folder:")).expanduser()
@@ -255,7 +257,7 @@ def _check_outside(path: Path, values: Json) -> None:
 
 
 def _check_replaceable(path: Path, flags: cli.RunFlags, experiment: str) -> None:
-  """Raises `InputError` where the directory's run may not be replaced by one of this experiment."""
+  """Raises `InputError` if the directory's run must not be replaced by one of this experiment."""
   if not flags.overwrite:
     raise InputError(f"{path} already holds a run: pass --resume to go on or --overwrite to replace it")
   stored = experiment
@@ -272,7 +274,7 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
       stored[name] = json.loads((path / name).read_text())
     except (OSError, ValueError) as error:
       raise InputError(f"{path / name} cannot be read: the run cannot be resumed") from error
-  noted = {"note": None}  # of files that are no pictures, too, which may come and go
+  noted = {"note": None}  # the note also counts files that are not pictures, which may come and go
   if stored["labels.json"] | noted != labels | noted:
     raise InputError(f"{path / 'labels.json'} is not the split that this run would use")
   if stored["config.json"].get("recipes") != described["recipes"]:
@@ -280,10 +282,10 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
 
 
 def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) -> Json:
-  """Another experiment as a part of this run, in a folder of its own; resumed with this run.
+  """Runs another experiment as a part of this run, in its own folder; it is resumed with this run.
 
   Returns:
-    The part's result: where it was complete, the one that it had.
+    The part's result; the stored one if it was already complete.
   """
   folder = run.path / name
   resume = run.flags.resume and (folder / "config.json").exists()
@@ -300,7 +302,7 @@ def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) ->
 
 
 def start_from(flags: cli.TransferFlags, recipe: Recipe) -> Callable[[TrainState], TrainState] | None:
-  """For `train.fit`: a fresh state as --init-from would have it; says which heads could not be taken."""
+  """The `start` of `train.fit` for --init-from; it prints which heads could not be transferred."""
   init_from = flags.init_from
   if init_from is None:
     return None
@@ -316,7 +318,7 @@ def start_from(flags: cli.TransferFlags, recipe: Recipe) -> Callable[[TrainState
 
 
 def check_source(run_flags: cli.RunFlags, flags: cli.TransferFlags) -> None:
-  """Raises `InputError` where --init-from is no run; a resumed run does without it."""
+  """Raises `InputError` if --init-from is not a run; a resumed run does not need it."""
   if run_flags.resume or flags.init_from is None:
     return
   if not (Path(flags.init_from) / "config.json").is_file():
@@ -329,7 +331,7 @@ def check_source(run_flags: cli.RunFlags, flags: cli.TransferFlags) -> None:
 
 
 def training(fit: train.Fit) -> Json:
-  """What `result.json` holds of a training run."""
+  """The entries of `result.json` about training."""
   first, num_steps = fit.first_step_at, int(fit.state.step)
   return {
     "interrupted": fit.interrupted,
@@ -358,8 +360,8 @@ def finish(
     run: the open run.
     result: the experiment's own keys.
     table: rows, each a name and its values.
-    pictures: title and file name, relative to the run's directory, for the page.
-    sections: what else the page shows, below the pictures.
+    pictures: titles and file names, relative to the run's directory, for the page.
+    sections: further sections of the page, below the pictures.
   """
   dataset, split = run.dataset, run.split
   result = {
@@ -377,7 +379,7 @@ def finish(
     "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     **run.environment,
   }
-  result = json.loads(json.dumps(result))  # as it will be read: a tuple is a list
+  result = json.loads(json.dumps(result))  # as it will be read back: tuples become lists
   report.write_json(run.path / "result.json", result)
   files = [(title, run.path / name) for title, name in pictures]
   page.write(run.path / "report.html", result, table, files, sections=sections, command=run.command)

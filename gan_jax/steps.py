@@ -1,8 +1,8 @@
-"""One step of training as a pure function, `step(state, batch) -> (state, metrics)`, and many a dispatch.
+"""One training step as a pure function, `step(state, batch) -> (state, metrics)`, and many per dispatch.
 
 Networks and optimizers are closed over by the `make_*` builders; the state holds arrays only.
-Randomness is derived: `fold_in(state.key, state.step)`, split once into named parts. The base key
-never changes, so a run that is saved and restored goes on bit for bit.
+All randomness derives from `fold_in(state.key, state.step)`, split once into named parts. The base key
+never changes, so a run that is saved and restored continues bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ MultiStep = Callable[[TrainState, Any, Int[Array, ""]], tuple[TrainState, dict[s
 """`(state, data, num) -> (state, metrics)`: `num` steps in one call, see `make_multi_step`."""
 
 NUM_STATISTICS = 1000
-"""Latents whose statistics a generator samples with."""
+"""Number of latents from which a generator's sampling statistics are computed."""
 
 
 @partial(jax.jit, static_argnames=("g", "d", "g_tx", "d_tx"))
@@ -53,7 +53,7 @@ def init_state(
   x_init: Float[Array, "b h w c"],
   aux: PyTree[Array] = None,
 ) -> TrainState:
-  """A fresh state. Compiled, because an initialisation is many small operations.
+  """A fresh state. Compiled, because initialisation consists of many small operations.
 
   Args:
     key: consumed; the state keeps a key derived from it.
@@ -61,9 +61,9 @@ def init_state(
     d: the discriminator.
     g_tx: optimizer of G.
     d_tx: optimizer of D.
-    x_init: real images in [0, 1], `[B, H, W, C]`. They give the shapes, and weight-normalised layers
-      start from their statistics: a few hundred images are enough.
-    aux: what else the algorithm carries: `Adaptive.init()` with adaptive augmentation.
+    x_init: real images in [0, 1], `[B, H, W, C]`. They set the shapes, and weight-normalised layers are
+      initialised from their statistics: a few hundred images are enough.
+    aux: further state of the algorithm: `Adaptive.init()` for adaptive augmentation.
   """
   chex.assert_rank(x_init, 4)
   key_state, key_z, key_g, key_d, key_noise = jax.random.split(key, 5)
@@ -75,14 +75,14 @@ def init_state(
     key=key_state,
     g=NetState(g_params, g_variables, g_tx.init(g_params)),
     d=NetState(d_params, d_variables, d_tx.init(d_params)),
-    # Copies: a donated state must not hold one buffer twice.
+    # Copies: a donated state must not hold the same buffer twice.
     ema=jax.tree.map(jnp.copy, {"g": g_params, "d": d_params}),
     aux={} if aux is None else aux,
   )
 
 
 def step_keys(key: Key[Array, ""], step: Int[Any, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-  """The two keys of a step, from that of the state: one samples its batch, the other is the step's own."""
+  """The two keys of a step, derived from the state's key: one samples its batch, one is the step's own."""
   key_batch, key_step = jax.random.split(jax.random.fold_in(key, step))
   return key_batch, key_step
 
@@ -97,29 +97,29 @@ def make_step(
   augment: Augment | Adaptive | None = None,
   ema_decay: float = 0.999,
 ) -> Step:
-  """Builds one step: an update of D, then one of G against the new D. Pure, uncompiled.
+  """Builds one step: an update of D, then one of G against the new D. Pure, not compiled.
 
-  D sees `[labelled; unlabelled; generated]` in one pass. G's update has latents and unlabelled images of
-  its own. The batch sets the sizes; an empty input costs nothing, so with labelled images alone the same
-  step is the supervised control. A network without terms in the objective is left as it is.
+  D processes `[labelled; unlabelled; generated]` in one pass. G's update has its own latents and unlabelled
+  images. The batch sets the sizes; an empty input costs nothing, so with labelled images alone the same
+  step is the supervised control. A network without terms in the objective is not updated.
 
   Args:
     g: the generator, see `gan_jax.types`.
     d: the discriminator.
-    g_tx: optimizer of G, the one that the state was made with.
-    d_tx: optimizer of D, likewise.
+    g_tx: optimizer of G, the one that the state was initialised with.
+    d_tx: optimizer of D, the one that the state was initialised with.
     objective: the terms of both networks.
-    augment: applied to all that D sees, real and generated alike, in D's update and in G's. With
-      `Adaptive` the state must have been made with `aux=augment.init()`.
-    ema_decay: decay of the parameter averages; early in training `(1 + t) / (10 + t)` where that is
-      smaller, so that the first parameters are soon forgotten.
+    augment: applied to all inputs of D, real and generated, in D's update and in G's. With `Adaptive`, the
+      state must have been initialised with `aux=augment.init()`.
+    ema_decay: decay of the parameter averages; early in training `(1 + t) / (10 + t)` while that is
+      smaller, so that the initial parameters are soon forgotten.
 
   Returns:
     `step(state, batch) -> (state, metrics)`. Metrics are scalars: `d/loss`, each term under its name
     (`d/supervised`, `g/feature_matching`), mean real logits (`d/real_logit_real`, `d/real_logit_fake`),
     mean sign of the real logits of real images (`d/real_sign`), error on the labelled batch in percent,
     norms of gradients and updates, and with `Adaptive` its state (`d/strength`, `d/overfitting`). The real
-    logit is the one that D's update is about: `l_y` where its question is the class, else `logsumexp(l)`.
+    logit is the one that D's update uses: `l_y` if D judges images by class, else `logsumexp(l)`.
   """
 
   def apply(net: Network, params: Params, model_state: PyTree, x: Latents, key: Array):
@@ -128,7 +128,7 @@ def make_step(
     return out, dict(changed)
 
   def bind(params: Params, state: TrainState) -> DiscriminatorFn:
-    """D with these parameters; what it keeps beside them stays that of the state."""
+    """D with these parameters; its other collections stay those of the state."""
     return lambda x, key: apply(d, params, state.d.model_state, x, key)[0]
 
   def augmented(state: TrainState, key: Array, x: Array) -> Array:
@@ -136,13 +136,13 @@ def make_step(
     return transform(key, x) if transform and len(x) else x
 
   def generate(params: Params, model_state: PyTree, key_z: Array, key_g: Array, num: int):
-    """Images, the classes that they were asked to be of, and G's new state."""
+    """Images, their requested classes, and G's new state."""
     latents = g.latents(key_z, num)
     x, model_state = apply(g, params, model_state, latents, key_g)
     return x, latents.y if isinstance(latents, ClassLatents) else no_labels(x), model_state
 
   def by_class(batch: Batch) -> bool:
-    """Whether all that D judges has a class: labelled images, and images of a class-conditional G."""
+    """Whether all images that D judges have a class: labelled ones, and those of a class-conditional G."""
     return not len(batch.x_unl) and batch.num_generated > 0 and is_class_conditional(g)
 
   def update_d(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
@@ -193,7 +193,7 @@ def make_step(
     d_fn = bind(state.d.params, state)
 
     def discriminate(x_raw: Array, y: Array, key: Array) -> DiscOutputs:
-      if not len(x_raw):  # a network need not take an empty batch
+      if not len(x_raw):  # networks need not support an empty batch
         shapes = jax.eval_shape(lambda: d_fn(jnp.zeros((batch.num_generated, *x_raw.shape[1:])), key)[:2])
         logits, features = (jnp.zeros((0, *shape.shape[1:])) for shape in shapes)
         return DiscOutputs(x_raw, x_raw, logits, features, y)
@@ -202,8 +202,8 @@ def make_step(
       logits, features, *_ = d_fn(x, key_noise)
       return DiscOutputs(x_raw, x, logits, features, y)
 
-    # Real images are constants here, so they go through D forwards only, and not at all where no term
-    # asks for them: the compiler drops what is not used.
+    # Real images are constants here, so they need only a forward pass through D, and none if no term uses
+    # them: the compiler drops unused results.
     unl = discriminate(batch.x_unl_g, no_labels(batch.x_unl_g), key_unl)
     lab = discriminate(batch.x_lab, batch.y_lab, key_lab)
 
@@ -248,12 +248,12 @@ def make_step(
 
 
 def is_class_conditional(g: Generator) -> bool:
-  """Whether a generator is asked for classes."""
+  """Whether a generator is class-conditional."""
   return isinstance(jax.eval_shape(lambda: g.latents(jax.random.key(0), 1)), ClassLatents)
 
 
 def no_labels(x: Float[Array, "b h w c"]) -> Int[Array, "b"]:
-  """The class of images without a label."""
+  """The labels of unlabelled images, all -1."""
   return jnp.full(len(x), -1)
 
 
@@ -271,15 +271,15 @@ def optimizer_step(
 
 
 def freeze_layers(tx: optax.GradientTransformation, layers: Sequence[str]) -> optax.GradientTransformation:
-  """FreezeD: `tx` that leaves these layers of D as they are.
+  """FreezeD: `tx` without updates to these layers of D.
 
-  What a layer keeps beside its parameters, such as the vectors of a power iteration, still follows the
-  batches.
+  Variables of a layer other than its parameters, such as the vectors of a power iteration, are still
+  updated from the batches.
 
   Args:
     tx: optimizer of the other layers; it does not see the frozen ones.
-    layers: names at the top of the parameters, usually the first of `d.layers(image_shape)`; without any,
-      `tx` itself is returned.
+    layers: names at the top level of the parameters, usually the first of `d.layers(image_shape)`; if
+      empty, `tx` itself is returned.
 
   References:
     Mo et al., 2020, https://arxiv.org/abs/2002.10964.
@@ -294,17 +294,17 @@ def freeze_layers(tx: optax.GradientTransformation, layers: Sequence[str]) -> op
 
 
 def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps: int) -> MultiStep:
-  """Many steps as one pure function, so that one dispatch to the device does them all.
+  """Many steps as one pure function, so that one dispatch to the device runs them all.
 
   Args:
     step: from `make_step`.
-    sample_batch: `(key, data, i) -> Batch`; consumes the key. `data` is any pytree that lives on the
-      device, `i` the place of the step in the call, from 0 on.
-    max_steps: the most steps that one call does.
+    sample_batch: `(key, data, i) -> Batch`; consumes the key. `data` is any pytree on the device, `i` the
+      index of the step in the call, from 0.
+    max_steps: the maximum number of steps per call.
 
   Returns:
     `multi_step(state, data, num) -> (state, metrics)`: `num <= max_steps` is traced, so one compiled
-    program serves every length. Each metric is `[max_steps]`, of which the first `num` are set.
+    program serves every length. Each metric is `[max_steps]`; the first `num` entries are set.
   """
 
   @jax.jit  # the shapes of the metrics and the loop's body share one trace
@@ -318,7 +318,7 @@ def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps
       state, metrics = one(state, data, i)
       return state, {name: history[name].at[i].set(metrics[name]) for name in history}
 
-    first = jnp.int32(0)  # a Python 0 is weakly typed, and would be traced for itself
+    first = jnp.int32(0)  # a Python 0 is weakly typed, and would need a separate trace
     _, shapes = jax.eval_shape(one, state, data, first)
     history = {name: jnp.zeros(max_steps, shape.dtype) for name, shape in shapes.items()}
     return jax.lax.fori_loop(first, num, body, (state, history))
@@ -328,12 +328,12 @@ def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps
 
 @partial(jax.jit, static_argnames="g")
 def with_statistics(g: Generator, state: TrainState) -> TrainState:
-  """The state for sampling: with these statistics, an image depends on its latent alone.
+  """The state for sampling: with fixed statistics, an image depends on its latent alone.
 
-  Only a generator with `norm="shift"` has any (`"batch"` keeps running averages of its own): those that the
-  averaged G has for 1,000 latents, always the same, in the collection "statistics" of
-  `state.g.model_state`. A state that has them keeps them. Training does without: go on with the state as it
-  was.
+  Only a generator with `norm="shift"` has them (`"batch"` keeps its own running averages): the averaged G's
+  statistics over 1,000 latents, always the same ones, in the collection "statistics" of
+  `state.g.model_state`. Existing statistics are kept. Training does not use them: continue it from the
+  original state.
   """
   variables = {"params": state.ema["g"], **state.g.model_state}
   latents = g.latents(objectives.named_key(jax.random.key(0), "statistics"), NUM_STATISTICS)
@@ -342,7 +342,7 @@ def with_statistics(g: Generator, state: TrainState) -> TrainState:
 
 
 def generator_variables(g: Generator, state: TrainState) -> PyTree[Array]:
-  """The averaged G as Flax variables to sample from, see `with_statistics`."""
+  """The averaged G as Flax variables for sampling, see `with_statistics`."""
   state = with_statistics(g, state)
   return {"params": state.ema["g"], **state.g.model_state}
 
@@ -354,7 +354,7 @@ def make_sampler(
 
   The variables are those of `generator_variables`, so each image depends on its own latent alone. `num` is
   static under jit; the key is consumed. A class-conditional generator makes images of the classes `y [num]`
-  or, without, of random ones.
+  or, without `y`, of random classes.
   """
 
   def sample(

@@ -1,10 +1,10 @@
-"""Training images that do not fit: read from disk while a run trains, ahead of its steps.
+"""Training images that do not fit in memory: read from disk during training, ahead of the steps.
 
-What a step draws is a function of the run's key and of the step, `data.draw_rows`, the same as in memory.
-So the step is the position in the stream: a run goes on bit for bit from any step, nothing of the stream is
-saved, and a streamed run is the run in memory. Grain reads and decodes ahead in threads.
+The images of a step are a function of the run's key and the step, `data.draw_rows`, the same as in memory.
+The step is therefore the position in the stream: a run resumes bit for bit from any step, no stream state
+is saved, and a streamed run equals the run in memory. Grain reads and decodes ahead in threads.
 
-The images come from a `types.ImageSource`, which is read from several threads at once.
+The images come from a `types.ImageSource`, which several threads read concurrently.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from gan_jax import data, parallel, steps
 from gan_jax.types import BatchSizes, InputError, TrainState
 
 DISPATCH_BYTES = 2**26
-"""The most that the images of one dispatch take. There are two at a time on the device, two on the host."""
-_BLOCK = 1000  # steps whose draws are computed together
+"""Most bytes of images per dispatch. Two dispatches at a time are on the device, and two on the host."""
+_BLOCK = 1000  # steps whose rows are drawn together
 
 
 class Dispatches:
-  """The data of one dispatch after the other; where it is streamed, the next is read meanwhile.
+  """The data of successive dispatches; if it is streamed, the next is read while one runs.
 
   A context manager: leaving it ends the threads.
   """
@@ -42,29 +42,29 @@ class Dispatches:
     max_steps: int,
     devices: Sequence[Any] = (),
   ):
-    """Begins to read.
+    """Starts reading.
 
     Args:
-      images: what is on the device, and the stream of the others, if there is one.
-      sizes: of a batch.
-      state: the one that training begins with, or goes on from.
+      images: the images on the device, and the stream of the others, if there is one.
+      sizes: batch sizes.
+      state: the state that training starts or resumes from.
       num_steps: the last step of training.
       max_steps: the most steps in one dispatch.
-      devices: those that share each step. Each gets its part of the images, and a process reads those of
-        its own devices.
+      devices: devices that share each step. Each gets its part of the images, and each process reads those
+        of its own devices.
     """
     self.max_steps = max_steps
-    """The most steps in one dispatch: fewer where their images would take more than `DISPATCH_BYTES`."""
+    """The most steps in one dispatch: fewer if their images would take more than `DISPATCH_BYTES`."""
     self.abstract = images
-    """What a step is to be compiled for: the data, or its shapes."""
+    """The data to compile a step for, or its shapes."""
     self.seconds_idle = 0.0
-    """Spent waiting for images while the device had nothing to do."""
+    """Time spent waiting for images while the device was idle."""
     self._images, self._batches = images, None
     stream = images.stream
     num = 0 if stream is None else sum(stream.counts(sizes))
     if stream is None or not num:
       return
-    import grain  # late: it takes most of a second
+    import grain  # imported late: it takes most of a second
 
     shape = (num, *stream.source.shape[1:])
     self.max_steps = max(1, min(max_steps, DISPATCH_BYTES // math.prod(shape)))
@@ -93,10 +93,10 @@ class Dispatches:
 
     Args:
       num: at most `max_steps`.
-      running: a result of the dispatch before. While it is not ready, the device is busy.
+      running: a result of the previous dispatch. Until it is ready, the device is busy.
 
     Raises:
-      InputError: images that cannot be read.
+      InputError: an image cannot be read.
     """
     if self._batches is None:
       return self._images
@@ -109,8 +109,7 @@ class Dispatches:
 
 
 class _Draws:
-  """Which images of the source each step draws, from that of a state to the last: those at the places
-  `here` of its batch."""
+  """Source rows of each step from the state's to the last, at the positions `here` of its batch."""
 
   def __init__(
     self, stream: data.Stream, sizes: BatchSizes, state: TrainState, num_steps: int, here: np.ndarray
@@ -134,7 +133,7 @@ class _Draws:
       return jax.numpy.concatenate([lab[: ends[0]], *others])
 
     device = None
-    with contextlib.suppress(RuntimeError):  # there may be no processor among JAX's devices
+    with contextlib.suppress(RuntimeError):  # JAX may have no CPU backend
       device = jax.local_devices(backend="cpu")[0]
 
     @lru_cache(maxsize=2)

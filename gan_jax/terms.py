@@ -1,7 +1,7 @@
-"""What one update saw, and the terms over it that objectives are sums of.
+"""The outputs of one update, and the loss terms computed from them; an objective is a sum of terms.
 
 A term is a pure function of `StepOutputs`, so a new loss is one function here and one line in an objective.
-In D's update the generated images are constants, in G's update the real ones are.
+Generated images are constants in D's update, real images in G's.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,21 +17,21 @@ from gan_jax.types import Augment, DiscriminatorFn
 
 
 class DiscOutputs(NamedTuple):
-  """One kind of images, and the discriminator's outputs for them."""
+  """Images of one kind, and the discriminator's outputs for them."""
 
   x_raw: Float[Array, "b h w c"]
   """The images before augmentation, in [0, 1]."""
   x: Float[Array, "b h w c"]
-  """The images that entered D, augmented, in [0, 1]."""
+  """The images passed to D, after augmentation, in [0, 1]."""
   logits: Float[Array, "b k"]
   features: Float[Array, "b f"]
   y: Int[Array, "b"]
-  """Labels, or the classes that G was asked for; -1 where the class is unknown."""
+  """Labels, or the classes requested from G; -1 where the class is unknown."""
 
 
 @dataclass(frozen=True)
 class StepOutputs:
-  """What the terms of one update are functions of."""
+  """The input of the terms of one update."""
 
   lab: DiscOutputs
   """Labelled images."""
@@ -40,15 +40,15 @@ class StepOutputs:
   fake: DiscOutputs
   """Generated images."""
   by_class: bool
-  """Whether D is asked "real, and of class y?": all its real images have labels, and G is conditional."""
+  """Whether D decides "real, and of class y?": all its real images have labels, and G is conditional."""
   key: Key[Array, ""]
-  """A key of the term's own; the term consumes it."""
+  """The term's own key, which the term consumes."""
   d_fn: DiscriminatorFn
   """The discriminator, for terms that need another pass."""
   teacher_fn: DiscriminatorFn
   """The discriminator with averaged parameters, which are constants."""
   step: Int[Array, ""]
-  """Steps done before this one."""
+  """Steps completed before this one."""
 
 
 Term = Callable[[StepOutputs], Float[Array, ""]]
@@ -63,9 +63,9 @@ def adversarial_d(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
   """D's half of an adversarial loss: `E loss(real) + E loss(fake)`.
 
   Args:
-    loss: the pair.
-    labelled: whether labelled images count as real ones too, as in class-conditional GANs. Else the
-      real images are the unlabelled ones.
+    loss: the adversarial loss.
+    labelled: whether labelled images also count as real, as in class-conditional GANs. Otherwise only
+      unlabelled images do.
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
@@ -76,7 +76,7 @@ def adversarial_d(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
 
 
 def adversarial_g(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
-  """G's half of the same."""
+  """G's half of an adversarial loss, with the arguments of `adversarial_d`."""
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
     return loss.g(_real_logit(real_images(outputs, labelled)), _real_logit(outputs.fake)).mean()
@@ -89,10 +89,10 @@ def _real_logit(images: DiscOutputs) -> Float[Array, "b"]:
 
 
 def real_images(outputs: StepOutputs, labelled: bool) -> DiscOutputs:
-  """The real images of an adversarial loss, with their classes only where D is asked for them.
+  """The real images of an adversarial loss, with their classes only if D judges images by class.
 
-  Some images with a class and some without would leave D a way out: a logit that answers for labelled
-  images and for generated ones of its class, and beside it any logit at all for an unlabelled image.
+  Mixing images with and without a class would leave D a loophole: one logit for labelled images and
+  generated images of that class, and any other logit at all for unlabelled images.
   """
   if not labelled:
     return outputs.unl
@@ -101,7 +101,7 @@ def real_images(outputs: StepOutputs, labelled: bool) -> DiscOutputs:
 
 
 def generated_images(outputs: StepOutputs) -> DiscOutputs:
-  """The generated images as D's own update judges them: by their class only where D is asked for it."""
+  """The generated images of D's own update, with their classes only if D judges images by class."""
   return outputs.fake if outputs.by_class else _without_class(outputs.fake)
 
 
@@ -121,10 +121,10 @@ def _weak_logits(outputs: StepOutputs, d_fn: DiscriminatorFn, weak: Augment) -> 
 
 
 def consistency(weak: Augment, *, threshold: float) -> Term:
-  """Consistency: the pseudo-label that the averaged D gives a weakly augmented unlabelled image is the
-  target for the image as D's update augmented it, see `losses.consistency`.
+  """Consistency: the averaged D's pseudo-label of a weakly augmented unlabelled image is the target for the
+  same image as augmented in D's update, see `losses.consistency`.
 
-  The second pass is for the target alone, so it is a forward pass.
+  The second pass only computes the target, so it is a forward pass.
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
@@ -135,7 +135,7 @@ def consistency(weak: Augment, *, threshold: float) -> Term:
 
 
 def adamatch(weak: Augment, *, threshold: float) -> Term:
-  """The same with a threshold and class frequencies relative to those on labels, see `losses.adamatch`."""
+  """Consistency with threshold and class frequencies relative to labelled images, see `losses.adamatch`."""
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
     logits_weak = _weak_logits(outputs, outputs.teacher_fn, weak)
@@ -146,9 +146,9 @@ def adamatch(weak: Augment, *, threshold: float) -> Term:
 
 
 def mutual_information(weak: Augment) -> Term:
-  """Minus the mutual information of an unlabelled image's class as augmented and as weakly augmented.
+  """Minus the mutual information of unlabelled images' predicted classes under two augmentations.
 
-  Both passes have a gradient.
+  One is that of D's update, the other is `weak`. Gradients flow through both passes.
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
@@ -159,10 +159,10 @@ def mutual_information(weak: Augment) -> Term:
 
 
 def mixed(outputs: StepOutputs) -> Float[Array, ""]:
-  """Real or fake of images that are partly real: `E s softplus(-r) + (1 - s) softplus(r)`.
+  """Real-or-fake loss of partly real images: `E s softplus(-r) + (1 - s) softplus(r)`.
 
   `r` is the real logit of `M x + (1 - M) G(z)`: an unlabelled image with a rectangle of a generated one,
-  M uniform over positions and, as CutMix has it, over shares s of the image that is real.
+  M uniform over positions and, as in CutMix, over the share s of the image that is real.
 
   References:
     Liu et al., 2020, https://doi.org/10.1109/CVPR42600.2020.00576 (R3-CGAN), without its class targets.
@@ -184,8 +184,8 @@ def mixed(outputs: StepOutputs) -> Float[Array, ""]:
 
 
 def confident_generated(*, threshold: float) -> Term:
-  """Cross-entropy of generated images against the averaged D's class, where it is confident and they look
-  real: `E 1[max p' >= threshold, r' > 0] -log p(argmax p')`, primes the averaged D, a constant.
+  """Cross-entropy of generated images against the averaged D's class, for confident, real-looking ones:
+  `E 1[max p' >= threshold, r' > 0] -log p(argmax p')`, where primes denote the averaged D, a constant.
 
   References:
     Li et al., 2019, https://arxiv.org/abs/1912.09784 (Triple-GAN), whose generator is conditional.
@@ -201,7 +201,7 @@ def confident_generated(*, threshold: float) -> Term:
 
 
 def undecided_generated(outputs: StepOutputs) -> Float[Array, ""]:
-  """Minus the mean entropy of the classifier on generated images: D is to be undecided about them.
+  """Minus the mean entropy of the classifier on generated images: D is trained to be uncertain there.
 
   References:
     Springenberg, 2016, https://arxiv.org/abs/1511.06390, section 3.
@@ -217,10 +217,10 @@ def entropy(outputs: StepOutputs) -> Float[Array, ""]:
 def class_balance(prior: Sequence[float] | None = None) -> Term:
   """Divergence of the mean prediction on the unlabelled images from the class prior.
 
-  Against confirmation bias: early pseudo-label errors reinforce themselves.
+  Counters confirmation bias: early pseudo-label errors reinforce themselves.
 
   Args:
-    prior: frequencies of the K classes, see `data.class_prior`; None: equal ones.
+    prior: frequencies of the K classes, see `data.class_prior`; None: uniform.
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
@@ -233,12 +233,12 @@ def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:
   """VAT: predictions stay stable under the worst-case perturbation of norm epsilon.
 
   `E KL(p(. | x) || p(. | x + r))`, with `r = epsilon g / |g|` and `g` the gradient of the same divergence
-  in r at `xi d`, d a random direction: one power iteration towards the direction of its greatest growth.
+  in r at `xi d`, d a random direction: one power iteration towards the direction of its fastest growth.
   `p(. | x)` and `r` are constants. All passes share D's noise. Pixels may leave [0, 1].
 
   Args:
-    epsilon: length of r, in the norm of the image as one vector of pixels in [0, 1].
-    xi: of the trial step; it need only be small, and large enough for float32.
+    epsilon: Euclidean norm of r, over all pixels of an image in [0, 1].
+    xi: length of the trial step; it must be small, but large enough for float32.
 
   References:
     Miyato et al., 2018, https://arxiv.org/abs/1704.03976, equations 5 to 8 and algorithm 1.
@@ -260,7 +260,7 @@ def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:
 
 
 def _unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """Each image divided by its norm; near-zero ones by their largest pixel first, against underflow."""
+  """Each image divided by its norm; by its largest pixel first, so that squares do not underflow."""
   x = x / (jnp.abs(x).max(axis=(1, 2, 3), keepdims=True) + 1e-30)
   return x / (jnp.sqrt(jnp.square(x).sum(axis=(1, 2, 3), keepdims=True)) + 1e-12)
 
@@ -284,7 +284,7 @@ def mean_teacher(weak: Augment) -> Term:
 
 
 def low_density(*, quantile: float) -> Term:
-  """Penalty on generated images in dense regions of the unlabelled ones, see `losses.high_density`."""
+  """Penalty on generated images in dense regions of the unlabelled images, see `losses.high_density`."""
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
     return losses.high_density(outputs.unl.features, outputs.fake.features, quantile=quantile).mean()
@@ -293,7 +293,7 @@ def low_density(*, quantile: float) -> Term:
 
 
 def generated(outputs: StepOutputs) -> Float[Array, ""]:
-  """Mean cross-entropy of the generated images against the classes that they were asked to be of."""
+  """Mean cross-entropy of the generated images against their requested classes."""
   return losses.cross_entropy(outputs.fake.logits, outputs.fake.y).mean()
 
 
@@ -303,14 +303,14 @@ def r1(*, labelled: bool = False) -> Term:
 
 
 def r2(outputs: StepOutputs) -> Float[Array, ""]:
-  """The same at generated images."""
+  """`E |grad_x D(x)|^2 / 2` at generated images."""
   return _penalty(outputs, generated_images(outputs)).mean() / 2
 
 
 def wgan_gp(*, labelled: bool = False) -> Term:
   """`E (|grad_x D(x)| - 1)^2` between real and generated images; the paper's weight is 10.
 
-  Between images of different classes there is no class, and the real logit is the logsumexp.
+  A point between images of different classes has no class, so its real logit is the logsumexp.
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
@@ -331,7 +331,7 @@ def _real_logit_fn(outputs: StepOutputs, y: Int[Array, "b"], key: Key[Array, ""]
 
 
 def every_k(term: Term, k: int) -> Term:
-  """The term once in k steps, and k times as heavy: the same on average, for less.
+  """The term every k steps, with k times the weight: the same on average, at a lower cost.
 
   References:
     Karras et al., 2020, https://arxiv.org/abs/1912.04958, section 3.1 (lazy regularization).
@@ -345,11 +345,11 @@ def every_k(term: Term, k: int) -> Term:
 
 
 def rotation(images_of: Callable[[StepOutputs], DiscOutputs]) -> Term:
-  """Rotation prediction: mean cross-entropy of D's further head over the four quarter turns.
+  """Rotation prediction: mean cross-entropy of D's auxiliary head over the four quarter turns.
 
-  For square images and a D with `num_aux=4`. Every image is turned once, by a random number of turns.
-  In D's objective `images_of` gives the real images, in G's the generated ones: G is to make images whose
-  upright D can tell.
+  For square images and a D with `num_aux=4`. Every image is rotated once, by a random number of turns.
+  `images_of` gives the real images in D's objective and the generated ones in G's, which trains G to make
+  images whose rotation D can predict.
 
   References:
     Chen et al., 2019, https://arxiv.org/abs/1811.11212, equations 2 and 3.

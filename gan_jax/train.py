@@ -1,4 +1,4 @@
-"""The loop around the step: many steps a dispatch, metrics, checkpoints, diagnostics, signals."""
+"""The training loop: dispatches of many steps, metrics, checkpoints, diagnostics, signals."""
 
 import contextlib
 import os
@@ -21,23 +21,23 @@ from gan_jax.types import InputError, Json, Metrics, Stopped, TrainState
 
 @dataclass(frozen=True)
 class Fit:
-  """What `fit` returns."""
+  """The result of `fit`."""
 
   state: TrainState
   seconds_train: float
-  """From the first step to the last, with what is logged, diagnosed and saved between them, without the
-  compilation of the steps; those of a run that was resumed count from its beginning."""
+  """Time from the first step to the last, including logging, diagnostics and checkpoints but not the
+  compilation of the steps; for a resumed run, from its beginning."""
   seconds_compile: float
   first_step_at: float | None
-  """`time.time()` when the first step of this call was done; None where there was nothing left to do."""
+  """`time.time()` when the first step of this call was done; None if there was nothing left to do."""
   interrupted: bool
-  """Whether Ctrl-C was pressed: nothing that was to follow should."""
+  """Whether Ctrl-C was pressed: no further training should start then."""
   alarms: tuple[str, ...] = ()
-  """Problems that the diagnostics report at the end of training, a sentence each."""
+  """Problems that the diagnostics report at the end of training, one sentence each."""
   rollbacks: tuple[str, ...] = ()
-  """What was not finite, a sentence for each time that training went back to the last checkpoint."""
+  """One sentence per rollback to the last checkpoint: the metric that was not finite."""
   seconds_idle: float = 0.0
-  """Spent waiting for streamed images while the device had nothing to do."""
+  """Time spent waiting for streamed images while the device was idle."""
 
 
 def fit(
@@ -62,37 +62,38 @@ def fit(
 ) -> Fit:
   """Trains a recipe: `recipe.num_steps` steps, or fewer on Ctrl-C.
 
-  `steps_per_dispatch` steps go to the device at a time. The metrics of one dispatch are read when the next
-  has been sent, so the device never waits for the host.
+  The device gets `steps_per_dispatch` steps at a time. The metrics of one dispatch are read after the next
+  has been sent, so the device never waits for them.
 
   Args:
-    recipe: what to train.
-    images: the training set on the device, or the stream of it.
-    key: consumed: it gives the initial state, and with it all randomness of the run.
-    workdir: where `metrics.jsonl` and `checkpoints/` go; without it nothing is written.
-    resume: go on from the newest checkpoint in `workdir`, bit for bit, where there is one.
-    phase: the name of these rows in `metrics.jsonl`; rows of other phases there are kept.
+    recipe: the recipe to train.
+    images: the training set on the device, or its stream.
+    key: consumed: it determines the initial state, and with it all randomness of the run.
+    workdir: where `metrics.jsonl` and `checkpoints/` go; if None, nothing is written.
+    resume: resumes from the newest checkpoint in `workdir`, bit for bit, if there is one.
+    phase: the name of this training's rows in `metrics.jsonl`; rows of other phases are kept.
     checkpoint_every: steps between two checkpoints; None saves none.
-    start: changes the fresh state, for networks that come from elsewhere; not called on a resumed run.
-    diagnose: whether `diagnostics` are computed, about twenty times. Their metrics are logged beside the
+    start: modifies the fresh state, for pretrained networks; not called for a resumed run.
+    diagnose: whether to compute `diagnostics`, about twenty times. Their metrics are logged with the
       others, and alarms are printed when they first appear.
-    classify: names the classes of generated images for the diagnostics, see `make_diagnostics`.
-    class_names: for the alarms.
-    tensorboard: whether to log for TensorBoard too, under `workdir/tensorboard`.
-    steps_per_dispatch: the most steps in one dispatch; fewer where images are streamed and large.
-    snapshot: called with the state about ten times, for pictures on the way.
+    classify: classifies generated images for the diagnostics, see `make_diagnostics`.
+    class_names: class names for the alarms.
+    tensorboard: whether to also log for TensorBoard, under `workdir/tensorboard`.
+    steps_per_dispatch: the most steps in one dispatch; fewer if images are streamed and large.
+    snapshot: called with the state about ten times, for intermediate pictures.
     verbose: whether to show progress.
-    devices: those that share each step, see `parallel.over_devices`; without any, JAX's default device.
-      With several processes, those of all: each calls this with the same arguments, all see `workdir`, and
-      the first alone logs and calls `snapshot`.
-    on_nonfinite: whether a metric that is not finite is an error, or training goes back to the last
-      checkpoint, or to its beginning, at half the learning rates; three times, then it is an error.
+    devices: devices that share each step, see `parallel.over_devices`; empty for JAX's default device.
+      With several processes, the devices of all: each process calls this with the same arguments, all see
+      `workdir`, and only the first logs and calls `snapshot`.
+    on_nonfinite: whether a non-finite metric is an error (`stop`), or training returns to the last
+      checkpoint, or to its beginning, at half the learning rates (`rollback`); after three rollbacks it is
+      an error.
 
   Raises:
-    Stopped: SIGTERM or SIGHUP; what was reached has been saved.
-    InputError: a metric is not finite; nothing from then on has been saved. Or `workdir` holds checkpoints
-      and is not to be resumed, the batch cannot be split over so many devices, or the processes differ in
-      their images or arguments. Or a streamed image cannot be read; what was reached has been saved.
+    Stopped: on SIGTERM or SIGHUP; the state reached has been saved.
+    InputError: a metric is not finite; no later state has been saved. Or `workdir` holds checkpoints and
+      `resume` is False, the batch cannot be split over this many devices, or the processes differ in their
+      images or arguments. Or a streamed image cannot be read; the state reached has been saved.
   """
   workdir = None if workdir is None else Path(workdir)
   num_steps, save_every = recipe.num_steps, None if workdir is None else checkpoint_every
@@ -105,7 +106,7 @@ def fit(
   split = parallel.over_devices(recipe, devices) if devices else recipe
   x = parallel.replicated(images, devices) if devices else images
 
-  hooks: list[tuple[int, Callable[[TrainState], Metrics]]] = []  # steps between two calls, and what to call
+  hooks: list[tuple[int, Callable[[TrainState], Metrics]]] = []  # steps between two calls, and the function
   if snapshot:
     hooks.append((max(1, num_steps // 10), lambda state: _written(snapshot, state)))
   if diagnose:
@@ -114,7 +115,7 @@ def fit(
     hooks.append((max(1, num_steps // 20), lambda state: observe(*processes.local((state, x)))))
 
   def attempt(resume: bool, rollbacks: Sequence[str]) -> Fit:
-    """Training from the newest checkpoint or from the start, at learning rates halved for each rollback."""
+    """Trains from the newest checkpoint or from the start, with learning rates halved for each rollback."""
     with contextlib.ExitStack() as stack:
       saved = None
       if workdir is not None and save_every is not None:
@@ -154,7 +155,7 @@ def fit(
       idle = lambda: before.get("seconds_idle", 0.0) + dispatches.seconds_idle
 
       def save() -> None:
-        metrics_log.flush()  # what is not finite must not be saved
+        metrics_log.flush()  # a non-finite state must not be saved
         if saved:
           saved.save(state, {"rollbacks": rollbacks, "seconds_idle": idle()})
 
@@ -181,7 +182,7 @@ def fit(
             first_step_at = time.time()
           if save_every and done % save_every == 0 and done < num_steps:
             save()
-        save()  # with signals still waiting: the last dispatch may be under way
+        save()  # with signals still deferred: the last dispatch may be running
       _raise_what_ended_it(stop, unreadable, largest, reached=done if saved and done else None)
       if verbose and idle() > 0.05 * metrics_log.seconds:
         share = f"{idle() / metrics_log.seconds:.0%}"
@@ -204,7 +205,7 @@ MAX_ROLLBACKS = 3
 
 
 def _with_rollbacks(attempt: Callable[[bool, Sequence[str]], Fit], *, resume: bool, retry: bool) -> Fit:
-  """A rollback is a resumption at half the learning rates."""
+  """Runs `attempt`; a rollback resumes it at half the learning rates."""
   rollbacks: Sequence[str] = ()
   while True:
     try:
@@ -226,7 +227,7 @@ def _restore_or_start(
   resume: bool,
   start: Callable[[TrainState], TrainState] | None,
 ) -> tuple[TrainState, Json]:
-  """The newest checkpoint and what was saved beside it, or the fresh state as `start` would have it."""
+  """The newest checkpoint and the JSON saved with it, or the fresh state as modified by `start`."""
   if saved is not None and saved.latest_step is not None:
     if not resume:
       folder = saved.directory.parent
@@ -240,7 +241,7 @@ def _restore_or_start(
 
 
 def _written(snapshot: Callable[[TrainState], None], state: TrainState) -> Metrics:
-  """A snapshot by the process that writes; the others end their dispatches at the same steps."""
+  """Takes a snapshot in the process that writes; the others end their dispatches at the same steps."""
   if processes.writes():
     snapshot(processes.local(state))
   return {}
@@ -249,13 +250,13 @@ def _written(snapshot: Callable[[TrainState], None], state: TrainState) -> Metri
 def _raise_what_ended_it(
   stop: "_Stop", unreadable: InputError | None, largest: Callable[[int], int], *, reached: int | None
 ) -> None:
-  """For a signal of a scheduler or an image that could not be read, in this process or in another one.
+  """Raises if a scheduler's signal or an unreadable image ended training, in this or another process.
 
   Args:
-    stop: the signal that this process had.
-    unreadable: what it could not read.
-    largest: of the values of all processes.
-    reached: the step that was saved; None where nothing is.
+    stop: the signal that this process received.
+    unreadable: its error for an unreadable image.
+    largest: the maximum over all processes.
+    reached: the step that was saved; None if nothing was.
   """
   signum, failed = largest(stop.signum), largest(unreadable is not None)
   if failed:
@@ -267,9 +268,9 @@ def _raise_what_ended_it(
 
 
 def _dispatch_sizes(done: int, num_steps: int, periods: Sequence[int]) -> Iterator[int]:
-  """The steps of each dispatch: it ends at the next multiple of each period, or at the last step.
+  """Steps of each dispatch, which ends at the next multiple of any period or at the last step.
 
-  The very first step goes alone: it tells when the run began to move.
+  The very first step is dispatched alone, to measure the time to it.
   """
   while done < num_steps:
     num = 1 if done == 0 else min(num_steps - done, *(every - done % every for every in periods))
@@ -284,15 +285,14 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_on_interrupt() -> Iterator[_Stop]:
-  """The first Ctrl-C, SIGTERM or SIGHUP asks the loop to end after the dispatch under way; a second one is
-  immediate."""
+  """The first Ctrl-C, SIGTERM or SIGHUP ends the loop after the current dispatch; a second is immediate."""
   stop = _Stop()
 
   def handle(signum, frame):
     del frame
     stop.is_set, stop.signum = True, signum
     restore()
-    # Not through the console: it may be in the middle of a line, which it would print again.
+    # Not through the console: it may be mid-line and would print that line again.
     os.write(2, b"\nstopping: writing what was reached (Ctrl-C again to leave at once)\n")
 
   def restore():
@@ -300,9 +300,9 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
       signal.signal(signum, handler)
 
   found = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-  # As for a job in the background of a shell, or under nohup: what is ignored stays ignored.
+  # Signals that are ignored, as in a background job or under nohup, stay ignored.
   previous = {signum: handler for signum, handler in found.items() if handler is not signal.SIG_IGN}
-  if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+  if threading.current_thread() is not threading.main_thread():  # no signal arrives here
     previous = {}
   for signum in previous:
     signal.signal(signum, handle)

@@ -1,4 +1,4 @@
-"""Strict switches for every test, and the small things that many tests share."""
+"""Strict switches for every test, and shared fixtures and helpers."""
 
 import dataclasses
 import gc
@@ -6,8 +6,8 @@ import os
 import tempfile
 from importlib import metadata
 
-# Tests compile much and compute little. One module a program is quicker than many in parallel, and the
-# fusion emitters take half of the time that XLA compiles for on CPU; JAX 0.12 has no other.
+# Tests compile much and compute little. One module per program compiles faster than many in parallel, and
+# the fusion emitters take half of XLA's compile time on CPU; JAX 0.12 has no alternative.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
 if metadata.version("jaxlib") < "0.12":
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -21,19 +21,19 @@ from PIL import Image
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
-for _name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):  # of the user's terminal
+for _name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):  # from the user's terminal
   os.environ.pop(_name, None)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
-# Compile in a hurry, and the same program once for all workers.
+# Compile quickly, and each program only once for all workers.
 if "GAN_JAX_TEST_CACHE" not in os.environ:
   _cache = tempfile.TemporaryDirectory()
   os.environ["GAN_JAX_TEST_CACHE"] = _cache.name
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", os.environ["GAN_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-# Tracing allocates millions of small objects that live on; looking through them takes a fifth of its time.
+# Tracing allocates millions of small, long-lived objects; scanning them takes a fifth of its time.
 gc.set_threshold(100_000, 50, 50)
 
 from gan_jax import data, datasets, evaluate, networks, objectives, recipes, steps  # noqa: E402
@@ -55,12 +55,12 @@ def _isolated(tmp_path, monkeypatch):
   monkeypatch.setattr("gan_jax.program.enable_compilation_cache", lambda: None)
 
 
-# One object for all tests: `init_state` is compiled once for each optimizer that it is given.
+# One object for all tests: `init_state` is compiled once per optimizer.
 ADAM = optax.adam(1e-2, b1=0.5)
 
 
 class Tiny:
-  """A small problem with everything in it: 8x8 images, 3 classes, the conv pair."""
+  """A small but complete problem: 8x8 images, 3 classes, the conv pair."""
 
   def __init__(self, *, tx=None, objective=None, network="conv", seed=0):
     rng = np.random.default_rng(0)
@@ -93,7 +93,7 @@ class Tiny:
     return self.sample_batch(jax.random.key(seed), self.data)
 
   def recipe(self, num_steps=4, **changes):
-    """The problem as a recipe; its hyper-parameters are not what it was built from."""
+    """The problem as a recipe; its `hparams` do not describe it."""
     values = {
       "g": self.g,
       "d": self.d,
@@ -123,7 +123,7 @@ def make_tiny():
 
 @pytest.fixture
 def small_mlp(monkeypatch):
-  """`--network mlp` as networks that are quick to compile and to probe."""
+  """Makes `--network mlp` a pair that is quick to compile and to probe."""
   use_small_mlp(monkeypatch)
 
 
@@ -137,7 +137,7 @@ def use_small_mlp(monkeypatch):
 
 
 def make_builder(name, splits):
-  """A tfds builder class of this name: colour images 12x10 of a split's values, classes 0 to 3 in turn."""
+  """A tfds builder class of this name: 12x10 colour images for each split, classes 0 to 3 in turn."""
   import tensorflow_datasets as tfds
 
   class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -159,7 +159,7 @@ def make_builder(name, splits):
 
 
 class Sealed:
-  """Test data that tells how much of it there is, and nothing else."""
+  """Test data that reveals only its length."""
 
   def __init__(self, array):
     self.array = array
@@ -178,7 +178,7 @@ class Sealed:
 
 @pytest.fixture
 def reads(monkeypatch):
-  """Seals the test set of whatever is loaded: `evaluate.with_test_set` alone opens it. A name a read."""
+  """Seals the test set of every loaded dataset, except for `evaluate.with_test_set`; one name per read."""
   load, names = datasets.load, []
 
   def sealed(*args, **kwargs):
@@ -197,7 +197,7 @@ def reads(monkeypatch):
 
 
 def leaves_equal(a, b) -> list[bool]:
-  """Bit for bit, leaf by leaf."""
+  """Whether the leaves are equal bit for bit, one value per leaf."""
   unpack = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
   assert jax.tree.structure(a) == jax.tree.structure(b)
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)

@@ -63,7 +63,7 @@ def test_linear_in_the_image(fn, key):
 
 
 def test_translation_is_a_numpy_shift(key):
-  """By whole pixels, up to the share of each side, every shift drawn; zeros move in."""
+  """By whole pixels, up to the given fraction of each side; every shift is drawn, and zeros move in."""
   x = np.asarray(jax.random.uniform(key, (300, 8, 4, 2), minval=0.1))
   y = np.asarray(augment.translate(0.25)(jax.random.key(1), jnp.array(x)))
   found = set()
@@ -135,7 +135,7 @@ NEW = [
 
 @pytest.mark.parametrize("fn", NEW)
 def test_differentiable_with_one_draw_an_image(fn, key):
-  """`fn(k, x) = J x + b` where nothing is clipped, with one brightness b an image."""
+  """`fn(k, x) = J x + b` where nothing is clipped, with one brightness b per image."""
   x = jnp.broadcast_to(jax.random.uniform(key, (1, 10, 10, 1), minval=0.4, maxval=0.6), (8, 10, 10, 1))
   y, tangent = jax.jvp(lambda x: fn(key, x), (x,), (x,))
   shifts = (y - tangent).reshape(8, -1)
@@ -176,7 +176,7 @@ def test_adaptive_strength_zero_is_the_identity_and_one_is_the_chain(key):
   ("border", "mode"), [("edge", "edge"), ("mirror", "reflect"), ("zero", "constant")]
 )
 def test_what_is_outside_an_image_is_what_numpy_pads_with(border, mode, key, monkeypatch):
-  """A map by whole pixels and a crop of the padded image, both to one side as far as they go."""
+  """A shift by whole pixels and a crop of the padded image, both as far to one side as possible."""
   monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.ones(shape))
   x = np.arange(2 * 8 * 6 * 3, dtype=np.float32).reshape(2, 8, 6, 3) / 300
   padded = np.pad(x, ((0, 0), (4, 0), (3, 0), (0, 0)), mode=mode)[:, :8, :6]
@@ -185,7 +185,7 @@ def test_what_is_outside_an_image_is_what_numpy_pads_with(border, mode, key, mon
 
 
 def pixels(key):
-  """Colours far enough from black and white that nothing is clipped, one an image."""
+  """One colour per image, far enough from black and white that nothing is clipped."""
   return jax.random.uniform(key, (20, 1, 1, 3), minval=0.4, maxval=0.6)
 
 
@@ -210,7 +210,7 @@ def test_saturation_keeps_hue_and_mean_and_scales_the_chroma(key, monkeypatch):
 
 
 def test_so_many_are_applied_to_each_image(key):
-  """Every pair of four is drawn about equally often, in their order."""
+  """Every pair out of four is drawn about equally often, and applied in order."""
   ops = [lambda key, x, k=k: 10 * x + k for k in range(1, 5)]
   y = np.asarray(augment.some(2, *ops)(key, jnp.zeros((1200, 1, 1, 1)))).ravel()
   pairs, counts = np.unique(y, return_counts=True)
@@ -235,7 +235,7 @@ def test_ranges_of_zero_change_nothing(key):
 
 @pytest.mark.parametrize(("name", "channels"), [("digits", 1), ("objects", 3)])
 def test_policies_draw_for_each_image_and_have_gradients_at_grey(name, channels, key):
-  """Also those of R1 through them, at a grey image, black and white included, which has no hue."""
+  """Also R1 gradients through them, at grey images, including black and white, which have no hue."""
   strong = policies.POLICIES[name].strong
   fn = augment.chain(policies.build(strong), *policies.augments(**policies.POLICIES[name].generator))
   ramp = jnp.linspace(0.0, 1.0, 12).reshape(1, 1, 12, 1)

@@ -23,7 +23,7 @@ from gan_jax.types import InputError
   ],
 )
 def test_a_full_disk_is_a_sentence(error, kind, tiny, tmp_path, monkeypatch):
-  """What was saved before is whole."""
+  """Earlier checkpoints stay intact."""
   before = tiny.state()
 
   def full(*_, **__):
@@ -89,7 +89,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def two(saved, tmp_path):
-  """The two states, and a function that damages those files of the newest whose path begins so."""
+  """The two states, and a function that damages files of the newest checkpoint by path prefix."""
   *states, folder = saved
   shutil.copytree(folder, tmp_path / "checkpoints")
 
@@ -106,7 +106,7 @@ def two(saved, tmp_path):
         path.write_bytes(content[: len(content) // 2] if change == "cut" else content)
 
   yield *states, damage
-  gc.collect()  # what Orbax leaves of a failure complains when it is collected: not in another test
+  gc.collect()  # Orbax's leftovers of a failure warn when collected: not in another test
 
 
 leftovers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -121,7 +121,7 @@ DAMAGE = [
 @leftovers
 @pytest.mark.parametrize(("change", "name"), DAMAGE)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(two, change, name, tiny, tmp_path, capsys):
-  """Which both are named. The damaged one is kept, but no longer as the newest: a run goes on and saves."""
+  """Both are named. The damaged one is kept, but no longer as the newest: the run resumes and saves."""
   before, newest, damage = two
   folder = tmp_path / "checkpoints"
   damage(change, name)
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(two, change, name, tin
 
 @leftovers
 def test_a_flipped_bit_is_found(two, tiny, tmp_path):
-  """Orbax itself would restore it without a word."""
+  """Orbax alone would restore it silently."""
   before, _, damage = two
   damage("flip", "state/ocdbt.process_0/d/")
   assert all(leaves_equal(checkpoint.Checkpoints(tmp_path / "checkpoints").restore(tiny.state()), before))
@@ -173,7 +173,7 @@ def test_a_checkpoint_older_than_checksums_is_read(two, tiny, tmp_path):
 
 @pytest.fixture
 def source(make_tiny, tmp_path):
-  """Saves a run whose averages are far from its parameters; gives its state and its folder."""
+  """Saves a run whose averages are far from its parameters; returns its state and its folder."""
 
   def save(**kwargs):
     tiny = make_tiny(seed=5, **kwargs)
@@ -216,7 +216,7 @@ def test_a_state_starts_from_the_averages_of_another_run(source, make_tiny, netw
     assert all(leaves_equal(getattr(state, part).opt_state, getattr(fresh, part).opt_state))
   assert all(leaves_equal([state.step, state.key], [fresh.step, fresh.key]))
   buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.ema, state.g, state.d))]
-  assert len(set(buffers)) == len(buffers)  # else it could not be donated
+  assert len(set(buffers)) == len(buffers)  # otherwise it could not be donated
 
 
 @pytest.mark.parametrize("network", ["conv", "mlp"])
@@ -237,7 +237,7 @@ def test_a_new_head_is_said(source, make_tiny, network):
 
 
 def test_a_head_that_is_not_here_is_left_behind(make_tiny, tmp_path):
-  """Spectral norm: what a head keeps beside its parameters is left as well."""
+  """With spectral norm, the non-parameter variables of a head are left behind as well."""
   tiny, like = make_tiny(), make_tiny(seed=1)
   like.d = tiny.d.clone(norm="spectral")
   tiny.d = tiny.d.clone(norm="spectral", num_aux=2)
@@ -276,7 +276,7 @@ def test_a_run_without_a_checkpoint_is_refused(tiny, tmp_path):
 
 
 def test_the_other_run_is_left_as_it_is(source, make_tiny):
-  """Half-written checkpoints too: it may be under way."""
+  """Half-written checkpoints too: it may still be running."""
   _, folder = source()
   half = folder / "checkpoints" / "7.orbax-checkpoint-tmp-1"
   half.mkdir()

@@ -88,7 +88,7 @@ def test_flags_are_found_in_whatever_group_they_are():
   ],
 )
 def test_a_run_is_repeated_by_its_command(module, changes):
-  """What is parsed from it is the configuration, without the folder of the first run."""
+  """Parsing it gives the same configuration, without the folder of the first run."""
   config = parsing.with_flags(module.Config(), **changes)
   run = parsing.with_flags(config, workdir="here", overwrite=True)
   words = shlex.split(parsing.command("python -m experiments.x", run))
@@ -98,7 +98,7 @@ def test_a_run_is_repeated_by_its_command(module, changes):
 
 
 def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
-  """The command line in this process; its exit code."""
+  """Runs the command line in this process; returns its exit code."""
   monkeypatch.setattr(sys, "argv", ["test", *flags])
   with pytest.raises(SystemExit) as stopped:
     program.run(module.main, module.Config)
@@ -171,7 +171,7 @@ ENDS = [
 
 @pytest.fixture
 def main_of(monkeypatch, capsys):
-  """Runs a function as the main of a command, with the default handlers; its exit code and what is said."""
+  """Runs a function as a command's main, with the default handlers; returns its exit code and output."""
 
   def run(main):
     monkeypatch.setattr(sys, "argv", ["test"])
@@ -191,7 +191,7 @@ def main_of(monkeypatch, capsys):
 
 
 def in_the_collector(signum):
-  """In a callback of the garbage collector: JAX has one, which runs all through a compilation."""
+  """Raises in a callback of the garbage collector: JAX has one that runs throughout a compilation."""
 
   def callback(phase, info):
     gc.callbacks.remove(callback)
@@ -216,7 +216,7 @@ def test_a_signal_outside_of_training_is_a_sentence(lose, signum, code, said, ma
 
   def main(config):
     lose(signum)
-    for _ in range(2000):  # Python looks for signals between its own steps
+    for _ in range(2000):  # Python checks for signals between its own instructions
       time.sleep(0.01)
     return {}
 
@@ -225,7 +225,7 @@ def test_a_signal_outside_of_training_is_a_sentence(lose, signum, code, said, ma
 
 
 def test_a_damaged_compile_cache_is_made_again(tmp_path):
-  """JAX checks what it reads, and would compile it at every start from then on."""
+  """JAX detects the damage, but would recompile at every start from then on."""
   options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: jax.config.values[name] for name in options}
   x = np.ones((3, 3), np.float32)
@@ -271,7 +271,7 @@ def test_a_closed_folder_or_a_full_disk_is_a_sentence(monkeypatch, capsys):
 
 
 def test_a_reader_who_leaves_early_sees_no_traceback():
-  """As `| head` does: for the help, and for what a command writes at once."""
+  """As with `| head`: for the help, and for output that a command writes in one piece."""
   write = "lambda config: print('x' * 10**6) or {}"
   for main, flags in (("mnist_ssgan.main", "['--help']"), (write, "[]")):
     code = f"from experiments import mnist_ssgan; from gan_jax import program\nmain = {main}\n"
@@ -320,7 +320,7 @@ def test_what_a_run_starts_from_is_one_of_its_flags(tmp_path):
   stored = parsing.with_flags(mnist_ssgan.Config(), init_from="source", freeze_d=2, workdir="here")
   report.write_json(tmp_path / "config.json", {"config": parsing.flags_of(stored)})
   config = parsing.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
-  parsing.check(config)  # a run that has begun does without its source
+  parsing.check(config)  # a run that has begun does not need its source
   assert (config.transfer.init_from, config.transfer.freeze_d) == ("source", 2)
   for flag, value in (("--init-from", "elsewhere"), ("--init-parts", "d"), ("--freeze-d", "1")):
     with pytest.raises(InputError, match=f"begun with {flag} .*, not {value}"):
@@ -330,7 +330,7 @@ def test_what_a_run_starts_from_is_one_of_its_flags(tmp_path):
 def test_the_groups_are_frozen_values():
   groups = [value for value in vars(mnist_ssgan.Config()).values() if dataclasses.is_dataclass(value)]
   assert len(groups) == 9
-  assert len(set(groups)) == len(groups)  # hashed, and none is another
+  assert len(set(groups)) == len(groups)  # hashable and distinct
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_split_has_the_same_number_of_every_class(num_classes, per_class, seed):
 
 @given(st.integers(0, 1000), st.sampled_from([None, 1, 2]), st.integers(45, 60))
 def test_the_labelled_images_are_the_first_of_every_class(seed, per_class, num_images):
-  """The definition, class by class, on classes without regularity and images without a label."""
+  """Against the definition, class by class, with irregular classes and unlabelled images."""
   labels = np.random.default_rng(seed).permutation([*[-1] * 20, *[0] * 9, *[3] * 12, *[7] * 19])
   images = np.random.default_rng(seed).permutation(60)[:num_images]
   expected = [i for k in (0, 3, 7) for i in images[labels[images] == k][:per_class]]
@@ -60,7 +60,7 @@ def test_images_and_held_out_ones_come_from_the_same_permutation():
   part = data.split_labels(labels, 3, seed=1, num_images=30, num_held_out=5)
   assert whole.images == tuple(range(40))
   assert whole.held_out == ()
-  assert part.indices == whole.indices  # what comes first does not depend on what is held out
+  assert part.indices == whole.indices  # the labelled images do not depend on what is held out
   assert (len(part.images), len(part.held_out)) == (30, 5)
   assert set(part.indices) < set(part.images)
   assert not set(part.images) & set(part.held_out)
@@ -95,7 +95,7 @@ def test_a_batch_has_the_sizes_asked_for(tiny):
 
 
 def test_batches_are_uniform(tiny):
-  """Six standard errors around 1 / 60, image by image."""
+  """Within six standard errors of 1 / 60, for every image."""
   n = 60_000
   batch = data.make_sample_batch(BatchSizes(0, n, 0))(jax.random.key(0), tiny.data)
   images, counts = np.unique(np.asarray(batch.x_unl).reshape(n, -1), axis=0, return_counts=True)
@@ -152,7 +152,7 @@ def test_images_without_a_label_are_images():
 
 @given(st.integers(2, 4), st.lists(st.integers(4, 9), min_size=2, max_size=5), st.integers(0, 100))
 def test_every_label_is_left_out_once(num, counts, seed):
-  """Stratified to one label, and what is left out is in no way an image of that fold."""
+  """Stratified to within one label, and left-out images are not used in that fold in any way."""
   labels = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(20, -1)])
   labels = np.random.default_rng(seed).permutation(labels)
   split = data.split_labels(labels, None, seed, num_held_out=0)
@@ -161,7 +161,7 @@ def test_every_label_is_left_out_once(num, counts, seed):
   for fold, out in folds:
     assert set(fold.indices) == set(split.indices) - set(out)
     assert set(fold.images) == set(split.images) - set(out)
-    assert not fold.held_out  # a fold has every label, and theirs would be on the device
+    assert not fold.held_out  # held-out images would bring their labels to the device
     per_class = np.bincount(labels[out], minlength=len(counts))
     assert all(abs(k - n / num) < 1 for k, n in zip(per_class, counts, strict=True))
     assert abs(len(out) - len(split.indices) / num) < 1

@@ -55,7 +55,7 @@ def test_tuning_holds_out_labelled_images_alone():
 @pytest.mark.parametrize("fit", ["crop", "pad"])
 def test_resizing_keeps_the_aspect_of_any_dataset(fit):
   x = np.zeros((2, 10, 20, 2), np.uint8)
-  x[:, 3:7, 8:12] = 200  # a square stays one
+  x[:, 3:7, 8:12] = 200  # a square stays a square
   dataset = datasets.Dataset("wide", x, np.arange(2), x[:0], np.arange(0), ("a", "b"))
   found = datasets._resized(dataset, 20, fit)
   assert (found.name, found.x_test.shape) == ("wide@20", (0, 20, 20, 2))
@@ -85,7 +85,7 @@ def offline(monkeypatch):
   ],
 )
 def test_arrays_that_are_no_dataset(changes, words):
-  """Floats in [0, 1] would be divided by 255 once more, and trained on as black."""
+  """Floats in [0, 1] would be divided by 255 again, and trained on as black images."""
   x = np.zeros((4, 8, 8, 1), np.uint8)
   made = datasets.Dataset("mine", x, np.array([0, 1, -1, 0]), x[:2], np.array([0, 1]), ("a", "b"))
   with pytest.raises(InputError, match=words):
@@ -137,7 +137,7 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def small_mnist(tmp_path, monkeypatch):
-  """A manual folder in MNIST's format with 30 + 10 images, and their checksums in place of the real."""
+  """A manual folder in MNIST's format with 30 + 10 images, whose checksums replace the real ones."""
   import tensorflow_datasets as tfds
 
   rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def test_mnist_is_prepared_from_a_manual_folder_without_tensorflow(small_mnist, 
 
   folder, arrays = small_mnist
   first = datasets.load("mnist", data_dir=str(tmp_path / "d"), manual_dir=str(folder))
-  # tfds shuffles what it writes, the same way each time: compare image by image.
+  # tfds shuffles what it writes, deterministically: compare image by image.
   pairs = lambda x, y: sorted((image.tobytes(), int(label)) for image, label in zip(x, y, strict=True))
   images, labels = arrays["train-images-idx3-ubyte.gz"], arrays["train-labels-idx1-ubyte.gz"]
   assert pairs(first.x_train[..., 0], first.y_train) == pairs(images, labels)
@@ -241,7 +241,7 @@ if REAL:
 
   @pytest.mark.filterwarnings("default")
   def test_real_mnist(tmp_path, offline):
-    """Prepared where `GAN_JAX_TFDS_DIR` says, if it does: it takes a minute, which others may use."""
+    """Prepared in `GAN_JAX_TFDS_DIR` if it is set: preparation takes a minute, and others may reuse it."""
     data_dir = os.environ.get("GAN_JAX_TFDS_DIR", str(tmp_path))
     mnist = datasets.load("mnist", data_dir=data_dir, manual_dir=REAL)
     assert (mnist.x_train.shape, mnist.x_test.shape) == ((60000, 28, 28, 1), (10000, 28, 28, 1))
@@ -249,14 +249,14 @@ if REAL:
 
 
 class Evil:
-  """Unpickled, it leaves a mark."""
+  """Makes a folder when it is unpickled."""
 
   def __reduce__(self):
     return os.mkdir, ("unpickled",)
 
 
 def test_nothing_is_unpickled(tmp_path):
-  """A pickle runs what its writer wanted: every reader of arrays refuses one."""
+  """A pickle can run arbitrary code: every reader of arrays refuses it."""
   evil = np.array([Evil()], object)
   np.savez("evil.npz", x=evil, y=evil, about=evil, logits=evil)
   with pytest.raises(ValueError, match="pickle"):
@@ -269,7 +269,7 @@ def test_nothing_is_unpickled(tmp_path):
   assert classify._stored_fold(Path("evil.npz"), None) is None  # pyright: ignore
   assert not os.path.exists("unpickled")
   np.load("evil.npz", allow_pickle=True)["x"]
-  assert os.path.exists("unpickled")  # so the file is one that would
+  assert os.path.exists("unpickled")  # so the file does run code if unpickled
   words = re.compile(r"import (pickle|dill|joblib|marshal|shelve)|allow_pickle=True|torch\.load")
   for path in Path(datasets.__file__).parent.rglob("*.py"):
     assert not words.search(path.read_text()), path

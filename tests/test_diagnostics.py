@@ -25,7 +25,7 @@ class Images:
 
 
 class Looks:
-  """A discriminator without parameters: one logit a pixel of the first row, and more than a pair."""
+  """A discriminator without parameters: one logit per pixel of the first row, and a third output."""
 
   def apply(self, variables, x, *, train):
     assert not train
@@ -36,7 +36,7 @@ TX = optax.adam(1e-2, b1=0.5)
 
 
 class DenseD(nn.Module):
-  """A plain perceptron."""
+  """A plain MLP."""
 
   num_classes: int = 1
 
@@ -88,7 +88,7 @@ def diagnose_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
 
 
 def test_metrics_by_hand_with_one_logit():
-  """One pixel, one logit: the pixel less 1/2. D is the current one, not the averaged one."""
+  """One pixel, one logit: the pixel minus 1/2. D is the current network, not the averaged one."""
   m = diagnose_by_hand(
     [[1.0], [0.8], [0.6], [0.4]], [[0.5], [0.7]], [[0.2], [0.6], [0.3], [0.1]], shift=-0.5
   )
@@ -107,7 +107,7 @@ def test_metrics_by_hand_with_one_logit():
 
 
 def test_metrics_by_hand_with_classes():
-  """D's own three logits name the class, unless `classify` does."""
+  """D's own three logits give the class, unless `classify` does."""
   train, fake = np.eye(3)[[0, 1, 2, 2]], np.eye(3)[[0, 2, 2, 2]]
   m = diagnose_by_hand(train, np.zeros((1, 3)), fake)
   real_logit = np.log(np.e + 2)
@@ -116,7 +116,7 @@ def test_metrics_by_hand_with_classes():
   )
   np.testing.assert_allclose([m[f"share_{k}"] for k in range(3)], [0.25, 0, 0.75])
   np.testing.assert_allclose(m["class_entropy"], -0.25 * np.log(0.25) - 0.75 * np.log(0.75), rtol=1e-6)
-  assert m["memorisation"] == 0  # training and generated images look alike to D: nothing to divide by
+  assert m["memorisation"] == 0  # D scores training and generated images alike: zero denominator
   m = diagnose_by_hand(train, np.zeros((1, 3)), fake, classify=lambda x: 1 - x[:, 0, :2, 0])
   np.testing.assert_allclose([m["share_0"], m["share_1"]], [0.75, 0.25])
   assert "share_2" not in m
@@ -129,7 +129,7 @@ def test_metrics_by_hand_with_classes():
 
 
 def test_images_in_the_order_of_their_classes_are_all_looked_at():
-  """As in a folder: of 600 dark images and 600 bright ones, some of each."""
+  """As in a folder: of 600 dark and 600 bright images, some of each are used."""
   ordered = np.repeat([[0.0], [1.0]], 600, axis=0)
   m = diagnose_by_hand(ordered, ordered, np.tile([[0.0], [1.0]], (300, 1)))
   np.testing.assert_allclose([m[name] for name in ("variance_ratio", "real_logit_train")], [1, 0.5])
@@ -148,7 +148,7 @@ def test_one_training_image_is_too_few():
 
 
 def test_with_all_labels_d_is_asked_for_the_class():
-  """r is the logit of each image's own class, and of the class that was asked for; else the logsumexp."""
+  """r is the logit of an image's own or requested class; without all labels, the logsumexp."""
   logits = jnp.array([[1.0, -1.0], [-2.0, 2.0]])
   x = logits[:, None, :, None]
   g = Images(lambda key, num: ClassLatents(x[:num], jnp.array([1, 1])))
@@ -197,7 +197,7 @@ def test_diagnostics_agree_with_the_networks_themselves(key):
   )
 
 
-# --- Alarms, each on networks that really have the fault
+# --- Alarms, each on networks that actually have the fault
 
 
 @functools.cache
@@ -229,7 +229,7 @@ def train(state, multi_step, diagnose, pool, images, *, every):
 
 
 def d_alone(pool, x_held_out, change=lambda params: params):
-  """Rows and alarms of 600 steps of D alone on the images of `pool`, and D's parameters changed first."""
+  """Rows and alarms of 600 steps of D alone on the images of `pool`, from `change`d initial parameters."""
   state, *functions = compiled_d_alone()
   state = state.replace(d=state.d.replace(params=change(state.d.params)))
   rows = train(state, *functions, pool, on_device(pool[:12], x_held_out), every=40)
@@ -237,7 +237,7 @@ def d_alone(pool, x_held_out, change=lambda params: params):
 
 
 def test_d_that_learns_twelve_images_by_heart_is_told_from_one_that_cannot():
-  """All images are noise of one kind, generated ones too: there is nothing to learn but the images."""
+  """Real and generated images are the same kind of noise: D can only memorise."""
   pool, held_out = noise(jax.random.key(2), 6000), noise(jax.random.key(3), 12)
   rows, found = d_alone(jnp.tile(pool[:12], (500, 1, 1, 1)), held_out)
   assert rows[-1]["diagnostics/memorisation"] == pytest.approx(1, abs=0.3)
@@ -249,7 +249,7 @@ def test_d_that_learns_twelve_images_by_heart_is_told_from_one_that_cannot():
 
 
 def test_d_saturates():
-  """Bright images against noise: D needs nothing by heart to be always right."""
+  """Bright images against noise: D is always right without memorising."""
   bright = 0.7 + 0.3 * noise(jax.random.key(2), 6012)
   _, found = d_alone(bright[:6000], bright[6000:])
   assert len(found) == 1
@@ -257,7 +257,7 @@ def test_d_saturates():
 
 
 def test_dead_units_hold_a_loss_still():
-  """No unit of D ever fires, so it says 1/2 to everything, for ever: 2 ln 2."""
+  """No unit of D ever fires, so its output is always 1/2 and its loss stays at 2 ln 2."""
 
   def kill(params):
     dead = {"kernel": jnp.zeros_like(params["Dense_0"]["kernel"]), "bias": -jnp.ones(64)}
@@ -270,7 +270,7 @@ def test_dead_units_hold_a_loss_still():
 
 
 def diagnosed_rows(g, x, classify=None, change=lambda state: state):
-  """Five diagnoses of a generator, with losses that move."""
+  """Five rows of diagnostics of a generator, with losses that change."""
   state = change(steps.init_state(jax.random.key(0), g, DenseD(), g_tx=TX, d_tx=TX, x_init=x))
   diagnose, images = (
     jax.jit(diagnostics.make_diagnostics(g, DenseD(), classify=classify)),
@@ -292,7 +292,7 @@ def test_generator_with_zero_parameters_draws_one_image(key):
 
 
 def test_generator_of_one_class_lacks_the_others_by_name(tiny):
-  """The images of class 1 and no others, judged by where their bright row is."""
+  """Only images of class 1, classified by the position of their bright row."""
   x = data.to_float(tiny.dataset.x_train)
   classify = lambda x: x[:, 1:6:2].mean(axis=(2, 3))
   one = Images(lambda key, num: x[jax.random.randint(key, (num,), 20, 40)])
@@ -327,7 +327,7 @@ GOOD = {f"diagnostics/share_{k}": 0.05 for k in range(20)} | {
 
 
 def made_up(*parts):
-  """Rows `(how many, what differs)` from a good run in which D is always right and losses move."""
+  """Rows `(how many, what differs)` from a good run in which D is always right and losses change."""
   metrics = [changes for num, changes in parts for _ in range(num)]
   return [
     {"step": i + 1, "d/loss": 1 / (i + 1), "g/loss": 1 + i, **GOOD, **m} for i, m in enumerate(metrics)
@@ -351,7 +351,7 @@ def test_what_was_recovered_from_and_the_first_tenth_do_not_count():
 
 
 def test_a_generator_that_stands_still_against_a_d_that_is_always_right():
-  """One alarm that says why, not a second one for the loss that stands still."""
+  """One alarm that names the cause, not a second one for the constant loss."""
   still = {"d/loss": 0.5, "g/loss": 3.0}
   (found,) = sentences(made_up((20, still)), num_steps=20)
   assert "has saturated" in found

@@ -24,14 +24,14 @@ CANNOT_HOLD = {
   [SemiSupervisedGAN(adversarial=0.0, num_steps=60, random_state=0)],
   expected_failed_checks=lambda _: CANNOT_HOLD,
 )
-@pytest.mark.filterwarnings("ignore")  # the checks provoke warnings of scikit-learn's own
+@pytest.mark.filterwarnings("ignore")  # the checks provoke scikit-learn's own warnings
 def test_conventions_of_scikit_learn(estimator, check, small_mlp):
   check(estimator)
 
 
 @pytest.fixture(scope="module")
 def digits():
-  """Images, their classes, and the same with two labels a class."""
+  """Images, their classes, and the same with two labels per class."""
   images, y = load_digits(return_X_y=True)
   images, y = images.reshape(-1, 8, 8)[:300], y[:300]
   few = np.full_like(y, -1)
@@ -41,7 +41,7 @@ def digits():
 
 
 def test_labels_that_are_hidden_do_not_count(digits, small_mlp):
-  """-1 is no class, and what a hidden label is changes nothing."""
+  """-1 is not a class, with numbers or names as labels."""
   images, _, few = digits
   gan = SemiSupervisedGAN(network="mlp", num_steps=2, random_state=0)
   fitted = gan.fit(images, few)
@@ -72,7 +72,7 @@ def test_images_flat_images_and_bytes_are_the_same_images(digits, small_mlp):
 
 
 def test_numbers_of_any_type_are_on_the_scale_of_the_training(digits, small_mlp):
-  """Digits from 0 to 16, trained as floats and read as bytes, and the reverse."""
+  """Digits from 0 to 16, trained on as floats and predicted as bytes, and the reverse."""
   images, _, few = digits
   for types in ((np.float64, np.uint8), (np.uint8, np.float32)):
     fitted = SemiSupervisedGAN(network="mlp", num_steps=2, random_state=0).fit(images.astype(types[0]), few)
@@ -81,7 +81,7 @@ def test_numbers_of_any_type_are_on_the_scale_of_the_training(digits, small_mlp)
 
 
 def test_vectors_are_scaled_as_those_of_a_file(small_mlp):
-  """By the quantiles of `Scaling`: one outlier leaves the others apart."""
+  """By the quantiles of `Scaling`: one outlier does not squeeze the others."""
   x = np.random.default_rng(0).normal(size=(3000, 3))
   x[0, 0] = 1e9
   fitted = SemiSupervisedGAN(num_steps=1, random_state=0).fit(x, np.arange(3000) % 2)
@@ -109,7 +109,7 @@ def test_pipelines_and_cross_validation(digits, small_mlp):
 
 
 def test_it_learns_the_digits_from_few_labels():
-  """The pair of convolutions, on real digits: 5 labels a class and the rest without."""
+  """The conv pair, on real digits: 5 labels per class, the rest unlabelled."""
   images, y = load_digits(return_X_y=True)
   images, train = images.reshape(-1, 8, 8), np.arange(len(y)) % 3 < 2
   few = np.full(train.sum(), -1)

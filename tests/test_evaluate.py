@@ -13,7 +13,7 @@ from gan_jax import evaluate, steps
 
 @pytest.fixture
 def problem(make_tiny):
-  """The tiny problem with a random discriminator whose averages are not its parameters."""
+  """The tiny problem with a random discriminator whose averages differ from its parameters."""
   tiny = make_tiny(network="mlp")
   state = tiny.state()
   ema = {**state.ema, "d": jax.tree.map(lambda p: 1.5 * p, state.ema["d"])}
@@ -58,7 +58,7 @@ def test_the_images_to_look_at_are_the_least_certain_and_the_worst_mistakes(prob
 
 
 def test_parts_pooled_are_the_whole(problem):
-  """The test set in three parts, out of order, against the test set."""
+  """The test set in three parts, out of order, against the whole test set."""
   tiny, state = problem
   read, labelled = (
     evaluate.make_evaluate(tiny.recipe(), every_layer=True),
@@ -103,7 +103,7 @@ def test_probes_are_fitted_on_the_labelled_images_of_each_state_alone(problem):
   tiny, state = problem
   rows = ([0, 1, 20, 21, 40, 41], [5, 6, 27, 29, 53, 58])
   y = tiny.dataset.y_train
-  # Labels that say nothing about the images: then a probe of these few is far from one of the test labels.
+  # Wrong labels, so that a probe fitted on these few is far from one fitted on the test labels.
   wrong = np.roll(y, 20)
   labelled = [(tiny.dataset.x_train[r], wrong[r]) for r in rows]
   evaluated = evaluate.make_evaluate(tiny.recipe(), every_layer=True)
@@ -122,7 +122,7 @@ def test_probes_are_fitted_on_the_labelled_images_of_each_state_alone(problem):
       expected = 100 * np.mean(classifier.fit(z, y_lab).predict(z_test) != tiny.dataset.y_test)
       assert set(errors) == {"Block_0", "Block_1"}
       assert errors["Block_1"] == pytest.approx(expected)
-      assert errors["Block_1"] > 60  # labels of other classes; a probe of the test labels has none of it
+      assert errors["Block_1"] > 60  # wrong labels; a probe fitted on the test labels has no such error
 
 
 def test_of_the_test_images_only_logits_and_classes_are_held(problem, monkeypatch):
@@ -168,7 +168,7 @@ def test_samples_depend_on_seed_and_purpose_and_are_as_many_as_asked_for(problem
   assert not np.array_equal(draw(501, seed=7), x)
   assert not np.array_equal(draw(501, purpose="frechet"), x)
   assert not np.array_equal(draw(501, purpose="frechet"), draw(501, seed=1))
-  assert not np.array_equal(x[500], x[0])  # a batch has a key of its own
+  assert not np.array_equal(x[500], x[0])  # each batch has its own key
 
 
 def test_samples_are_of_the_classes_asked_for(make_tiny):

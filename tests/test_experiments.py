@@ -36,7 +36,7 @@ GENERATOR = {"frechet", "frechet_replayed_training_set", "classes_covered", "cla
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-  """Where the feature extractor of the digits, hardly trained, is kept for all tests here."""
+  """The folder of a barely trained feature extractor of the digits, shared by all tests here."""
   return tmp_path_factory.mktemp("cache")
 
 
@@ -80,7 +80,7 @@ def check_files(folder, declared):
 
 
 def check_recipes(folder, used):
-  """`rebuild` gives, of what is on disk, the recipe that was trained: the same program."""
+  """`rebuild` restores the trained recipe from disk: the same program."""
   stored = json.loads((folder / "config.json").read_text())
   assert stored["class_names"] == [str(k) for k in range(10)]
   assert stored["recipes"].keys() == used.keys()
@@ -108,7 +108,7 @@ def program(recipe) -> str:
 
 
 def made(counts):
-  """Black images of two classes, so many of each, without a test set."""
+  """Black images of two classes, `counts` of each, without a test set."""
   y = np.repeat([0, 1], counts)
   x = np.zeros((len(y), 8, 8, 1), np.uint8)
   return Dataset("made", x, y, x[:0], y[:0], ("a", "b"))
@@ -150,7 +150,7 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
   assert low < result["test_error"] < high
   assert (len(result["test_recall"]), result["num_test_images"]) == (10, 599)
   assert 0 <= result["calibration_error"] <= 1
-  # Once for the run, its control, its probe and its page; for the moments of a distance before.
+  # Once for the run, its control, its probe and its page; before that, once for the moments of a distance.
   assert reads == ["digits"] * (1 + (network == "mlp"))
   distances = [key for key in result if key.startswith("frechet_") and key.endswith("_n10000")]
   assert len(distances) == (network == "mlp")
@@ -164,7 +164,7 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
 
 
 def test_a_small_part_of_the_images_is_small_data(reads):
-  """--num-images 500 of a large set has the recipe of 500 images."""
+  """--num-images 500 of a large set uses the recipe for 500 images."""
   dataset = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
   split = data.split_labels(dataset.y_train, 5, 0)
   recipe = lambda num: classify.make_recipe(classify.Config(), dataset, split._replace(images=(0,) * num))
@@ -206,7 +206,7 @@ def test_mnist_low_data(run, reads):
   result = run(mnist_low_data, **flags)
   assert list(result["cells"]) == ["50-percent-fixed", "50-percent-adaptive"]
   assert {cell["num_images"] for cell in result["cells"].values()} == {570}
-  assert len(reads) == 4  # two a part
+  assert len(reads) == 4  # two per part
 
 
 def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):
@@ -247,7 +247,7 @@ def test_what_can_be_known_is_told_before_any_training(module, flags, sentence, 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3)])
 def test_transfer_fine_tunes_the_discriminator_that_it_trains(shape):
-  """Also in colour, where another pair is the default: all layers are of one shape."""
+  """Also in colour, where another pair is the default: the shapes of all layers match."""
   x, y = np.zeros((20, *shape), np.uint8), np.arange(20) % 2
   dataset = Dataset("made", x, y, x, y, ("a", "b"))
   flags = mnist_gan.GanFlags(norm="layer")

@@ -29,7 +29,7 @@ def recipe(family="ssgan", shape=(8, 8, 1), **changes):
 
 
 def model_of(recipe):
-  """An untrained model whose averages are not its initial parameters."""
+  """An untrained model whose averages differ from its initial parameters."""
   x = np.random.default_rng(0).integers(0, 255, (20, *recipe.image_shape), np.uint8)
   state = recipe.init_state(jax.random.key(0), data.DeviceData.from_arrays(x, np.arange(20) % 3, x))
   state = state.replace(ema=jax.tree.map(lambda p: 1.5 * p, state.ema))
@@ -38,7 +38,7 @@ def model_of(recipe):
 
 @pytest.fixture
 def run(tmp_path, small_mlp):
-  """Saves a model as a run with a result; gives its folder."""
+  """Saves a model as a run with a result; returns its folder."""
 
   def saved(recipe, command="", **result):
     state, path = model_of(recipe).state, tmp_path / "run"
@@ -63,7 +63,7 @@ def run(tmp_path, small_mlp):
 
 @pytest.mark.parametrize("family", ["ssgan", "gan"])
 def test_an_exported_run_is_the_run_bit_for_bit(family, run, tiny, tmp_path):
-  """With frozen scales, statistics and running averages. What is exported from the export is the same."""
+  """With frozen scales, statistics and running averages. An export of the export is the same."""
   path = run(recipe(family, **({"labels": "all"} if family == "gan" else {})), test_error=4.0)
   x = tiny.dataset.x_test
 
@@ -137,7 +137,7 @@ def test_an_error_of_other_parameters_is_not_told(run, tmp_path):
 
 
 def test_an_error_of_folds_is_told_as_such(run, tmp_path):
-  """It is that of other classifiers."""
+  """It is the error of other classifiers."""
   folds = "labelled images, each left out once in 5 folds"
   path = run(recipe(), test_error=12.3, error_from=folds)
   export.export(path, tmp_path / "out", ["safetensors"])
@@ -159,7 +159,7 @@ def test_into_the_empty_folder_where_one_is(run, tmp_path, monkeypatch):
 
 
 def test_what_a_bare_classifier_is_fed_with(small_mlp):
-  """As the fields of the classes that read pictures and vectors."""
+  """The fields of the classes that read pictures and vectors."""
   model = dataclasses.replace(model_of(recipe(shape=(1, 2, 1))), scaling=Scaling((0.0, 1.0), (2.0, 3.0)))
   found = json.loads(json.dumps(export.about(model)))
   assert found["classes"] == ["a", "b", "c"]
@@ -245,7 +245,7 @@ def test_onnx_gives_the_same_probabilities(network, shape, tmp_path):
   pytest.importorskip("jax2onnx")
   onnxruntime = pytest.importorskip("onnxruntime")
   model = model_of(recipe(network=network, shape=shape))
-  with jax.numpy_rank_promotion("allow"):  # jax2onnx adds a convolution's bias as it is
+  with jax.numpy_rank_promotion("allow"):  # jax2onnx adds a convolution's bias without reshaping it
     export.to_onnx(model, tmp_path / "model.onnx")
   session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
   assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["a", "b", "c"]
@@ -267,7 +267,7 @@ def test_stablehlo_gives_the_same_probabilities(small_mlp, tmp_path):
 
 
 def test_what_the_page_says_runs(run, tiny):
-  """Where the extra is not installed, its first block alone."""
+  """Without the extra, only its first block."""
   blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
   assert len(blocks) == 3
   images = tiny.dataset.x_test

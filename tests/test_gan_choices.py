@@ -83,7 +83,7 @@ PENALTY_WEIGHTS = {  # of r1, r2 and wgan_gp
 
 
 def test_a_penalty_is_the_terms_of_its_name():
-  """So the table above says what `objectives.gan` does."""
+  """So the table above matches `objectives.gan`."""
   for penalty, weights in PENALTY_WEIGHTS.items():
     expected = {name for name, weight in zip(("r1", "r2", "wgan_gp"), weights, strict=True) if weight}
     found = objectives.gan(penalty=penalty, gamma=3.0).d
@@ -93,7 +93,7 @@ def test_a_penalty_is_the_terms_of_its_name():
 
 @cache
 def two_steps(norm: str):
-  """A state and two steps, compiled once for all losses and penalties: which ones is an argument."""
+  """A state and two steps, compiled once for all losses and penalties, which an argument selects."""
   d = networks.MLPDiscriminator(1, widths=(8,), noise_in=0.0, noise_hidden=0.0, norm=norm)
   pairs = list(gan.LOSSES.values())
   x = jax.random.uniform(jax.random.key(0), (6, 4, 4, 1))

@@ -8,7 +8,7 @@ ENVIRONMENT = {"device": "cpu", "versions": {"python": "3", "jax": "0", "flax": 
 
 
 def arms(gan, without, *, dataset="digits", budget=20, steps=400, **changes):
-  """The lines of a cell, with those that the map leaves out."""
+  """The lines of a cell, including lines that the map ignores."""
   names = "fixmatch_ema", "fixmatch_ema@matched", "gan_consistency", "gan_consistency"
   readings = "classifier", "classifier", "nearest neighbour, Block_0", "classifier"
   errors = [0.0] * len(gan), without, [0.0] * len(gan), gan
@@ -54,7 +54,7 @@ def test_the_map_has_a_row_a_budget_and_columns_for_each_length():
 
 
 def test_the_map_corrects_for_all_of_its_cells():
-  """p is 0.035: below 0.05 alone, above it beside a cell of another file."""
+  """p is 0.035: significant at 0.05 alone, but not beside a cell of another file."""
   cell = arms([1.0, 1.4, 1.4, 1.8], [2.0, 2.0, 2.0, 2.0])
   (alone,) = cells_of(_gan_map.table({"digits-augmentation-400": cell}))
   assert alone[7] == "-0.60 (-1.12 to -0.08): helps"
@@ -89,7 +89,7 @@ def test_wrong_files_of_the_map_are_a_sentence(name, cell, words):
 
 
 def test_an_excerpt_has_the_cells_of_the_map():
-  """With the same verdict, which counts all cells; a cell that is not there is a sentence."""
+  """With the same verdict, corrected for all cells; a missing cell is reported in one sentence."""
   rng = np.random.default_rng(0)
   without = rng.uniform(3, 5, 4)
   plain = arms(list(without - 1 + 0.1 * rng.normal(size=4)), list(without), steps=1600, budget=50)

@@ -21,7 +21,7 @@ def test_conv_in_loops_has_the_gradients_of_the_stock_convolution(shape, kernel,
   x = jax.random.normal(key, (3, *shape))
   w = jax.random.normal(key, (*kernel, shape[-1], 4))
   fns = kernels.lax_conv, kernels._conv
-  # The two differ in how they compute: only one has a rule of its own.
+  # The two differ in how they compute: only one has a custom derivative rule.
   jaxprs = [str(jax.make_jaxpr(lambda x, w, fn=fn: fn(x, w, strides))(x, w)) for fn in fns]
   assert ["custom_vjp" in jaxpr for jaxpr in jaxprs] == [False, True]
   stock, ours = (
@@ -45,7 +45,7 @@ def test_conv_in_loops_differentiates_twice(key):
 
 @pytest.mark.parametrize(("kernel", "channels"), [((3, 2), 2), ((2, 3), 1)])
 def test_conv_in_loops_has_the_stock_convolutions_third_derivatives(kernel, channels, key):
-  """All mixed ones at once, with odd and even kernels, each at strides 1 and 2."""
+  """All mixed ones together, with odd and even kernels, each at strides 1 and 2."""
   x, w = jax.random.normal(key, (2, 5, 6, channels)), jax.random.normal(key, (*kernel, channels, 2))
 
   def nest(fn):

@@ -15,7 +15,7 @@ SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "s
 
 @pytest.fixture
 def read(small_mlp, monkeypatch):
-  """The states that were read, cell by cell, in a study of small networks."""
+  """The evaluated states, cell by cell, in a study of small networks."""
   states, inside = [], label_study.Study._read
 
   def spy(self, recipe, found, *args, **kwargs):
@@ -46,7 +46,7 @@ def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, read):
 
 
 def test_a_replicate_does_not_depend_on_its_company(tmp_path, read):
-  """Split 1 alone and among others, and beside another budget: the same states, to rounding."""
+  """Split 1 alone, among others, and beside another budget: the same states up to rounding."""
   for name, changes in (("a", {}), ("b", {"splits": (1,), "budgets": (50, 20)})):
     study(tmp_path / name, methods=("supervised",), **changes)
   among, other, alone = (state.d.params for state in read)
@@ -79,7 +79,7 @@ def test_all_methods_start_from_the_same_parameters_and_the_splits_do_not(tmp_pa
 
 
 def test_gan_augmented_starts_with_the_generator_that_was_trained_for_it(tmp_path, read):
-  """Its generator has moved away from its initial parameters, and stays as it is while D is trained."""
+  """Its generator has left its initial parameters, and is not changed while D is trained."""
   train = label_study.Study.train
   found = {}
 
@@ -122,14 +122,14 @@ def test_bad_flags_leave_no_run(flags, words, tmp_path):
 
 
 def test_arms_are_matched_in_arithmetic_and_scikit_learn_is_one_of_them(tmp_path, read, monkeypatch):
-  """With what the matched arm is matched is asked for, see test_recipes.py for how."""
+  """Tests which recipe the matched arm is matched to; see test_recipes.py for how."""
 
-  def with_arithmetic_of(recipe, other):
+  def with_flops_of(recipe, other):
     assert recipe.hparams == dataclasses.replace(other.hparams, method="fixmatch_ema")
     assert other.hparams.method == "gan_consistency"
     return recipes.with_unlabelled(recipe, 137)
 
-  monkeypatch.setattr(recipes, "with_arithmetic_of", with_arithmetic_of)
+  monkeypatch.setattr(recipes, "with_flops_of", with_flops_of)
   methods = ("fixmatch_ema", "fixmatch_ema@matched", "label_spreading")
   result = study(tmp_path / "run", methods=methods)
   same, matched, pixels = result["cells"]
@@ -137,13 +137,13 @@ def test_arms_are_matched_in_arithmetic_and_scikit_learn_is_one_of_them(tmp_path
   assert (same["images_per_step"]["unlabelled"], matched["images_per_step"]["unlabelled"]) == (100, 137)
   assert 1.1 * same["mflop_per_step"] < matched["mflop_per_step"] < 1.37 * same["mflop_per_step"]
   assert "mflop_per_step" not in pixels
-  assert max(pixels["errors"]) < 40  # two labels a class
+  assert max(pixels["errors"]) < 40  # two labels per class
   assert set(pixels["against"]) == {"fixmatch_ema", "fixmatch_ema@matched"}
   assert all(each["p_holm"] >= each["p"] for each in pixels["against"].values())
 
 
 def test_tuning_leaves_its_lines(tmp_path, read, monkeypatch):
-  """With the flags that made them, beside the results, on images that are no test images."""
+  """With the flags that made them, beside the results, and not on test images."""
   monkeypatch.setattr(label_study, "TUNING", tmp_path)
   study(tmp_path / "run", methods=("supervised",), tune=True, splits=(100, 101))
   (row,) = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
@@ -158,7 +158,7 @@ def test_flags_that_the_study_does_not_honour_it_does_not_take():
 
 
 def test_the_terminal_shows_a_row_a_method_and_a_column_a_budget(tmp_path, read, monkeypatch):
-  """The overview of `study.md`; probes are left to the file."""
+  """The overview of `study.md`; probes are only in the file."""
   shown = []
   finish = run_dir.finish
 

@@ -12,7 +12,7 @@ LOGITS = jnp.array([[0.5, -1.0, 2.0], [0.0, 0.0, 0.0], [-3.0, 1.0, 4.0]])
 
 
 def grad(fn, **kwargs):
-  """Compiled: operation by operation it would be many small programs."""
+  """The compiled gradient: op by op it would be many small programs."""
   return jax.jit(jax.grad(fn, **kwargs))
 
 
@@ -115,7 +115,7 @@ def test_imbalance_is_the_divergence_of_the_mean_prediction_from_a_prior():
 R = np.array([-2.0, 0.0, 0.3, 1.5, 4.0])
 F = np.array([1.0, -3.0, 0.0, 2.5, 0.7])
 SIGMOID = lambda r: 1 / (1 + np.exp(-r))
-# Each pair as its paper writes it: D's loss of real and of fake images, G's loss of fake ones.
+# Each pair as in its paper: D's losses on real and on fake images, G's loss on fake ones.
 PAIRS = {
   "min_max": (-np.log(SIGMOID(R)), -np.log(1 - SIGMOID(F)), np.log(1 - SIGMOID(F))),
   "non_saturating": (-np.log(SIGMOID(R)), -np.log(1 - SIGMOID(F)), -np.log(SIGMOID(F))),
@@ -137,7 +137,7 @@ def test_adversarial_pairs_by_hand(name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_adversarial_pairs_pull_apart_and_are_finite_far_out(name):
-  """D's descent raises real and lowers fake real logit, G's raises that of fakes; nowhere infinite."""
+  """Descent of D raises the logit of real images and lowers that of fakes, G's raises it; all is finite."""
   pair, far = getattr(losses, name), jnp.array([-1e4, 0.0, 1e4])
   real, fake = (a.ravel() for a in jnp.meshgrid(far, far))
   d = lambda r, f: sum(loss.sum() for loss in pair.d(r, f))
@@ -157,7 +157,7 @@ def test_adversarial_pairs_pull_apart_and_are_finite_far_out(name):
 
 
 def test_min_max_and_non_saturating_share_the_fixed_point():
-  """The same D, and where D cannot tell (real logit 0) the same gradient of G; elsewhere another."""
+  """The same D loss; the same gradient of G only where D is undecided (real logit 0)."""
   r = jnp.array([-3.0, 0.0, 3.0])
   for a, b in zip(losses.min_max.d(r, r), losses.non_saturating.d(r, r), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -177,14 +177,14 @@ def test_relativistic_depends_on_differences_only():
 
 
 def test_smoothing_is_a_softer_target():
-  """Cross-entropy against 0.9; squares around 0.9, but for a constant. Fakes and G as they were."""
+  """Cross-entropy against 0.9; squares around 0.9, up to a constant. Fakes and G are unchanged."""
   r, f = jnp.array(R), jnp.array(F)
   soft = losses.smooth(losses.non_saturating, 0.9)
   expected = -0.9 * np.log(SIGMOID(R)) - 0.1 * np.log(1 - SIGMOID(R))
   np.testing.assert_allclose(soft.d(r, f)[0], expected, rtol=1e-5)
   np.testing.assert_allclose(soft.d(r, f)[1], losses.non_saturating.d(r, f)[1])
   np.testing.assert_allclose(soft.g(r, f), losses.non_saturating.g(r, f))
-  # The target's log-odds are where D comes to rest.
+  # D's optimum is the target's log-odds.
   rest = jnp.log(jnp.array([0.9 / 0.1]))
   np.testing.assert_allclose(grad(lambda r: soft.d(r, f)[0].sum())(rest), 0, atol=1e-6)
   squares = losses.smooth(losses.least_squares, 0.9).d(r, f)[0]
@@ -200,7 +200,7 @@ def test_known_realness_reads_the_class_where_it_is_known():
 
 
 def test_adamatch_by_hand():
-  """Predictions that lean to one class are tilted back; the threshold is relative to that on labels."""
+  """Predictions biased to one class are realigned; the threshold is relative to confidence on labels."""
   lab = jnp.log(jnp.array([[0.8, 0.2], [0.2, 0.8]]))
   weak = jnp.log(jnp.array([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]))  # mean 0.7, 0.3; aligned to 0.5, 0.5
   strong = jnp.log(jnp.array([[0.7, 0.3], [0.4, 0.6], [0.5, 0.5]]))
@@ -247,7 +247,7 @@ def test_entropy_and_divergence_are_scipys():
 
 
 def test_high_density_is_a_kernel_estimate_with_a_threshold():
-  """Against scipy's kernel densities, of which each real image's leaves itself out."""
+  """Against scipy's kernel densities, leave-one-out for the real images."""
   rng = np.random.default_rng(0)
   real, fake = rng.normal(size=(9, 2)), 2 * rng.normal(size=(50, 2))
   squared = np.square(real[:, None] - real[None]).sum(axis=-1) + np.diag(np.full(9, np.inf))

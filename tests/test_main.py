@@ -37,7 +37,7 @@ def command(monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """A folder with a run of `train` on pictures: twelve digits a class, the first four with a label."""
+  """A folder with a run of `train` on pictures: twelve digits per class, the first four labelled."""
   root, digits = tmp_path_factory.mktemp("made"), load_digits()
   for k in range(3):
     for i, image in enumerate(digits.images[digits.target == k][:12]):
@@ -56,7 +56,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def trained(made, small_mlp, tmp_path):
-  """A copy of that run, and of its pictures beside it."""
+  """A copy of that run, with a copy of its pictures beside it."""
   for name in ("pictures", "run"):
     shutil.copytree(made / name, tmp_path / name)
   return tmp_path / "run"
@@ -125,7 +125,7 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
 
 
 def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys):
-  """A fold that was read keeps its numbers; one that is absent or damaged is trained again."""
+  """A stored fold keeps its numbers; a missing or damaged one is trained again."""
   before, fit, phases = json.loads((trained / "result.json").read_text()), train.fit, []
 
   def counted(*args, phase, **kwargs):
@@ -147,13 +147,13 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
     after = json.loads((trained / "result.json").read_text())
     measured = [name for name in before if "test" in name or "calibration" in name]
     assert {name: after[name] for name in measured} == {name: before[name] for name in measured}
-    assert control() == trained_once  # with their seconds
+    assert control() == trained_once  # including their seconds
   page = (trained / "report.html").read_text()
   assert "test images" not in page
 
 
 def test_a_run_is_resumed_where_its_pictures_have_been_moved(trained, command, tmp_path, capsys):
-  """Nor are folds and checkpoints part of what it computes."""
+  """--folds and --checkpoint-every may change too: they are not part of what it computes."""
   (tmp_path / "elsewhere").mkdir()
   (tmp_path / "pictures").rename(tmp_path / "elsewhere" / "pictures")
   flags = "--resume", "--workdir", trained, "--checkpoint-every", 7, "--folds", 0
@@ -166,7 +166,7 @@ def test_a_run_is_resumed_where_its_pictures_have_been_moved(trained, command, t
 
 
 def test_a_run_among_its_own_pictures_is_refused(trained, command, tmp_path, monkeypatch, capsys):
-  """The next one would take its samples for a class."""
+  """The next run would take its samples for a class."""
   monkeypatch.chdir(tmp_path / "pictures")
   assert command("train", "--dataset", "folder:.", "--network", "mlp", "--steps", 1) == 2
   said = " ".join(capsys.readouterr().err.split())
@@ -187,7 +187,7 @@ def test_a_damaged_picture_does_not_end_the_predictions_of_others(trained, comma
 
 
 def test_what_has_a_label_is_not_proposed_for_one(trained, command, tmp_path, capsys):
-  """Pictures in a folder of their class, nor those of the test set."""
+  """Neither pictures in class folders nor those of the test set."""
   root = tmp_path / "laid out"
   (tmp_path / "pictures").rename(root)
   (root / "train").mkdir()
@@ -202,7 +202,7 @@ def test_what_has_a_label_is_not_proposed_for_one(trained, command, tmp_path, ca
 
 
 def test_a_result_is_printed_whole(trained, command, capsys, tmp_path):
-  """Names are no markup."""
+  """Names are not markup."""
   shutil.copytree(tmp_path / "pictures", tmp_path / "a [b] :a:")
   flags = "--network", "mlp", "--steps", 1, "--folds", 0
   capsys.readouterr()
@@ -214,7 +214,7 @@ def test_a_result_is_printed_whole(trained, command, capsys, tmp_path):
 
 
 def test_vectors_train_the_mlp(small_mlp, command, capsys, tmp_path):
-  """Vectors with a label each, a class for each third; new ones go through the same scaling."""
+  """Vectors of three classes, half of them labelled; new ones go through the same scaling."""
   rng = np.random.default_rng(0)
   y = np.arange(60) % 3
   x = rng.normal(size=(60, 12)) + 4 * np.eye(12)[y] * np.geomspace(1, 1e4, 12)
@@ -240,7 +240,7 @@ def test_vectors_train_the_mlp(small_mlp, command, capsys, tmp_path):
 def test_ctrl_c_in_a_fold_leaves_the_run_unfinished(
   trained, small_mlp, command, monkeypatch, capsys, tmp_path
 ):
-  """Nothing is said of an error that was not measured."""
+  """An error that was not measured is not reported."""
   fit = classify.train.fit
 
   def stopped(*args, **kwargs):
@@ -276,7 +276,7 @@ def test_without_a_generator_there_are_no_generated_images(trained, small_mlp, c
 
 
 def test_folds_start_afresh(trained, small_mlp, command, monkeypatch, capsys, tmp_path):
-  """The run that --init-from names may know the labels that a fold leaves out; so nothing is frozen."""
+  """The --init-from run may know the labels that a fold leaves out, so nothing is frozen either."""
   inside, seen = classify.train.fit, []
 
   def fit(recipe, *args, **kwargs):
@@ -308,7 +308,7 @@ def test_what_the_distance_needs_is_known_before_training(small_mlp, command, ca
 
 
 def test_what_to_review_is_uncertain_and_spread():
-  """One of each of two heaps of uncertain images, and none of the certain ones, though they lie farther."""
+  """One from each of two clusters of uncertain images, no certain ones, although those lie farther away."""
   probs = np.array([[0.5, 0.5]] * 30 + [[0.99, 0.01]] * 30)
   features = np.repeat([0.0, 1.0, 9.0], [15, 15, 30])[:, None] * np.ones((60, 3))
   first, second = commands.to_review(probs, features, 2)
@@ -329,9 +329,7 @@ def test_what_is_there_is_not_replaced_without_a_word(trained, command, tmp_path
   os.mkfifo(tmp_path / "pipe")
   lines = []
   read = lambda: lines.extend((tmp_path / "pipe").read_text().splitlines())
-  reader = threading.Thread(
-    target=read, daemon=True
-  )  # else it would be waited for where nothing is written
+  reader = threading.Thread(target=read, daemon=True)  # otherwise it would block if nothing is written
   reader.start()
   assert command("predict", trained, new, "--out", tmp_path / "pipe") == 0
   reader.join(10)
@@ -351,7 +349,7 @@ def test_what_is_there_is_not_replaced_without_a_word(trained, command, tmp_path
 
 
 BAD = [
-  ((), 0, "usage"),  # what was asked for goes to standard output
+  ((), 0, "usage"),  # requested help goes to standard output
   (("--version",), 0, f"gan_jax {gan_jax.__version__}"),
   (("paint",), 2, "there is no command paint"),
   (("predict", "nowhere", "x.png"), 2, "nowhere is not the folder of a run"),
@@ -386,7 +384,7 @@ INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntim
 
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["check", "."], -signal.SIGINT)])
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(words, code, tmp_path):
-  """In a process of its own, in which JAX interrupts it; --help does not wait for JAX."""
+  """In a separate process, interrupted by a fake JAX on import; --help does not import JAX."""
   (tmp_path / "jax.py").write_text(INTERRUPTED)
   env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
   done = subprocess.run([sys.executable, "-c", STARTED, *words], env=env, capture_output=True, check=False)
@@ -394,7 +392,7 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(words, code, tmp_
 
 
 def test_rollbacks_of_the_control_are_kept(tiny, tmp_path, monkeypatch):
-  """A resumed run, which does not train it again, tells them too."""
+  """A resumed run, which does not train it again, reports them too."""
 
   def fit(recipe, images, key, *, start, **_):
     state = recipe.init_state(key, images)

@@ -110,7 +110,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def cached(digits, tmp_path_factory):
-  """A feature extractor of the digits after a few steps, and where it is kept."""
+  """A feature extractor of the digits after a few steps, and the path of its cache."""
   folder, said = tmp_path_factory.mktemp("extractors"), []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(feature_network, "default_steps", lambda num_images: 40)
@@ -168,7 +168,7 @@ def test_a_damaged_extractor_is_refused(tmp_path):
   with pytest.raises(InputError, match="damaged"):
     metrics.read_feature_extractor(tmp_path / "mnist.npz", feature_extractor.MNIST_SHA256)
   for foreign in (b"no archive", packed(mean=np.ones(3)), packed(dataset=np.array([{}], object))):
-    (tmp_path / "mnist.npz").write_bytes(foreign)  # with a SHA-256 that is right: whoever wrote it
+    (tmp_path / "mnist.npz").write_bytes(foreign)  # with a matching SHA-256, whoever wrote it
     with pytest.raises(InputError, match="is no feature extractor"):
       metrics.read_feature_extractor(tmp_path / "mnist.npz", hashlib.sha256(foreign).hexdigest())
   with pytest.raises(InputError, match="cannot be read"):
@@ -191,7 +191,7 @@ def test_an_extractor_tells_replayed_digits_from_noise(cached, digits):
 
 
 def test_the_test_images_are_at_no_distance(cached, digits):
-  """Through floats and back: the images are the bytes that the reference was taken over."""
+  """Through floats and back: the images are the same bytes as those of the reference."""
   trained, _ = cached
   quality = metrics.generator_quality(trained, digits.x_test / np.float32(255))
   assert quality[f"frechet_{trained.name}_n599"] < 1e-6
@@ -265,7 +265,7 @@ if REAL:
     return datasets.Dataset("anything", *parts, tuple("0123456789"))
 
   def test_the_bundled_extractor_of_real_mnist(mnist, tmp_path, monkeypatch):
-    """Known by its content, in the order of the original files; its stored moments are those found."""
+    """Recognised by its content, in the order of the original files; its stored moments are reproduced."""
     must_not_train(monkeypatch)
     bundled = metrics.load_feature_extractor(mnist, cache_dir=tmp_path)
     assert bundled.name == f"mnist-{feature_extractor.MNIST_SHA256[:8]}"
@@ -290,7 +290,7 @@ if REAL:
 
 
 def test_a_feature_network_learns_from_labelled_images_alone():
-  """Rows without a label would be most of a batch, and teach nothing."""
+  """Unlabelled rows would be most of a batch, and contribute nothing."""
   digits = datasets.load("digits")
   few = np.where(np.arange(len(digits.y_train)) % 20, -1, digits.y_train)
   known = few >= 0

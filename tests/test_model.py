@@ -12,7 +12,7 @@ from gan_jax.types import InputError
 
 @pytest.fixture
 def run(tiny, tmp_path, small_mlp):
-  """Saves a state whose averages are not its parameters as a run; gives its folder and the state."""
+  """Saves a state whose averages differ from its parameters as a run; returns its folder and the state."""
 
   def saved(recipe):
     state = recipe.init_state(jax.random.key(0), tiny.data)
@@ -78,7 +78,7 @@ def test_other_images_are_refused(x, sentence, run):
 
 
 def test_arrays_are_read_as_those_of_the_training_were(run, tmp_path):
-  """16 bits by the white of the training, other sides resized as there."""
+  """16 bits are scaled by the white level of the training, other sizes are resized as in training."""
   path, _ = run(recipe())
   stored = json.loads((path / "config.json").read_text())
   stored["reader"] = {"channels": 1, "size": [8, 8], "fit": "crop", "white": 4000}

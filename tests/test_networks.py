@@ -92,7 +92,7 @@ def matrices(tree):
 @pytest.mark.parametrize("norm", ["none", "weight", "spectral", "layer"])
 @pytest.mark.parametrize("kind", ["conv", "mlp"])
 def test_every_norm_of_a_discriminator(kind, norm, key):
-  """Gradient reaches every parameter, and what is not a parameter moves in training only."""
+  """Gradient reaches every parameter, and other variables change only in training."""
   d = TINY_D[kind].clone(norm=norm, num_aux=4)
   x = jax.random.uniform(key, (8, 8, 8, 1))
 
@@ -125,7 +125,7 @@ def test_every_norm_of_a_discriminator(kind, norm, key):
     sigmas = [np.linalg.svd(matrix, compute_uv=False)[0] for matrix in matrices(params)]
     stored = [v for p, v in jax.tree_util.tree_leaves_with_path(state) if "sigma" in str(p)]
     np.testing.assert_allclose(sorted(stored), sorted(sigmas), rtol=0.03)
-    longer = jax.tree.map(lambda p: 7 * p if p.ndim > 1 else p, params)  # all biases are zero as yet
+    longer = jax.tree.map(lambda p: 7 * p if p.ndim > 1 else p, params)  # all biases are still zero
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), learn(longer, state)[2][0], out
     )
@@ -134,7 +134,7 @@ def test_every_norm_of_a_discriminator(kind, norm, key):
 @pytest.mark.parametrize("norm", ["batch", "shift"])
 @pytest.mark.parametrize("kind", ["conv", "mlp"])
 def test_a_discriminator_has_no_statistics_of_the_batch(kind, norm, key):
-  """D's update passes real and generated images together and G's apart: they would be two functions."""
+  """D's update passes real and generated images together, G's does not: D would be two functions."""
   x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
   with pytest.raises(InputError, match="use norm='layer'"):
     jax.eval_shape(lambda x: TINY_D[kind].clone(norm=norm).init(key, x, train=True), x)
@@ -142,9 +142,9 @@ def test_a_discriminator_has_no_statistics_of_the_batch(kind, norm, key):
 
 @pytest.mark.parametrize("kernel", [None, 3])
 def test_spectral_norm_makes_the_largest_singular_value_one(kernel, key):
-  """Read from what the layer does to a basis of its inputs, after some power iterations."""
+  """Found by applying the layer to a basis of its inputs, after some power iterations."""
   layer = networks.Linear(5, kernel, norm="spectral", use_bias=False)
-  # The pixel in the middle of a 3x3 image sees its whole neighbourhood, and so the whole kernel.
+  # The centre pixel of a 3x3 image sees its whole neighbourhood, and so the whole kernel.
   basis = jnp.eye(7) if kernel is None else jnp.eye(18).reshape(18, 3, 3, 2)
   apply = jax.jit(lambda v: layer.apply(v, basis, train=True, mutable="batch_stats"))
   variables = layer.init(key, basis, train=True)
@@ -174,7 +174,7 @@ def test_a_further_head_leaves_the_first_two_outputs_as_they_are(kind, key):
 
 @pytest.mark.parametrize("kind", ["conv", "mlp"])
 def test_another_class_is_another_image(kind, key):
-  """Also where the whole batch is of one class, as when a user asks for ten sevens."""
+  """Also if the whole batch is of one class, as when a user asks for ten sevens."""
   g = {
     "conv": networks.ConvGenerator((8, 8, 1), width=4, latent_size=4, norm="batch", num_classes=3),
     "mlp": networks.MLPGenerator((8, 8, 1), widths=(8,), latent_size=4, norm="batch", num_classes=3),
@@ -192,7 +192,7 @@ def test_another_class_is_another_image(kind, key):
 
 
 def test_batch_statistics_would_take_the_class_away(key):
-  """In a batch of one class its code is a constant, which the batch's mean removes."""
+  """In a batch of one class, its code is a constant, which subtracting the batch mean removes."""
   for g in (
     networks.ConvGenerator((8, 8, 1), num_classes=3),
     networks.MLPGenerator((8, 8, 1), num_classes=3),
@@ -203,7 +203,7 @@ def test_batch_statistics_would_take_the_class_away(key):
 
 @pytest.mark.parametrize("kind", ["conv", "mlp"])
 def test_bfloat16_is_of_products_and_convolutions_alone(kind, key):
-  """Forward and backward, but not in the head; what goes in and comes out is float32, and near the same."""
+  """Forward and backward, except in the head; inputs and outputs are float32, and nearly the same."""
   if kind == "conv":
     g = networks.ConvGenerator((8, 8, 1), width=8)
     d = networks.ConvDiscriminator(5, width=8, num_features=8)
@@ -254,7 +254,7 @@ def test_depth_to_space():
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 @pytest.mark.parametrize("shape", [(48, 64, 3), (128, 128, 3)])
 def test_pairs_for_colour_at_every_size(name, shape, key):
-  """Layers are found at the top of the parameters; what is left is the heads."""
+  """Layers are top-level entries of the parameters; the remaining entries are the heads."""
   g, d = networks.make_pair(name, shape, num_logits=5, num_classes=2, num_aux=3)
   z = jax.eval_shape(lambda: g.latents(key, 2))
   x, _ = jax.eval_shape(lambda z: g.init_with_output(key, z, train=True), z)
@@ -270,7 +270,7 @@ def test_the_pair_of_a_shape():
 
 
 def test_a_residual_pair(key):
-  """Images are apart from each other, and gradient reaches every parameter."""
+  """Images differ from each other, and gradient reaches every parameter."""
   g = networks.ResNetGenerator((8, 8, 3), width=4, latent_size=4, num_classes=2)
   d = networks.ResNetDiscriminator(3, width=4, depth=1)
   z = g.latents(key, 3)

@@ -48,7 +48,7 @@ def test_a_weighted_sum_weighs_by_number_and_by_schedule(key):
 
 
 def test_a_terms_key_comes_from_its_name(key):
-  """Other terms, before it or after it, leave its random numbers as they are."""
+  """Other terms, before or after it, do not change its random numbers."""
   draw = lambda outputs: jax.random.uniform(outputs.key)
   values = lambda *names: objectives.weighted_sum(dict.fromkeys(names, (1.0, draw)), Outputs(key))[1]
   alone, among = values("b"), values("a", "b", "c")
@@ -67,7 +67,7 @@ def test_consistency_needs_the_weak_augmentation():
 
 
 def test_a_term_of_every_k_steps_is_heavier_and_rare():
-  """Value, metric and gradient: n times the term where n divides the step, else zero."""
+  """Value, metric and gradient: n times the term if n divides the step, else zero."""
   term = lambda outputs: jnp.square(outputs.unl)
   assert terms.every_k(term, 1) is term
   weighted = {"r1": (0.5, terms.every_k(term, 3))}
@@ -84,7 +84,7 @@ def test_a_term_of_every_k_steps_is_heavier_and_rare():
 
 
 def test_conditional_gan_judges_by_the_class_where_all_are_known():
-  """D by the logits of the classes or, with unlabelled images, by the logsumexp; G always by the class."""
+  """D uses the class logits or, with unlabelled images, the logsumexp; G always uses the class logit."""
   a, b = [2.0, -1.0], [0.5, 0.0]
   outputs = Outputs(
     *(jax.random.key(0), jnp.int32(0)),
@@ -104,7 +104,7 @@ def test_conditional_gan_judges_by_the_class_where_all_are_known():
 
 
 def test_the_rotation_term_asks_for_the_turns_of_each_image(key):
-  """A D that finds the bright corner is right but for its doubt; it needs its further head."""
+  """A D that finds the bright corner is right up to its uncertainty; it needs its auxiliary head."""
   x = jnp.zeros((40, 5, 5, 1)).at[:, 0, 0].set(1.0)
 
   def d_fn(x, key):
@@ -131,7 +131,7 @@ def test_rotation_is_in_both_objectives_with_the_papers_weight_for_g():
 
 
 def test_virtual_adversarial_finds_the_steepest_direction(key):
-  """Two classes, a linear D, undecided: along w_0 - w_1, to log cosh(e |w_0 - w_1| / 2)."""
+  """For two classes and an undecided linear D: along w_0 - w_1, with loss log cosh(e |w_0 - w_1| / 2)."""
   w = jnp.float32(np.random.default_rng(0).normal(size=(12, 2)))
   x = jnp.zeros((5, 2, 3, 2))
 
@@ -182,7 +182,7 @@ def test_adamatch_takes_its_targets_from_the_averaged_network(key):
 
 
 def test_mixed_images_are_as_real_as_their_share(key):
-  """A D that counts real pixels: the loss is the entropy of the share that it sees."""
+  """A D that counts real pixels: the loss is the entropy of the fraction that it sees."""
   real, fake = jnp.ones((400, 8, 8, 1)), jnp.zeros((500, 8, 8, 1))
   seen = []
 
@@ -222,7 +222,7 @@ def test_generated_images_teach_where_the_averaged_network_is_sure_and_takes_the
 
 
 def test_methods_of_the_study_by_hand():
-  """Their terms and weights; the entropy is of unlabelled, the generated classes of generated images."""
+  """Their terms and weights; the entropy is on unlabelled, the generated classes on generated images."""
   logits = np.array([[1.0, -1.0], [0.0, 2.0]])
   outputs = Outputs(unl=images(logits, [-1, -1]), fake=images(logits, [0, 0]))
   p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)

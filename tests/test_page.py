@@ -16,7 +16,7 @@ VOID = {"meta", "link", "img"}
 
 
 class Page(HTMLParser):
-  """A page as it is read: every element is closed in its order, or this fails."""
+  """A parsed page; fails unless every element is closed in order."""
 
   def __init__(self, path):
     super().__init__()
@@ -62,7 +62,7 @@ def test_whatever_a_caller_gives_is_text(png, tmp_path):
   page.write(tmp_path / "p.html", result, table, [(EVIL, png)], sections=[section], command=EVIL)
   found = Page(tmp_path / "p.html")
   assert "script" not in found.tags
-  # All of it is to be read: title and heading 4, note and alarm 2, table 2, picture 1, section 7,
+  # All of it must be visible as text: title and heading 4, note and alarm 2, table 2, picture 1, section 7,
   # provenance 2, JSON 5.
   assert sum(text.count(EVIL) for text in found.text) == 23
   assert not [key for key, _ in found.attributes if key.startswith("on")]
@@ -72,7 +72,7 @@ def test_nothing_lies_elsewhere(png, tmp_path):
   page.write(tmp_path / "p.html", {"experiment": "e", "dataset": "d"}, [], [("a", png)])
   found = Page(tmp_path / "p.html")
   references = found.values("src") + found.values("href")
-  assert len(references) == 2  # the picture, and no icon: else a browser asks the server for one
+  assert len(references) == 2  # the picture, and an empty icon: else a browser asks a server for one
   assert all(value.startswith("data:") for value in references)
   assert found.values("alt") == ["a"]
   html = (tmp_path / "p.html").read_text()
@@ -125,7 +125,7 @@ def test_the_page_begins_with_the_result_and_ends_with_all_of_it(png, tmp_path):
   positions = [text.index(words) for words in expected]
   assert positions == sorted(positions)
   assert text.count("collapse") == 1
-  assert found.values("style") == ["width:25.0%", "width:100.0%"]  # test errors alone have bars
+  assert found.values("style") == ["width:25.0%", "width:100.0%"]  # only test errors have bars
   (whole,) = [data for data in found.text if data.startswith("{")]
   assert json.loads(whole) == result
 
@@ -298,7 +298,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 @pytest.mark.skipif(BROWSER is None, reason="there is no browser")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_has_nothing_to_complain_of(width, tmp_path):
-  """Every kind of section, at the width of a phone and of a desk: no message, no wider than the window."""
+  """Every kind of section, at phone and desktop width: no console message, no wider than the window."""
   sections = list(sections_of(classified(3, tmp_path), tmp_path, 3).values())
   result = {"experiment": "train", "dataset": "x", "test_error": 1.25, "num_labels": 3, "num_images": 9}
   table = [("test error", "1.25 %")]

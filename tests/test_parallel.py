@@ -18,7 +18,7 @@ from conftest import leaves_equal
 from gan_jax import augment, cli, data, losses, networks, objectives, parallel, processes, steps, train
 from gan_jax.types import BatchSizes, InputError
 
-# Bit for bit where XLA fuses as it does outside of the tests, see conftest.py.
+# Bit-identical if XLA fuses as it does outside of the tests, see conftest.py.
 AS_EVER = {"xla_cpu_use_fusion_emitters": True} if metadata.version("jaxlib") < "0.12" else None
 
 
@@ -26,7 +26,7 @@ WEAK = augment.affine(shift=0.05)
 WHOLE = objectives.with_class_balance(
   objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2), 3.0
 )
-"""Losses that compare images of a batch, feature matching and class balance, and those that do not."""
+"""Losses that couple the images of a batch, feature matching and class balance, and losses that do not."""
 RELATIVISTIC = objectives.gan(losses.relativistic, penalty="r1_r2", gamma=0.1)
 
 
@@ -43,7 +43,7 @@ CASES = {
   "noise and weight norm": {"objective": objectives.semi_supervised_gan(), "network": "mlp"},
   "ADA": {
     "objective": objectives.gan(),
-    "augment": augment.Adaptive((WEAK,), num_images=40, horizon=1),  # is at work from the second step on
+    "augment": augment.Adaptive((WEAK,), num_images=40, horizon=1),  # active from the second step on
     "sizes": BatchSizes(0, 16, 8),
   },
 }
@@ -51,10 +51,10 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_eight_devices_compute_what_one_does(case, make_tiny):
-  """A mesh, and pmap. With SGD, because Adam hides a constant factor in the gradient; to rounding."""
+  """A mesh, and pmap, up to rounding. With SGD, because Adam hides a constant factor in the gradient."""
   changes = dict(CASES[case])
   tiny = make_tiny(tx=optax.sgd(0.05), network=changes.pop("network", "conv"))
-  num_unlabelled = 8 if changes["objective"] is RELATIVISTIC else 16  # pairs need as many
+  num_unlabelled = 8 if changes["objective"] is RELATIVISTIC else 16  # pairs need equal numbers
   sizes = changes.pop("sizes", BatchSizes(8, num_unlabelled, 8))
   recipe = tiny.recipe(batch=sizes, **changes)
   start = recipe.init_state(jax.random.key(0), tiny.data)
@@ -75,7 +75,7 @@ def test_eight_devices_compute_what_one_does(case, make_tiny):
       found, metrics_found = parallel.pick((found, metrics_found), 0)
     assert len(devices) == 8
     if program is mesh:
-      assert compiled.cost_analysis()["flops"] < flops / 4  # each device does a part
+      assert compiled.cost_analysis()["flops"] < flops / 4  # each device computes a part
     else:
       assert "all_gather" in lowered.as_text()
     for _before, a, b in zip(*map(jax.tree.leaves, (start, expected, found)), strict=True):
@@ -101,7 +101,7 @@ class Toy:
 
 
 def test_a_mean_for_each_device_is_another_loss():
-  """The square of a mean, and a penalty: what the classic pmap gets wrong, ours gets right."""
+  """The square of a mean, and a penalty: the classic pmap gets them wrong, ours gets them right."""
   w, x = jax.random.normal(jax.random.key(0), (3,)), jax.random.normal(jax.random.key(1), (8, 3))
 
   def loss(w, x, net):
@@ -176,8 +176,8 @@ program.run(main, Config)
 
 
 def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(make_tiny, tmp_path):
-  """Over loopback, of streamed images each its half. What was saved goes on with one process, on two
-  devices."""
+  """Over loopback, with each process streaming its half of the images. One process with two devices resumes
+  from the checkpoint."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -210,7 +210,7 @@ def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(mak
     assert f"error: {processes.LOST}" in said
     assert "process 0 of 2, 2 devices in all" in said
     _, said = both[1].communicate()
-    assert "train 4/4" not in said  # the first process alone speaks
+    assert "train 4/4" not in said  # only the first process prints
   finally:
     for process in both:
       process.kill()
@@ -218,7 +218,7 @@ def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(mak
   rows = (tmp_path / "done" / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(row)["step"] for row in rows] == [1, 4]
   saved = fit(4, workdir=tmp_path / "done", resume=True)
-  assert saved.first_step_at is None  # all steps were there
+  assert saved.first_step_at is None  # all steps were already done
   for a, b in zip(jax.tree.leaves(expected.ema), jax.tree.leaves(saved.state.ema), strict=True):
     np.testing.assert_allclose(b, a, atol=1e-5)
   last = max(int(path.name) for path in (tmp_path / "killed" / "checkpoints").glob("*0"))
@@ -227,7 +227,7 @@ def test_two_processes_compute_what_one_does_and_a_killed_one_ends_the_other(mak
 
 
 def test_processes_of_other_keys_are_not_the_same(monkeypatch):
-  """Each would make parameters and batches of its own, and share gradients."""
+  """Each would make its own parameters and batches, but share gradients."""
   own = iter(jax.random.key(seed) for seed in (0, 1))
   digests = []
   monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -264,7 +264,7 @@ def test_a_coordinator_that_cannot_be_used():
 
 
 def test_fit_over_devices_saves_what_one_device_goes_on_with(tiny, tmp_path):
-  """Four steps on two devices, resumed on one, against four steps on one: the same to rounding."""
+  """Four steps on two devices, resumed on one, against four steps on one: equal up to rounding."""
   recipe = tiny.recipe(num_steps=4)
   fit = lambda num_steps, **kwargs: train.fit(
     dataclasses.replace(recipe, num_steps=num_steps), tiny.data, jax.random.key(0), verbose=False, **kwargs
@@ -300,7 +300,7 @@ def replicates(tiny):
 
 
 def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
-  """Sequentially: bit for bit on one device, to rounding on four, where another program is compiled."""
+  """Sequentially: bit for bit on one device, up to rounding on four, which compile another program."""
   multi_step, states, singles, together = replicates(make_tiny(network="mlp"))
   single = jax.jit(multi_step, compiler_options=AS_EVER)
   expected = [single(*pair, 3) for pair in zip(states, singles, strict=True)]
@@ -325,7 +325,7 @@ def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
 
 
 def test_in_step_they_are_nearly_the_same(make_tiny):
-  """With convolutions, whose kernels are then a replicate's own."""
+  """With convolutions, which then have one kernel per replicate."""
   multi_step, states, singles, together = replicates(make_tiny(objective=objectives.supervised_only()))
   devices = jax.devices()[:1]
   run, looped = (

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from benchmarks.peers import torch_gan  # noqa: E402
 
 SHAPE = (16, 18, 1)
-"""D's convolutions of stride 2 see even sides and odd ones, and G's images are cropped."""
+"""D's convolutions of stride 2 see even and odd sides, and G's images are cropped."""
 DATASET = dataclasses.replace(
   _recipes.random_images(18), x_train=_recipes.random_images(18).x_train[:, : SHAPE[0]]
 )
@@ -28,7 +28,7 @@ NAMES = tuple(_recipes.HPARAMS)
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-  """A generator whose latents are given, those of the training update of D and of G alike."""
+  """A generator with fixed latents, the same in D's and in G's update."""
 
   net: Any
   z: Any
@@ -49,7 +49,7 @@ class Sgd:
 
 
 class Problem:
-  """Steps without anything random, on both sides from the same parameters; the networks are narrow."""
+  """Deterministic steps of both implementations from the same parameters; the networks are narrow."""
 
   def __init__(self, name, *, sgd):
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ class Problem:
     return metrics, state
 
   def theirs(self, num, *, traced=False):
-    """The same, and the parameters before."""
+    """The same for the peer, and the parameters before."""
     gan = torch_gan.Gan(self.recipe, self.state, self.images, compiled=traced)
     gan.latents = lambda num: self.latents
     if self.sgd:
@@ -100,7 +100,7 @@ class Problem:
 def without_chance(recipe):
   """The recipe without augmentation and noise, and with narrow networks.
 
-  With a threshold of 0 and the whole weight the consistency term is not zero from the start.
+  With threshold 0 and full weight, the consistency term is nonzero from the start.
   """
   if isinstance(recipe.hparams, ssgan.Hparams):
     hparams = dataclasses.replace(recipe.hparams, strong=None, weak=None, threshold=0.0)
@@ -143,8 +143,11 @@ def test_one_sgd_step_is_ours(name):
 
 @pytest.fixture
 def optimised():
-  """As in a race. A ReLU that falls to the other side of zero by rounding moves a whole gradient, and the
-  programs of the other tests, which are compiled in haste, round otherwise."""
+  """Compiles with all optimisations, as in a benchmark.
+
+  A ReLU that rounding moves to the other side of zero changes a whole gradient, and the less optimised
+  programs of the other tests round differently.
+  """
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
@@ -152,10 +155,10 @@ def optimised():
 
 @pytest.mark.parametrize("name", ["feature_matching", "conditional_r1"])
 def test_two_steps_with_the_recipes_own_adam(name, optimised):
-  """Where a gradient is nearly zero Adam makes much of its rounding: so the whole move of each network.
+  """Compares the total change of each network, because Adam amplifies the rounding of tiny gradients.
 
-  Traced is what the compiler is given: `torch.func`, Adam leaf by leaf, the table on the device. The second
-  step is one without R1.
+  Traced is what the compiler gets: `torch.func`, Adam leaf by leaf, the table on the device. The second
+  step has no R1.
   """
   problem = Problem(name, sgd=False)
   metrics, state = problem.ours(2)
@@ -172,7 +175,7 @@ def test_two_steps_with_the_recipes_own_adam(name, optimised):
 
 
 def test_affine_maps_are_ours():
-  """The same draws, on the mirrored image; with the shifts of the unmirrored one it is another map."""
+  """The same draws, on the mirrored image; with the shifts of the unmirrored image, the map differs."""
   ranges = {"shift": 0.1, "rotate": 25.0, "scale": 0.3, "shear": 0.3}
   x = np.random.default_rng(0).random((20, 28, 24, 1), np.float32)
   key = jax.random.key(1)

@@ -39,7 +39,7 @@ def test_gradient_in_the_parameters(key):
 
 
 def test_interpolates_between_the_two_images_of_a_pair(key):
-  """On `D(x) = sum(x^2) / 2` the gradient is the point itself: it lies on the line."""
+  """For `D(x) = sum(x^2) / 2` the gradient is the point itself: it lies on the line."""
   x_real, x_fake = jnp.zeros(SHAPE), jnp.ones(SHAPE)
   critic = lambda x: jnp.square(x).sum(axis=(1, 2, 3)) / 2
   share = 1 + jnp.sqrt(penalties.wgan_gp(key, critic, x_real, 3 * x_fake))

@@ -26,7 +26,7 @@ def noise(seed=0, size=(9, 10), channels=1):
 
 
 def save(path: Path, x=None, **kwargs) -> Path:
-  """A picture, of noise that its path decides."""
+  """Saves a picture, by default of noise that depends on its path."""
   path.parent.mkdir(parents=True, exist_ok=True)
   x = noise(zlib.crc32(str(path).encode())) if x is None else x
   (x if isinstance(x, Image.Image) else Image.fromarray(x)).save(path, **kwargs)
@@ -41,7 +41,7 @@ def write(path: Path, content: bytes | str) -> Path:
 
 @pytest.fixture
 def pets(tmp_path):
-  """Two classes of three training pictures and a test picture each."""
+  """Two classes with three training pictures and one test picture each."""
   for name in ("cat", "dog"):
     for i in range(3):
       save(tmp_path / "pets" / "train" / name / f"{i}.png")
@@ -50,7 +50,7 @@ def pets(tmp_path):
 
 
 def png16(values: np.ndarray) -> bytes:
-  """A PNG with 16 bits in each of three channels, which Pillow does not write."""
+  """A PNG with three channels of 16 bits, which Pillow cannot write."""
   chunk = lambda kind, data: (
     struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
   )
@@ -65,7 +65,7 @@ def png16(values: np.ndarray) -> bytes:
 
 
 def test_pictures_of_every_kind_are_read_alike(tmp_path):
-  """Lossless kinds of the same picture give the same bytes, the others nearly."""
+  """Lossless formats of the same picture give the same bytes, the others nearly."""
   x = np.kron(noise(3, (3, 4), channels=3), np.ones((8, 8, 1), np.uint8))
   colour = Image.fromarray(x)
   read = lambda name, channels=3: Reader(channels, None).read(tmp_path / name)
@@ -171,7 +171,7 @@ def test_resizing_keeps_the_aspect():
   x[:, 30:] = 200
   picture = Image.fromarray(x)
   crop = pictures.resize(picture, (10, 10), "crop")
-  np.testing.assert_array_equal(crop[:, 1:-1], 100)  # the middle half; the filter looks over its edges
+  np.testing.assert_array_equal(crop[:, 1:-1], 100)  # the middle half; the filter reaches over its edges
   assert np.abs(crop.astype(int) - 100).max() < 20
   pad = pictures.resize(picture, (20, 20), "pad")
   assert pad.shape == (20, 20)
@@ -346,7 +346,7 @@ def test_links_inside_are_followed(pets):
 
 @pytest.fixture
 def decoded(monkeypatch):
-  """How many pictures were decoded."""
+  """The number of training pictures of each decoded folder."""
   count, read = [], folder._read_folder
 
   def counted(found, *args):
@@ -375,7 +375,7 @@ def test_pictures_are_decoded_once(pets, decoded):
 
 
 def test_same_size_and_time_and_another_content(pets, decoded):
-  """As an archive unpacks it with the times of its making."""
+  """As when unpacking an archive restores the original times."""
   path = pets / "train" / "cat" / "0.bmp"
   save(path, noise(1))
   os.utime(path, (10**9, 10**9))
@@ -413,7 +413,7 @@ def test_a_damaged_cache_is_made_again(pets, decoded, damage):
   assert len(decoded) == 2
   np.testing.assert_array_equal(again.x_train, first.x_train)
   pictures.load_folder(pets)
-  assert len(decoded) == 2  # and whole again
+  assert len(decoded) == 2  # and intact again
 
 
 def test_the_cache_is_bounded(pets, monkeypatch):
@@ -423,14 +423,14 @@ def test_the_cache_is_bounded(pets, monkeypatch):
   os.utime(first, (10**9, 10**9))
   pictures.load_folder(pets, image_size=9)
   assert first.exists()
-  pictures.load_folder(pets)  # used last
+  pictures.load_folder(pets)  # most recently used
   pictures.load_folder(pets, image_size=10)
   left = list((cache_dir() / "pictures").iterdir())
   assert first in left
   assert len(left) == 2
   monkeypatch.setattr(folder, "_CACHE_BYTES", one.x_train.nbytes)
   pictures.load_folder(pets, image_size=32)
-  assert set(left) == set((cache_dir() / "pictures").iterdir())  # larger than all that may be kept
+  assert set(left) == set((cache_dir() / "pictures").iterdir())  # larger than the whole cache may be
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(pets, monkeypatch, tmp_path):
@@ -463,7 +463,7 @@ def test_memory_is_looked_at_first(pets, monkeypatch):
     pictures.load_folder(pets)
 
 
-# --- Malformed folders: what is done to the pets, and the sentence
+# --- Malformed folders: a change to the pets, and the expected sentence
 
 
 def rename(old, new):
@@ -479,7 +479,7 @@ def link(path, target):
 
 
 def table(text, *names, name="labels.csv"):
-  """A flat folder in place of the pets, with these pictures and a table."""
+  """Replaces the pets by a flat folder with these pictures and a table."""
 
   def build(root):
     shutil.rmtree(root)
@@ -956,7 +956,7 @@ def test_check_of_arrays(tmp_path):
 
 @pytest.mark.skipif(not SIGNS.is_dir(), reason="GAN_JAX_SIGN_DIGITS names no folder")
 def test_photographs():
-  """2,062 photographs in ten class folders, three of another size, with two files of text beside."""
+  """2,062 photographs in ten class folders, three of another size, and two text files beside them."""
   with pytest.raises(
     InputError, match=r"2 sizes, from 100x100 to 3024x3024.*--image-size N, for instance 64"
   ):

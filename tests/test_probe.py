@@ -34,7 +34,7 @@ def test_scale_and_dead_features_do_not_matter(key):
 
 
 def test_constant_features_of_any_value_count_for_nothing(key):
-  """In float32 the deviation of a constant column is seldom zero; test images may have another constant."""
+  """In float32 a constant column's deviation is seldom zero; test images may have another constant."""
   z = jax.random.normal(key, (30, 1))
   y = (z[:, 0] > 0).astype(jnp.int32)
   constant = jnp.broadcast_to(jnp.arange(256) / 255, (30, 256))

@@ -105,7 +105,7 @@ def test_every_relative_link_leads_somewhere(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_command_takes_its_flags(path):
-  """Experiments and, after a bare --, the flags that a benchmark gives to mnist_ssgan."""
+  """Experiments and, after a bare --, the flags that a benchmark passes to mnist_ssgan."""
   text = path.read_text()
   commands = re.findall(r"python -m experiments\.(\w+)([^`\n|]*)", text)
   commands += [
@@ -118,4 +118,4 @@ def test_every_command_takes_its_flags(path):
   for name, flags in re.findall(r"(?:python -m gan_jax|gan-jax) (\w+) ([^`\n|]*)", text):
     assert name in __main__.COMMANDS
     config = classify.Config if name == "train" else CONFIGS[name][1]
-    parsing._parse(config, shlex.split(flags, comments=True))  # RUN is none
+    parsing._parse(config, shlex.split(flags, comments=True))  # RUN is not a run

@@ -36,7 +36,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_recipe_is_built_again_from_its_description(name):
-  """What the description leaves out follows from it; tests/test_experiments.py compares the programs."""
+  """Everything else follows from the description; tests/test_experiments.py compares the programs."""
   recipe = FAMILIES[name]()
   again = recipes.rebuild(described(recipe))
   assert described(again) == described(recipe)
@@ -91,7 +91,7 @@ def test_arithmetic_is_matched_by_the_compiled_programs_own_count():
   hparams = dataclasses.replace(ssgan.tuned("mlp", 500), network="article", consistency=1.0)
   recipe = ssgan.build(hparams, SHAPE, 3)
   alone = recipes.without_generator(recipe)
-  matched = recipes.with_arithmetic_of(alone, recipe)
+  matched = recipes.with_flops_of(alone, recipe)
   assert alone.flops() < 0.8 * recipe.flops()
   assert matched.flops() == pytest.approx(recipe.flops(), rel=0.01)
   assert matched.batch == alone.batch._replace(unlabelled=matched.batch.unlabelled)
@@ -112,7 +112,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_fifth_and_no_lower():
 
 
 def test_without_weights_there_are_no_other_images():
-  """So transfer's fine-tuning sees what its control sees."""
+  """So transfer's fine-tuning and its control see the same images."""
   zeros = {"adversarial": 0.0, "consistency": 0.0, "class_balance": (0.0, 0.0)}
   recipe = ssgan.build(dataclasses.replace(ssgan.tuned("conv", 500), **zeros), SHAPE, 3)
   assert recipe.batch == (50, 0, 0)
@@ -155,7 +155,7 @@ def test_without_augmentation_consistency_compares_the_images_as_they_are(key):
   assert (ssgan.weak(hparams)(key, x) != x).any()
 
 
-# --- A network of a user's own, whose layers have names of their own
+# --- A user-defined network with its own layer names
 
 
 class Residual(nn.Module):

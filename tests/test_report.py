@@ -13,7 +13,7 @@ from gan_jax.types import InputError
 
 @pytest.fixture
 def figure(monkeypatch):
-  """What is drawn, in place of a file."""
+  """Captures what is drawn, instead of writing a file."""
   figure = Figure()
   monkeypatch.setattr(figures, "_figure", lambda path, size, draw: draw(figure))
   return figure
@@ -35,7 +35,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
 
 
 def test_a_name_is_said_as_it_is(capsys):
-  """`:a:` is no picture of a letter, `[b]` no bold type."""
+  """`:a:` is not shown as an emoji, nor `[b]` as bold type."""
   report.say("reading folder:a: [b]")
   report.console.print("folder:a:", markup=False)
   assert capsys.readouterr().err == "reading folder:a: [b]\nfolder:a:\n"
@@ -73,7 +73,7 @@ def test_the_names_of_a_thousand_classes_are_not_drawn(figure, tmp_path):
 
 
 def test_numbers_in_the_confusion_matrix_can_be_read(figure, tmp_path):
-  """Their contrast with the cell is at least 4.5, the guideline for text, from light cells to dark ones."""
+  """Their contrast with the cell is at least 4.5, the guideline for text, on light and dark cells."""
   counts = np.arange(16).reshape(4, 4) ** 2
   figures.confusion(tmp_path / "c.png", counts, "abcd")
   (axes,) = figure.axes
@@ -89,7 +89,7 @@ def test_numbers_in_the_confusion_matrix_can_be_read(figure, tmp_path):
 
 def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(figure, tmp_path):
   figures.confusion(tmp_path / "c.png", np.eye(2, dtype=int), ("$\\nonsense$", 40 * "x"))
-  FigureCanvasAgg(figure).draw()  # a formula that cannot be read raises here
+  FigureCanvasAgg(figure).draw()  # an invalid formula raises here
   (axes,) = figure.axes
   assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…"]
 

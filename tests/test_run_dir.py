@@ -52,13 +52,13 @@ def test_a_run_is_never_overwritten_by_accident(open_run, tiny, tmp_path):
 
 
 def test_a_run_of_another_experiment_is_not_replaced(open_run):
-  """Its checkpoints would stay, for a configuration that is not theirs."""
+  """Its checkpoints would remain, under a configuration that is not theirs."""
   run = opened(open_run(workdir="here"))
   stored = json.loads((run.path / "config.json").read_text())
   (run.path / "config.json").write_text(json.dumps({**stored, "experiment": "another"}))
   with pytest.raises(InputError, match="holds a run of another, not of test: name another folder"):
     opened(open_run(workdir="here", overwrite=True))
-  (run.path / "config.json").write_text('{"exp')  # cut off: of whatever experiment it was, it can go
+  (run.path / "config.json").write_text('{"exp')  # truncated: whatever experiment it was, it can go
   opened(open_run(workdir="here", overwrite=True))
 
 
@@ -92,7 +92,7 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(open_run, tmp_path):
 
 
 def test_a_mistake_that_shows_before_training_leaves_no_run_behind(open_run):
-  """So the next try needs no --overwrite; once there are rows, its own or those of a part, a run stays."""
+  """So the next try needs no --overwrite; a run with rows, its own or those of a part, is kept."""
 
   def too_small(run, row):
     (run.path / "pretrained").mkdir()
@@ -110,14 +110,14 @@ def test_a_mistake_that_shows_before_training_leaves_no_run_behind(open_run):
 
 
 def content(path):
-  """Every file, folder and link below, as it is."""
+  """Every file, folder and link below, with its content."""
   read = lambda p: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
   return {str(p): read(p) for p in sorted(Path(path).rglob("*"))}
 
 
 @pytest.fixture
 def finished(open_run):
-  """A finished run whose checkpoints lie elsewhere, and what it consists of."""
+  """Makes a finished run with its checkpoints stored elsewhere; returns its content."""
   with open_run(workdir="here") as run:
     (run.path / "samples").mkdir()
     (run.path / "samples" / "last.png").write_text("a picture")
@@ -129,7 +129,7 @@ def finished(open_run):
 
 
 def test_a_run_that_a_signal_ends_names_the_command_that_resumes(open_run):
-  """That of the outermost run where one is a part of another."""
+  """The command of the outermost run if one is part of another."""
 
   def end():
     with open_run(workdir="a run"), open_run(workdir="a run/pretrained"):
@@ -146,7 +146,7 @@ FILES = ("samples", *run_dir.TRAINING_FILES)
 
 @pytest.mark.parametrize("error", [InputError, KeyboardInterrupt, ZeroDivisionError, Stopped])
 def test_a_run_is_replaced_once_the_new_one_has_a_row(open_run, finished, error):
-  """Until then whatever ends the new one brings the old one back; links are not followed."""
+  """Until then, whatever ends the new run restores the old one; links are not followed."""
 
   def fail(run, row):
     (run.path / "checkpoints").mkdir()
@@ -168,7 +168,7 @@ def test_a_run_is_replaced_once_the_new_one_has_a_row(open_run, finished, error)
 
 
 def test_a_process_killed_while_it_replaces_a_run_loses_none(open_run, finished, monkeypatch):
-  """Wherever: while the old one is moved aside, after that, while it is put back."""
+  """At any point: while the old run is moved aside, after that, or while it is restored."""
   path, rename, left = Path("here"), os.rename, 0
   owned = (*run_dir.FILES, *FILES)
 
@@ -180,7 +180,7 @@ def test_a_process_killed_while_it_replaces_a_run_loses_none(open_run, finished,
     rename(*paths)
 
   for moves in range(20):
-    for _ in range(2):  # the second ends what the first has left, or is killed there as well
+    for _ in range(2):  # the second completes what the first left, or is killed there too
       left = moves
       with monkeypatch.context() as patch, contextlib.suppress(ZeroDivisionError):
         patch.setattr(os, "rename", killed)
@@ -203,11 +203,11 @@ def test_what_a_run_starts_from_is_another_folder(open_run):
   (source.path / "config.json").unlink()
   with pytest.raises(InputError, match="is not the folder of a run"):
     run_dir.check_source(cli.RunFlags(workdir="here"), flags)
-  run_dir.check_source(cli.RunFlags(workdir="here", resume=True), flags)  # it does without its source
+  run_dir.check_source(cli.RunFlags(workdir="here", resume=True), flags)  # it does not need its source
 
 
 def test_a_part_is_done_once(open_run):
-  """A part that was complete keeps its result; one that was not is resumed."""
+  """A complete part keeps its result; an incomplete one is resumed."""
   calls = []
 
   def main(config):
@@ -229,7 +229,7 @@ def test_a_part_is_done_once(open_run):
 
 
 def test_a_run_starts_from_the_averages_of_another(tiny):
-  """Also one that was cut off before its first checkpoint: `fit` asks only where there is none."""
+  """Also a run interrupted before its first checkpoint: `fit` uses them only if there is no checkpoint."""
   with checkpoint.Checkpoints(Path("source/checkpoints").absolute()) as checkpoints:
     state = tiny.state()
     averages = jax.tree.map(lambda p: p + 1, state.ema)

@@ -16,7 +16,7 @@ def test_spread_is_scipys():
 
 def test_paired_is_scipys_and_says_what_it_means():
   rng = np.random.default_rng(0)
-  reference = rng.uniform(1, 9, 10)  # spread wide: only the pairs tell
+  reference = rng.uniform(1, 9, 10)  # spread wide: only the pairing shows a difference
   for shift, verdict in ((-0.5, "helps"), (0.5, "hurts"), (0.01, "cannot tell")):
     errors = reference + shift + 0.2 * rng.normal(size=10)
     found = metrics.paired(errors, reference)

@@ -12,7 +12,7 @@ DATASET = _recipes.random_images(18)
 
 
 def test_the_plain_way_takes_the_step(tiny):
-  """Its batches are of the sizes asked for, and all of them of the data."""
+  """Its batches have the requested sizes and come from the data."""
   recipe = tiny.recipe(batch=BatchSizes(labelled=6, unlabelled=8, generated=4))
   batch = next(plain_jax.batches(recipe.batch, tiny.data, 0))
   assert [len(x) for x in (batch.x_lab, batch.y_lab, batch.x_unl, batch.x_unl_g)] == [6, 6, 8, 4]
@@ -38,7 +38,7 @@ def test_batch_sizes_change_in_proportion():
 
 
 def test_labels_are_those_of_the_experiments():
-  """Ten a class, and all of them for a class-conditional D."""
+  """Ten per class, and all of them for a class-conditional D."""
   num_labels = {
     name: len(_recipes.split(_recipes.make(name, DATASET), DATASET).indices) for name in _recipes.HPARAMS
   }

@@ -21,7 +21,7 @@ FULL = objectives.with_class_balance(
 
 
 def test_d_and_g_move_only_themselves(make_tiny):
-  """A D update leaves every bit of G as it was, and the reverse."""
+  """A D update leaves G unchanged bit for bit, and the reverse."""
   only_d = objectives.Objective(d=FULL.d)
   only_g = objectives.Objective(d={}, g=FULL.g)
   for objective, moved, still in ((only_d, "d", "g"), (only_g, "g", "d")):
@@ -47,7 +47,7 @@ def test_metrics_are_named_after_their_terms(make_tiny):
 
 
 def test_supervised_control_is_the_same_step_and_ignores_all_else(make_tiny):
-  """Without unlabelled rows nothing but the labelled images reaches D: a step by hand agrees."""
+  """Without unlabelled rows, only the labelled images reach D: a step by hand agrees."""
   tx = optax.sgd(0.1)
   tiny = make_tiny(objective=objectives.supervised_only(), tx=tx)
   state, batch = tiny.state(), tiny.batch()
@@ -65,7 +65,7 @@ def test_supervised_control_is_the_same_step_and_ignores_all_else(make_tiny):
 
 
 def test_feature_matching_update_by_hand(make_tiny):
-  """G's update against the D that was just made, with SGD, from the latents that the step draws."""
+  """G's update against the D that was just updated, with SGD, from the latents that the step draws."""
   tiny = make_tiny(tx=optax.sgd(0.1))
   state, batch = tiny.state(), tiny.batch()
   after, _ = jax.jit(tiny.step())(state, batch)
@@ -94,7 +94,7 @@ def test_a_second_call_neither_traces_nor_changes_types(make_tiny):
 
 
 class Consuming:
-  """D that consumes the key of its noise, which Flax only folds: else no reuse would be seen."""
+  """A D that consumes its noise key, which Flax only folds: otherwise reuse would go unnoticed."""
 
   def __init__(self, net):
     self.net = net
@@ -104,7 +104,7 @@ class Consuming:
 
 
 def test_no_key_is_used_twice(make_tiny):
-  """With the MLP, whose D is noisy: it uses every key that there is."""
+  """With the MLP, whose noisy D uses every key."""
   tiny = make_tiny(objective=FULL, network="mlp")
   tiny.d = Consuming(tiny.d)
   multi_step = steps.make_multi_step(tiny.step(augment=WEAK), tiny.sample_batch, max_steps=2)
@@ -118,7 +118,7 @@ FINE_TUNES = [("conv", objectives.supervised_only()), ("mlp", objectives.Objecti
 
 @pytest.mark.parametrize(("network", "objective"), FINE_TUNES)
 def test_frozen_layers_do_not_move(network, objective, make_tiny, tmp_path):
-  """Nor by weight decay; all others move. What the optimizer keeps goes through a checkpoint."""
+  """Not even by weight decay; all others move. The optimizer's state survives a checkpoint."""
   tiny = make_tiny(network=network, objective=objective, tx=optax.adamw(1e-2))
   num = 2 if network == "conv" else 1
   frozen = tiny.d.layers((8, 8, 1))[:num]
@@ -148,7 +148,7 @@ def test_unfrozen_layers_are_trained_as_ever(tiny):
 
 
 def test_many_steps_in_one_call_are_single_steps(make_tiny):
-  """Three updates in one dispatch are three steps on the batches that their keys draw."""
+  """Three steps in one dispatch are three single steps on the batches that their keys draw."""
   tiny = make_tiny(objective=FULL)
   step = jax.jit(tiny.step(augment=WEAK))
   expected, history = tiny.state(), []
@@ -164,7 +164,7 @@ def test_many_steps_in_one_call_are_single_steps(make_tiny):
 
 
 def test_a_step_is_traced_once_for_all_lengths(tiny):
-  """Tracing is a third of a second start: the metrics' shapes and the loop share one trace."""
+  """Tracing is a third of a start with a warm cache: the metrics' shapes and the loop share one trace."""
   traces, step = [], tiny.step()
 
   def counted(state, batch):
@@ -234,7 +234,7 @@ def test_plain_gan_is_the_case_of_one_class(make_tiny):
 
 
 ADAPTIVE = augment.Adaptive((augment.translate(0.2), augment.brightness_contrast(brightness=0.2)))
-# Quick enough that three updates of ten real images show it.
+# Fast enough that three steps with ten real images show it.
 ADAPTIVE = dataclasses.replace(ADAPTIVE, num_images=40, horizon=1)
 
 
@@ -284,7 +284,7 @@ def three_steps(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_golden_steps(name, request):
-  """The metrics of updates 1 and 3 at a fixed seed. They change only when the mathematics does."""
+  """The metrics of steps 1 and 3 at a fixed seed. They change only if the mathematics does."""
   history = three_steps(name)[-1]
   assert np.isfinite([list(metrics.values()) for metrics in history]).all()
   found = {"1": history[0], "3": history[2]}
@@ -300,7 +300,7 @@ def test_golden_steps(name, request):
       assert found[t][metric] == pytest.approx(value, rel=2e-3, abs=1e-5), (t, metric, hint)
 
 
-# --- One method with everything: classes asked for, a penalty, a further head, adaptive augmentation
+# --- One method with everything: requested classes, a penalty, an auxiliary head, adaptive augmentation
 
 
 def test_everything_at_once_neither_traces_again_nor_changes_types():
@@ -324,7 +324,7 @@ def test_everything_at_once_uses_no_key_twice():
 
 
 def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
-  """D's and G's adversarial terms of the first update, from the latents that the step draws."""
+  """D's and G's adversarial terms of the first step, from the latents that the step draws."""
   tiny, _, (before, after, *_), (metrics, *_) = three_steps("conditional")
   batch = tiny.batch(1)
   _, key = steps.step_keys(before.key, before.step)
@@ -332,7 +332,7 @@ def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
 
   @jax.jit
   def outputs(d_params, aux, key_z, key_augment):
-    """What D says to the labelled, unlabelled and generated images, and the classes asked for."""
+    """D's logits for labelled, unlabelled and generated images, and the requested classes."""
     latents = tiny.g.latents(key_z, 6)
     variables = {"params": before.g.params, **before.g.model_state}
     x_fake, _ = tiny.g.apply(variables, latents, train=True, mutable="batch_stats")
@@ -345,11 +345,11 @@ def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
   # At strength zero, in D's update, the augmentation does nothing.
   lab, unl, fake, y = outputs(before.d.params, before.aux, jax.random.split(key_d, 5)[0], key_d)
   assert len(set(np.asarray(y))) > 1
-  # With unlabelled images in the batch D's question is only whether an image is real.
+  # With unlabelled images in the batch, D only decides whether an image is real.
   lse = lambda logits: np.log(np.exp(logits).sum(axis=1))
   expected = softplus(-lse(np.concatenate([lab, unl]))).mean() + softplus(lse(fake)).mean()
   np.testing.assert_allclose(metrics["d/adversarial"], expected, rtol=1e-4)
-  # G faces the D that was just made, and images as augmented as that says.
+  # G faces the D that was just updated, with the augmentation at the updated strength.
   keys = jax.random.split(key_g, 6)
   *_, fake, y = outputs(after.d.params, after.aux, keys[0], jax.random.split(keys[4])[0])
   np.testing.assert_allclose(metrics["g/adversarial"], softplus(-fake[np.arange(6), y]).mean(), rtol=1e-4)
@@ -358,7 +358,7 @@ def test_generated_images_are_judged_by_the_class_that_g_was_asked_for():
 
 
 def test_adaptive_strength_lives_in_the_state(tmp_path):
-  """It follows D's sureness by its rate, is among the metrics, and is saved with all else."""
+  """It follows D's confidence at its rate, is among the metrics, and is saved with everything else."""
   *_, states, history = three_steps("conditional")
   strength = 0.0
   for state, metrics in zip(states[1:], history, strict=True):
@@ -388,7 +388,7 @@ def test_a_sampler_makes_the_classes_that_it_is_asked_for(key):
 
 @pytest.mark.parametrize("pair", ["mlp", "conv", "conv_fine", "article"])
 def test_an_image_depends_on_its_latent_alone(pair, key):
-  """Also in a generator that is trained with statistics of its batches: it samples with stored ones."""
+  """Also in a generator that is trained with batch statistics: it samples with stored ones."""
   g, _ = networks.make_pair(pair, (8, 8, 1), num_logits=3)
   initial = jax.jit(lambda: g.init(key, g.latents(key, 2), train=True))()
   assert "statistics" not in initial  # nor in what is trained and saved
@@ -413,11 +413,11 @@ def test_an_image_depends_on_its_latent_alone(pair, key):
     assert all(leaves_equal(kept["statistics"], variables["statistics"]))
 
 
-# --- What the terms are given
+# --- Inputs of the terms
 
 
 class Recorder:
-  """A network without parameters but one, which says with which keys it was called."""
+  """A network with a single parameter, which records the keys that it is called with."""
 
   def __init__(self, name, said, conditional=False):
     self.name, self.said, self.conditional = name, said, conditional
@@ -442,7 +442,7 @@ class Recorder:
 def recorded_step(
   objective, augmented=lambda key, x: x, sizes=(2, 3, 4), teacher=2.0, conditional=False, y_lab=None
 ):
-  """Metrics of one step of recorders, and the keys that each purpose was given: `[(name, key data)]`."""
+  """Metrics of one step of recorders, and the keys given to each purpose: `[(name, key data)]`."""
   keys = []
 
   def said(name, key):
@@ -509,7 +509,7 @@ def test_the_teacher_has_the_averaged_parameters():
 
 
 def test_terms_see_images_before_and_after_augmentation():
-  """D's update has the batch's `x_unl`, G's has `x_unl_g`."""
+  """D's update uses the batch's `x_unl`, G's uses `x_unl_g`."""
   sums = lambda outputs, said: outputs.unl.x_raw.sum() + 1000 * outputs.unl.x.sum()
   batch, metrics, _ = recorded_step(one_term(sums), augmented=lambda key, x: 0.01 * x)
   for net, x in (("d", batch.x_unl), ("g", batch.x_unl_g)):
@@ -517,7 +517,7 @@ def test_terms_see_images_before_and_after_augmentation():
 
 
 def test_generated_images_are_as_many_as_the_batch_says(make_tiny):
-  """Also where there is no real image to compare them with."""
+  """Also if there is no real image to compare them with."""
   count = lambda outputs, said: jnp.float32(len(outputs.fake.x)) + 0 * outputs.fake.x.sum()
   _, metrics, _ = recorded_step(one_term(count), sizes=(2, 3, 5))
   assert (metrics["d/term"], metrics["g/term"]) == (5, 5)
@@ -530,7 +530,7 @@ def test_generated_images_are_as_many_as_the_batch_says(make_tiny):
 
 
 def test_with_all_labels_adas_signal_is_the_logit_of_the_class():
-  """What D is asked for is what tells whether it overfits: `l_y` where every image has a class."""
+  """D's overfitting is measured on the logit that it is trained on: `l_y` if every image has a class."""
   y = jnp.array([0, 0, 2, 1])
   for unlabelled, conditional in ((0, True), (3, True), (0, False)):
     sizes = (4, unlabelled, 2)
@@ -555,7 +555,7 @@ def test_with_all_labels_adas_signal_is_the_logit_of_the_class():
 
 
 def test_r1_update_by_hand(make_tiny, monkeypatch):
-  """A D update of R1 alone, with SGD, against the stock convolution and one gradient an image."""
+  """A D update of R1 alone, with SGD, against the stock convolution and one gradient per image."""
   tiny = make_tiny(
     tx=optax.sgd(1.0), objective=objectives.Objective(d={"r1": (0.7, terms.r1(labelled=True))})
   )
@@ -644,7 +644,7 @@ def test_a_ring_of_gaussians_is_covered():
 
 
 def audit(tiny, seen: list) -> objectives.Objective:
-  """The supervised term as it is, and a record of each (image, label) pair that reaches it."""
+  """The supervised term, which also records each (image, label) pair that reaches it."""
 
   def term(outputs: terms.StepOutputs):
     jax.debug.callback(lambda x, y: seen.extend(zip(x, y, strict=True)), outputs.lab.x, outputs.lab.y)
@@ -683,7 +683,7 @@ def test_label_audit_sees_one_label_more(tiny):
 
 
 def test_labels_outside_the_split_change_nothing(tiny, make_tiny):
-  """Bit for bit the same run when every label outside the split is wrong, another when one inside is."""
+  """The run is the same bit for bit if every label outside the split is wrong, another if one inside is."""
   multi_step = jax.jit(steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=5))
 
   def train(y):

@@ -42,7 +42,7 @@ class Source:
 
 
 def no_threads():
-  """Whether all threads that read have ended, or do so within seconds."""
+  """Whether all reading threads have ended, or do so within seconds."""
   for _ in range(100):
     if not any(thread.name.startswith("grain") for thread in threading.enumerate()):
       return True
@@ -51,9 +51,11 @@ def no_threads():
 
 
 def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monkeypatch):
-  """The same draws give the same losses bit for bit, in dispatches of other sizes, with other threads, and
-  where labelled images are streamed too; an image that cannot be read is one sentence, and the steps before
-  it are saved."""
+  """The same draws give the same losses bit for bit.
+
+  Also in dispatches of other sizes, with other threads, and if labelled images are streamed too; an
+  unreadable image is reported in one sentence, and the steps before it are saved.
+  """
 
   def fail(n):
     if n >= 6:
@@ -64,7 +66,7 @@ def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monke
   expected = fit(tiny, in_memory, workdir=tmp_path, checkpoint_every=None, steps_per_dispatch=1)
   begin = tiny.recipe().init_state(jax.random.key(0), in_memory)
   monkeypatch.setattr(stream, "DISPATCH_BYTES", 3 * 16 * 64)  # three steps
-  monkeypatch.setattr(data, "NUM_SEEN", 5)  # the others can but come from the source
+  monkeypatch.setattr(data, "NUM_SEEN", 5)  # the others can only come from the source
   images = streamed(tiny, Source(tiny.dataset.x_train, fail), workers=2)
   assert len(images.x_lab) == len(images.x_unl) == 5 < len(in_memory.x_lab) == len(images.y_lab)
   with pytest.raises(
@@ -90,7 +92,7 @@ def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monke
 
 
 START = types.SimpleNamespace(step=0, key=jax.random.key(0))
-"""As much of a state as a stream needs."""
+"""The part of a state that a stream needs."""
 
 
 def test_ctrl_c_while_images_are_awaited_ends_the_threads(tiny):
@@ -117,7 +119,7 @@ def test_ctrl_c_while_images_are_awaited_ends_the_threads(tiny):
   ("sizes", "first", "read"), [((4, 6, 6), 500, 12), ((4, 0, 0), 5, 4), ((6, 2, 0), 5, 8)]
 )
 def test_devices_share_streamed_images(sizes, first, read, tiny, monkeypatch):
-  """Few labelled images are on the devices, many are streamed, also alone and taken whole."""
+  """Few labelled images are on the devices, many are streamed, also alone and as a whole set."""
   monkeypatch.setattr(data, "NUM_SEEN", first)
   images, sizes = streamed(tiny, tiny.dataset.x_train, workers=1), BatchSizes(*sizes)
   devices = jax.devices()[:2]
@@ -139,7 +141,7 @@ def test_devices_share_streamed_images(sizes, first, read, tiny, monkeypatch):
 
 @pytest.mark.parametrize("image_size", [None, 6])
 def test_a_folder_streamed_is_the_folder_in_memory(tmp_path, image_size):
-  """Colour that is grey is grey, and of a picture without a head nothing is left."""
+  """Grey pictures stored in colour are read as grey, and a picture without a header is left out."""
   rng, root = np.random.default_rng(0), tmp_path / "pets"
   for i in range(202):
     path = root / "train" / ("cat", "dog")[i % 2] / f"{i}.png"

@@ -31,7 +31,7 @@ def test_verdicts():
   assert [each.get("verdict") for each in against] == [None, "helps", "cannot tell", "cannot tell"]
   assert [round(cell["failure_rate"], 2) for cell in cells] == [0, 0, 0.33, 0]
   assert np.isclose(against[1]["mean"], -2.8 / 3)
-  assert "p_holm" not in against[3]  # of the two classifiers alone
+  assert "p_holm" not in against[3]  # the correction covers only the two classifiers
   assert np.isclose(against[1]["p_holm"], 2 * against[1]["p"])
 
 

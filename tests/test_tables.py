@@ -27,7 +27,7 @@ def run(monkeypatch, *flags):
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-  """The pages and the results, to be changed."""
+  """A copy of the pages and the results, to be modified."""
   (tmp_path / "docs").mkdir()
   for path in PAGES:
     shutil.copy(path, tmp_path / path.relative_to(tables.ROOT))
@@ -110,7 +110,7 @@ def test_growth_is_the_slope_between_neighbours():
   seconds = {10: 3.0, 100: 30.0, 1000: 3000.0, 10_000: 2999.0}
   rows = [{"at": at, "seconds": value, "seconds_split": 0.0} for at, value in seconds.items()]
   assert scaling.growth(rows, "seconds") == "1.0, 2.0, 0.0"
-  assert scaling.growth(rows, "seconds_split") == ""  # a zero has no place on a logarithmic axis
+  assert scaling.growth(rows, "seconds_split") == ""  # a logarithmic axis has no zero
 
 
 def test_older_lines_have_todays_names(tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_augmentations_are_timed_and_a_library_that_is_absent_is_said(monkeypatc
 
 
 def test_a_run_that_is_there_is_used_again_with_the_same_flags_alone(tmp_path, monkeypatch):
-  """And only where it is complete."""
+  """And only if it is complete."""
   ran = []
 
   def experiment(command, **_):
@@ -205,7 +205,7 @@ def test_a_contender_that_failed_is_a_row():
 
 
 def test_a_tree_that_is_no_checkout_has_no_commit():
-  """As of an archive: the lines are kept, and marked."""
+  """As in an unpacked archive: the lines are kept, and marked."""
   row = provenance.environment() | {"commit": None}
   assert _runs.with_environment("table", [row]).endswith("commit `unknown`†.")
 

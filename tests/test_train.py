@@ -15,13 +15,13 @@ from gan_jax.types import InputError, Stopped
 
 
 def fit(tiny, num_steps, **kwargs):
-  """Training of the tiny problem, two steps from one checkpoint to the next."""
+  """Trains on the tiny problem, with a checkpoint every two steps."""
   kwargs = {"checkpoint_every": 2, "steps_per_dispatch": 4, "phase": "main", **kwargs}
   return train.fit(tiny.recipe(num_steps), tiny.data, jax.random.key(0), **kwargs)
 
 
 def test_two_and_two_steps_are_four_bit_for_bit(tiny, tmp_path):
-  """Save, restore and go on: the state and the log are those of a run that was never stopped."""
+  """Save, restore and continue: the state and the log are those of a run that was never stopped."""
   straight = fit(tiny, 4)
   first = fit(tiny, 2, workdir=tmp_path)
   assert not all(leaves_equal(first.state, straight.state))
@@ -81,7 +81,7 @@ def test_a_diagnostic_that_is_not_finite_is_of_the_step_that_it_was_measured_aft
 
 
 def overflowing(size):
-  """An optimizer whose update overflows in step 4, or not, at a smaller rate: norms are sums of squares."""
+  """An optimizer whose update norm, a sum of squares, overflows in step 4, unless the rate is smaller."""
 
   def update(updates, count, params=None):
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.zeros_like, updates))
@@ -92,7 +92,7 @@ def overflowing(size):
 
 
 def test_a_rollback_halves_the_learning_rates(tiny, tmp_path, monkeypatch, capsys):
-  """It goes on from the last checkpoint, drops what was logged since, is recorded, and known on resume."""
+  """Training continues from the last checkpoint without the rows since; the rollback is kept on resume."""
   tiny.txs["d_tx"], factors = overflowing(3e19), []
   scale = recipes.with_learning_rates
   monkeypatch.setattr(
@@ -126,7 +126,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture
 def handler():
-  """Gives the signals a handler for the test: a runner may have been started with them ignored."""
+  """Installs a handler for the signals during the test: the runner may have been started ignoring them."""
   before = {signum: signal.getsignal(signum) for signum in SIGNALS}
   yield lambda chosen: [signal.signal(signum, chosen) for signum in SIGNALS]
   for signum, found in before.items():
@@ -168,7 +168,7 @@ def test_a_scheduler_s_signal_saves_and_ends_the_process(tiny, tmp_path, monkeyp
 
 
 def test_a_signal_while_the_last_dispatch_is_under_way_loses_nothing(tiny, tmp_path, monkeypatch, handler):
-  """All steps have been sent, and only the last checkpoint is to be written."""
+  """All steps have been dispatched, and only the last checkpoint remains to be written."""
   save = checkpoint.Checkpoints.save
 
   def signal_and_save(self, state, extra=None):
@@ -184,7 +184,7 @@ def test_a_signal_while_the_last_dispatch_is_under_way_loses_nothing(tiny, tmp_p
 
 
 def test_ctrl_c_in_the_last_dispatch_is_not_forgotten(tiny, tmp_path, monkeypatch, handler):
-  """Nothing is left to do, but what would follow must not begin."""
+  """No step is left, but what follows training must not begin."""
   signalled_at_step_2(monkeypatch)
   handler(ended)
   result = fit(tiny, 2, workdir=tmp_path, steps_per_dispatch=1)
@@ -214,7 +214,7 @@ def test_a_second_signal_is_immediate(handler, second):
 
 
 def test_an_interrupt_in_the_middle_of_a_line_does_not_print_it_twice(monkeypatch, handler):
-  """The console is not to be entered again by the handler while it writes."""
+  """The handler must not re-enter the console while it writes."""
   written = []
 
   class Stream:
@@ -236,7 +236,7 @@ def test_an_interrupt_in_the_middle_of_a_line_does_not_print_it_twice(monkeypatc
 
 
 def test_a_signal_that_was_ignored_stays_ignored(tiny, tmp_path, monkeypatch, handler):
-  """As for a job in the background of a shell, or under nohup."""
+  """As in a background job of a shell, or under nohup."""
   signalled_at_step_2(monkeypatch, signal.SIGHUP)
   handler(signal.SIG_IGN)
   result = fit(tiny, 4, workdir=tmp_path, steps_per_dispatch=1)
@@ -249,7 +249,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tiny, tmp_path, monkeypatch, ha
   [(0, 1, InputError), (signal.SIGTERM, 0, Stopped), (signal.SIGINT, 0, None)],
 )
 def test_what_ends_another_process_ends_this_one(signum, failed, error):
-  """A signal that the other had, or an image that it could not read; Ctrl-C is no error."""
+  """A signal that the other received, or an image that it could not read; Ctrl-C is not an error."""
   others = iter((signum, failed))
   largest = lambda own: max(own, next(others))
   end = lambda: train._raise_what_ended_it(train._Stop(), None, largest, reached=3)
@@ -267,7 +267,7 @@ def test_tensorboard(tiny, tmp_path):
 
 
 def test_diagnostics_are_logged_and_alarms_reach_the_result(tiny, tmp_path, monkeypatch, capsys):
-  """Diagnostics of one class: the rows have them, the alarm is said once, returned, and kept on resume."""
+  """For a single class: rows have diagnostics, and the alarm is printed once, returned, kept on resume."""
   found = {"variance_ratio": 1.0, "train_accuracy": 60.0, "fake_accuracy": 60.0}
   found |= {"share_0": 1.0, "share_1": 0.0, "share_2": 0.0}
   diagnose = lambda state, images: {f"diagnostics/{k}": jnp.float32(v) for k, v in found.items()}

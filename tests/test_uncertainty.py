@@ -72,7 +72,7 @@ def test_the_abstention_threshold_is_the_smallest_that_does(predicted, max_error
 
 
 def test_the_abstention_thresholds_of_the_fixture_are_not_all_of_a_kind(predicted):
-  """Else the test above says little."""
+  """Otherwise the test above shows little."""
   found = [metrics.abstention_threshold(*predicted, max_error) for max_error in (0.0, 10.0, 25.0, 100.0)]
   assert found[0] is None
   assert 0.1 < found[1][1] < found[2][1] < found[3][1] == 1

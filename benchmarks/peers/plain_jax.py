@@ -1,4 +1,4 @@
-"""The same steps the way that most JAX code does them.
+"""The same steps, written as in most JAX code.
 
 The step is compiled and its state donated; each batch is made on the host by a NumPy iterator; the loss is
 read after every step. Convolutions and random numbers are JAX's own, not those of `gan_jax.kernels`.
@@ -21,9 +21,9 @@ class Gan:
 
   Args:
     recipe: what to compute.
-    state: to begin with; it is given away.
+    state: the initial state; it is donated.
     images: the training set; it stays on the host.
-    seed: of the iterator.
+    seed: seed of the iterator.
   """
 
   def __init__(self, recipe: Recipe, state: TrainState, images: DeviceData, *, seed: int = 0):
@@ -38,7 +38,7 @@ class Gan:
     self._step = jax.jit(step, donate_argnums=0)
 
   def run(self, num: int) -> None:
-    """Does `num` steps."""
+    """Runs `num` steps."""
     for _ in range(num):
       self.state, metrics = self._step(self.state, next(self._batches))
       self.losses.append(float(metrics["d/loss"]))

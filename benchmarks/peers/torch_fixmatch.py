@@ -1,12 +1,12 @@
-"""FixMatch in PyTorch, as a user without GANs would train it; needs PyTorch and NumPy alone.
+"""FixMatch in PyTorch, as one would train it without a GAN; needs only PyTorch and NumPy.
 
 The published hyper-parameters (Sohn et al., 2020, https://arxiv.org/abs/2001.07685, section 4): SGD with
-Nesterov momentum 0.9, weight decay 5e-4, learning rate `0.03 cos(7 pi t / 16 T)`, 7 unlabelled images to a
+Nesterov momentum 0.9, weight decay 5e-4, learning rate `0.03 cos(7 pi t / 16 T)`, 7 unlabelled images per
 labelled one, threshold 0.95, weight 1, averages with decay 0.999. The network is that of PyTorch's MNIST
-example. Augmentation on the batch: weak, shifts of up to an eighth; strong, an affine map, contrast,
-brightness and a square cut out.
+example. Batched augmentation: weak, shifts of up to an eighth; strong, an affine map, contrast, brightness
+and cutout.
 
-As a program it reads the arrays of an .npz file and prints a line of JSON an evaluation; see
+As a program, it reads the arrays of an .npz file and prints one line of JSON per evaluation; see
 `benchmarks.time_to_accuracy`.
 """
 
@@ -24,7 +24,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 
 
 class Net(nn.Module):
-  """Two convolutions of 3x3, a maximum over 2x2, two dense layers; for images `[B, C, H, W]` in [0, 1]."""
+  """Two 3x3 convolutions, 2x2 max-pooling, two dense layers; for images `[B, C, H, W]` in [0, 1]."""
 
   def __init__(self, shape, num_classes):
     super().__init__()
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def warp(x, angle, scale, shear, shift):
-  """Each image under its own affine map: radians, logarithm, tangent, and share of the side."""
+  """Applies one affine map per image: radians, log scale, tangent, and fraction of the side."""
   cos, sin, scale = angle.cos(), angle.sin(), scale.exp()
   rows = [
     torch.stack([scale * cos, scale * (shear * cos - sin), 2 * shift[:, 0]], 1),
@@ -102,7 +102,7 @@ def main() -> None:
     loss.backward()
     optimizer.step()
     with torch.no_grad():
-      decay = min(0.999, (t + 1) / (t + 10))  # else the first evaluations would be of the start
+      decay = min(0.999, (t + 1) / (t + 10))  # else the first evaluations would be of the initial network
       for average, now in zip(ema.parameters(), net.parameters(), strict=True):
         average.lerp_(now, 1 - decay)
 

@@ -1,17 +1,18 @@
-"""The same steps in PyTorch, written for speed: what ours is measured against.
+"""The same steps in PyTorch, written for speed: the baseline for ours.
 
-`Gan.run(num)` does `num` steps. Data, parameters, random numbers and metrics live on the device, and
-nothing is read back. What was tried and kept is told where it is done; the rest:
+`Gan.run(num)` runs `num` steps. Data, parameters, random numbers and metrics live on the device, and
+nothing is read back. Optimisations that were tried and kept are described where they are applied; the rest:
 
-- Convolutions are channels-last. PyTorch pads "same" convolutions of stride 2 on the other side than JAX
-  does, unless it copies the image first. So the convolutional pair works on the mirrored image with
-  mirrored kernels, which is the same function and needs no copy: `convert`.
+- Convolutions are channels-last. PyTorch pads "same" convolutions of stride 2 on the opposite side from
+  JAX, unless it copies the image first. So the convolutional pair works on the mirrored image with mirrored
+  kernels, which is the same function and needs no copy: `convert`.
 - The rows of D's pass are one batch; G's real features, the generated images in D's update, and the targets
   of the consistency term are computed without a graph.
-- Metrics: those of `steps.make_step` but the norms of the updates, which fused optimizers do not tell.
-- Whole: with `compiled`, one program is a step from sampling its batch to the moving averages,
-  differentiated by `torch.func` (R1 twice): `torch.autograd.grad` is not traced by default. On a GPU it is
-  captured as a CUDA graph. R1 is due once in `penalty_every` steps: with and without it are two programs.
+- Metrics are those of `steps.make_step`, except the update norms, which fused optimizers do not report.
+- With `compiled`, the whole step, from sampling its batch to the moving averages, is one program,
+  differentiated by `torch.func` (R1 twice), because `torch.autograd.grad` is not traced by default. On a
+  GPU it is captured as a CUDA graph. R1 is applied every `penalty_every` steps: steps with and without it
+  are two programs.
 """
 
 import math
@@ -36,7 +37,7 @@ Params = dict[str, Tensor]
 # PyTorch's functions over lists of tensors have no public names.
 foreach: Any = torch
 
-# Longer runs stay at the last of the scheduled rates.
+# Longer runs stay at the last scheduled rate.
 _MAX_STEPS = 20_000
 
 
@@ -60,7 +61,7 @@ class DiscOutputs(NamedTuple):
 class Adam:
   """`lr m_hat / (sqrt(v_hat + eps_root) + eps)` over all leaves.
 
-  PyTorch's own has no `eps_root`. Where that is not asked for, the eager mode uses PyTorch's fused one.
+  PyTorch's own Adam has no `eps_root`. If that is zero, eager mode uses PyTorch's fused Adam.
   """
 
   def __init__(self, params: list[Tensor], *, b1: float, b2: float, eps: float, eps_root: float):
@@ -70,8 +71,8 @@ class Adam:
     self.v = [torch.zeros_like(p) for p in params]
 
   def step(self, grads: list[Tensor], rate: Any, correct_1: Any, correct_2: Any) -> None:
-    """One update; `correct_i = 1 - b_i^t`. Numbers, or tensors without dimensions."""
-    if isinstance(rate, Tensor):  # traced: the compiler fuses what is written leaf by leaf
+    """One update; `correct_i = 1 - b_i^t`. Scalars are numbers, or tensors without dimensions."""
+    if isinstance(rate, Tensor):  # traced: the compiler fuses leaf-by-leaf code
       for p, m, v, g in zip(self.params, self.m, self.v, grads, strict=True):
         m.lerp_(g, 1 - self.b1)
         v.mul_(self.b2).addcmul_(g, g, value=1 - self.b2)
@@ -90,7 +91,7 @@ class Adam:
 
 
 class FusedAdam:
-  """PyTorch's own."""
+  """PyTorch's fused Adam."""
 
   def __init__(self, params: list[Tensor], *, b1: float, b2: float, eps: float):
     self.params = params
@@ -105,15 +106,15 @@ class FusedAdam:
 
 
 class Gan:
-  """One GAN in training. `latents` may be replaced where a test gives them.
+  """One GAN in training. Tests may replace `latents`.
 
   Args:
     recipe: what to compute: a pair of networks and an objective of `benchmarks._recipes`.
-    state: ours; the parameters to begin with.
+    state: ours; gives the initial parameters.
     images: ours.
     device: "cpu" or "cuda".
     compiled: whether `torch.compile` makes each step one program.
-    seed: of PyTorch's generator.
+    seed: seed of PyTorch's random numbers.
   """
 
   def __init__(
@@ -147,7 +148,7 @@ class Gan:
   # --- Public
 
   def run(self, num: int) -> None:
-    """Does `num` steps; the device may still be at work when it returns."""
+    """Runs `num` steps; the device may still be busy when it returns."""
     for _ in range(num):
       due = self.num_steps % self.penalty_every == 0
       self.metrics = self._program(due)() if self.compiled else self._eager(due)
@@ -170,7 +171,7 @@ class Gan:
     return Net(params, const, {k: v.clone() for k, v in const.items()}, frozen)
 
   def _images(self, x: jax.Array) -> Tensor:
-    """Bytes on the device as the networks want them: mirrored NCHW, or flat."""
+    """Bytes on the device in the layout of the networks: mirrored NCHW, or flat."""
     a = np.asarray(x)
     if not self.conv:
       return torch.tensor(a.reshape(len(a), math.prod(a.shape[1:]))).to(self.device)
@@ -192,9 +193,9 @@ class Gan:
     if self.penalty_every == 1:
       due = True
     if due not in self._programs:
-      # The cache of compiled programs is the function's: without guards each program needs its own.
+      # Compiled programs are cached by function: without guards, each program needs its own function.
       whole = (lambda: self._whole(due=True)) if due else (lambda: self._whole(due=False))
-      # No guards: nothing that the program depends on changes, and to check that takes time.
+      # No guards: nothing that the program depends on changes, and checking takes time.
       options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
       if self.device.type == "cpu":
         options["fallback_random"] = True
@@ -204,7 +205,7 @@ class Gan:
     return self._programs[due]
 
   def _whole(self, *, due: bool) -> dict[str, Tensor]:
-    """A step from sampling its batch on, nothing of it on the host."""
+    """A whole step, including the sampling of its batch, entirely on the device."""
     at = self.step_number.clamp(max=_MAX_STEPS - 1)
     scalars = self.table.index_select(0, at.reshape(1))[0].unbind()
     metrics = self.one(self.batch(), scalars, due=due)
@@ -212,7 +213,7 @@ class Gan:
     return metrics
 
   def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Labelled images, their classes, unlabelled images for D and for G. Empty where there are none."""
+    """Labelled images, their classes, unlabelled images for D and for G. Empty if there are none."""
     sizes, num_lab = self.recipe.batch, len(self.y_lab)
     x_lab, y_lab = self.x_lab, self.y_lab
     if sizes.labelled != num_lab:
@@ -224,10 +225,10 @@ class Gan:
     return x_lab.float() / 255, y_lab, x_unl, x_unl_g
 
   def one(self, batch: tuple[Tensor, ...], scalars: Sequence[Any], *, due: bool) -> dict[str, Tensor]:
-    """One step, an update of D and one of G, as `steps.make_step` has it.
+    """One step, an update of D and one of G, as in `steps.make_step`.
 
     Args:
-      batch: of `batch`.
+      batch: a result of `batch`.
       scalars: a row of `_table`.
       due: whether R1 is due.
     """
@@ -313,7 +314,7 @@ class Gan:
     else:
       loss, values = loss_fn(net.params)
       grads = torch.autograd.grad(loss, list(net.params.values()))
-      # The fused Adam takes for granted that a gradient lies in memory as its parameter does.
+      # The fused Adam assumes that a gradient has the memory layout of its parameter.
       pairs = zip(grads, net.const.values(), strict=True)
       grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
     with torch.no_grad():
@@ -328,7 +329,7 @@ class Gan:
     return ((best >= self.hparams.threshold) * F.cross_entropy(unl.logits, y, reduction="none")).mean()
 
   def _r1(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """As heavy as it is rare."""
+    """R1, weighted by the number of steps between its applications."""
 
     def class_logit(x: Tensor) -> Tensor:
       return _class_logit(self.discriminate(params, x)[0], y).sum()
@@ -343,14 +344,14 @@ class Gan:
   # --- Networks
 
   def latents(self, num: int) -> tuple[Tensor, Tensor | None]:
-    """What G starts from, and the classes that it is asked for."""
+    """Latents of G, and the classes that are requested of it."""
     g: Any = self.recipe.g
     draw = torch.rand if g.latent == "uniform" else torch.randn
     z = draw(num, g.latent_size, device=self.device)
     return (z, torch.randint(g.num_classes, (num,), device=self.device)) if g.num_classes else (z, None)
 
   def generate(self, params: Params, latents: tuple[Tensor, Tensor | None]) -> Tensor:
-    """Images in [0, 1], as the discriminator wants them."""
+    """Images in [0, 1], in the layout of the discriminator."""
     g: Any = self.recipe.g
     h, y = latents
     if y is not None:
@@ -407,7 +408,7 @@ class Gan:
     return (self._conv_d if self.conv else self._mlp_d)(params, x)
 
   def augment(self, x: Tensor, ranges: Mapping[str, float] | None) -> Tensor:
-    """A random affine map an image."""
+    """One random affine map per image."""
     if ranges is None:
       return x
     if len(ranges) > 4:
@@ -418,7 +419,7 @@ class Gan:
 def affine(x: Tensor, ranges: Mapping[str, float], draws: Tensor) -> Tensor:
   """`augment.affine`: the map of each image from six draws in [-1, 1], `[6, B]`, in its order.
 
-  Seen from the mirrored image the shifts of the same draws are the other way.
+  In the mirrored image, the shifts of the same draws have the opposite sign.
   """
   height, width = x.shape[2:]
   dy, dx = ranges["shift"] * height * draws[0], ranges["shift"] * width * draws[1]
@@ -426,7 +427,7 @@ def affine(x: Tensor, ranges: Mapping[str, float], draws: Tensor) -> Tensor:
   cos, sin = torch.cos(angle), torch.sin(angle)
   zoom = (1 + ranges["scale"]) ** draws[3:5]
   k = ranges["shear"] * draws[5]
-  # Where each output pixel (u, v) comes from, relative to the centre, in halves of the sides.
+  # The source of each output pixel (u, v), relative to the centre, in units of half a side.
   aspect = height / width
   u_shift = (cos * dx + sin * dy + k * (cos * dy - sin * dx)) * (-2 / width)
   u = torch.stack([cos - k * sin, (sin + k * cos) * aspect, u_shift], 1) / zoom[1][:, None]
@@ -478,15 +479,15 @@ def _class_logit(logits: Tensor, y: Tensor | None) -> Tensor:
 
 
 def convert(recipe: Recipe, which: str, tree: Any) -> dict[str, np.ndarray]:
-  """Our parameters of G ("g") or D ("d") as the leaves here.
+  """Converts our parameters of G ("g") or D ("d") to the leaves used here.
 
-  Kernels become `[out, in]` or `[out, in, kh, kw]`. In the convolutional pair all that has a place in the
-  image is mirrored: kernels, the rows and columns of dense layers, and the channels that become pixels.
+  Kernels become `[out, in]` or `[out, in, kh, kw]`. In the convolutional pair everything spatial is
+  mirrored: kernels, the rows and columns of dense layers, and the channels that become pixels.
   """
   conv, leaves = isinstance(recipe.d, networks.ConvDiscriminator), {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     names, a = [key.key for key in path], np.asarray(leaf)
-    # G's first layer has no module around it and its normalisation.
+    # No module wraps G's first layer and its normalisation.
     module = "Linear_0" if names[0] in ("LayerNorm_0", "BatchNormShift_0") else names[0]
     name = f"norm_{names[-1]}" if "LayerNorm_0" in names else names[-1]
     if conv:
@@ -519,7 +520,7 @@ def _mirrored(recipe: Recipe, which: str, module: str, a: np.ndarray) -> np.ndar
 
 
 def _plan(g: Any) -> tuple[list[int], list[int], int]:
-  """Sides of G's first image, by how much each block makes it grow, and by how much the last layer does."""
+  """Sides of G's first feature map, and the upsampling factors of each block and of the last layer."""
   height, width, _ = g.image_shape
   doublings = max(0, math.ceil(math.log2(max(height, width) / 32)))
   base = [math.ceil(side / (4 * 2**doublings)) for side in (height, width)]
@@ -536,11 +537,11 @@ def _dense(a: Tensor) -> Tensor:
   return a.contiguous(memory_format=torch.channels_last) if a.ndim == 4 else a
 
 
-# --- What changes from step to step
+# --- Scalars that change from step to step
 
 
 def _table(recipe: Recipe) -> Tensor:
-  """A row a step: D's rate, G's rate, `1 - b1^t`, `1 - b2^t`, the averages' share, D's weights."""
+  """One row per step: D's rate, G's rate, `1 - b1^t`, `1 - b2^t`, 1 - EMA decay, D's weights."""
   h, t = recipe.hparams, np.arange(_MAX_STEPS)
   rates = (recipes.learning_rate(h, peak) for peak in (h.d_learning_rate, h.g_learning_rate))
   weights = (weight for weight, _ in recipe.objective.d.values())
@@ -568,13 +569,13 @@ def _configure(device: str, seed: int) -> None:
 
 
 def _without_grad(program: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-  """Derivatives are `torch.func`'s own business."""
+  """Runs the program without autograd: `torch.func` takes its derivatives."""
   with torch.no_grad():
     return program()
 
 
 def _as_cuda_graph(program: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-  """Captures the program at the second call; the first compiles it and chooses its kernels."""
+  """Captures the program at the second call; the first call compiles it and chooses its kernels."""
   graph, metrics = None, {}
 
   def run() -> dict[str, Tensor]:

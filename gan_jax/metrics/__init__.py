@@ -1,4 +1,4 @@
-"""How good is a classifier, and how good is a generator."""
+"""Metrics of classifiers and generators, and statistics of errors."""
 
 from gan_jax.metrics.classification import balanced_error, confusion_matrix, error_percent, predict, recall
 from gan_jax.metrics.feature_extractor import (

@@ -1,4 +1,4 @@
-"""How good is a classifier."""
+"""Classification metrics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +13,12 @@ from gan_jax.data import to_float
 def predict(
   read: Callable[[Array], Any], x: UInt8[np.ndarray, "n h w c"], *, batch_size: int = 1000
 ) -> Any:
-  """What `read` gives for many images, a batch at a time.
+  """Applies `read` to many images, one batch at a time.
 
   Args:
     read: float images `[B, H, W, C]` in [0, 1] to any tree of arrays `[B, ...]`.
-    x: images as bytes, an array or what reads one, see `data.Chosen`.
-    batch_size: B; the last batch is filled up, so that one compiled program serves all.
+    x: images as bytes, an array or a source of them, see `data.Chosen`.
+    batch_size: B; the last batch is padded, so that one compiled program serves all.
   """
   outputs = []
   for start in range(0, len(x), batch_size):
@@ -31,21 +31,21 @@ def predict(
 
 
 def error_percent(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> float:
-  """Share of wrong classes, in percent."""
+  """Share of wrong predictions, in percent."""
   return 100 * float(np.mean(logits.argmax(axis=-1) != y))
 
 
 def recall(
   logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], num_classes: int
 ) -> Float[np.ndarray, "k"]:
-  """Share of each class that is found, in percent; nan for a class without images."""
+  """Recall of each class, in percent; nan for a class without images."""
   count = np.bincount(y, minlength=num_classes)
   found = np.bincount(y[logits.argmax(axis=-1) == y], minlength=num_classes)
   return 100 * found / np.where(count, count, np.nan)
 
 
 def balanced_error(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> float:
-  """Mean of `100 - recall` over the classes with images, in percent: a rare class counts like others."""
+  """Mean of `100 - recall` over the classes with images, in percent: rare classes count like others."""
   return float(np.nanmean(100 - recall(logits, y, logits.shape[-1])))
 
 

@@ -20,7 +20,7 @@ from gan_jax.dataset import Dataset
 from gan_jax.metrics import classification, feature_network, frechet
 from gan_jax.types import InputError, Params
 
-# The bundled extractor, made by experiments/feature_network.py, which prints both.
+# The bundled extractor, made by experiments/feature_network.py, which prints both hashes.
 MNIST_FINGERPRINT = "d91755e07adcedc4f662134604c85fdf9d6e3536fbd5bdf7f0d9bdb0970a5c2f"
 MNIST_SHA256 = "5e89338e7b29846c7dc120e2a27434b1ef1e2719e5e7cde7656277f5e1adf1a2"
 MNIST_PATH = Path(__file__).with_name("mnist.npz")
@@ -31,21 +31,21 @@ class FeatureExtractor:
   """A trained feature network, and the moments of its features over the real images."""
 
   name: str
-  """The data set and the first eight digits of the file's SHA-256: numbers of two names do not compare."""
+  """Dataset and first eight digits of the file's SHA-256: distances of two names are not comparable."""
   image_shape: tuple[int, int, int]
   """Height, width, channels of its images."""
   num_classes: int
   params: Params
   """The weights of `feature_network.FeatureNetwork`."""
   train: frechet.Moments
-  """Over the training images, which it was trained on."""
+  """Moments over the training images, which it was trained on."""
   test: frechet.Moments
-  """Over the test images: the reference of every distance."""
+  """Moments over the test images: the reference of every distance."""
   test_accuracy: float
-  """Of its own classes on the test images, in percent."""
+  """Accuracy of its own classes on the test images, in percent."""
 
   def classify(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
-    """Logits of images in [0, 1]: a pure function, for use inside others."""
+    """Logits of images in [0, 1]. Pure, for use inside other functions."""
     return _apply(self.num_classes, self.params, x)[0]
 
   def predict(
@@ -54,7 +54,7 @@ class FeatureExtractor:
     """Logits and features of images as bytes. The same images give the same bits.
 
     Raises:
-      InputError: images of another shape.
+      InputError: the images have another shape.
     """
     if x.shape[1:] != self.image_shape:
       wanted, found = ("x".join(map(str, shape)) for shape in (self.image_shape, x.shape[1:]))
@@ -65,19 +65,19 @@ class FeatureExtractor:
 def load_feature_extractor(
   dataset: Dataset, *, cache_dir: str | Path | None = None, say: Callable[[str], None] = print
 ) -> FeatureExtractor:
-  """The feature extractor of a data set: the bundled one for MNIST, else one that is trained once and kept.
+  """The feature extractor of a dataset: the bundled one for MNIST, else one trained once and cached.
 
-  A data set is known by its content, so the name and the order of the images make no difference.
+  A dataset is identified by its content, so its name and the order of its images do not matter.
 
   Args:
-    dataset: its images are the real ones.
+    dataset: source of the real images.
     cache_dir: where trained extractors are kept (default: `gan_jax/feature_extractors` in
-      `$XDG_CACHE_HOME`, else in `~/.cache`). A damaged file there is made again, and a folder that cannot
-      be written is no error.
-    say: told in one sentence that training begins, which takes up to some minutes.
+      `$XDG_CACHE_HOME`, else in `~/.cache`). A damaged file there is rebuilt, and a folder that cannot be
+      written is not an error.
+    say: gets one sentence when training begins, which takes up to a few minutes.
 
   Raises:
-    InputError: images too small or too few, or a damaged bundled file.
+    InputError: the images are too small or too few, or the bundled file is damaged.
   """
   known_as = fingerprint(dataset)
   if known_as == MNIST_FINGERPRINT:
@@ -94,7 +94,7 @@ def load_feature_extractor(
 
 
 def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
-  """Reads the file of a feature extractor; `InputError` where it cannot be read or has another SHA-256."""
+  """Reads the file of a feature extractor; `InputError` if it cannot be read or has another SHA-256."""
   try:
     content = path.read_bytes()
   except OSError as error:
@@ -108,10 +108,10 @@ def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
 
 
 def train_feature_extractor(dataset: Dataset) -> bytes:
-  """Trains a feature network, takes its moments over both parts of the data, and gives the file.
+  """Trains a feature network, computes its moments over training and test images, and returns the file.
 
   Raises:
-    InputError: images below 8x8, or fewer than 256 in either part.
+    InputError: images below 8x8, or fewer than 256 training or test images.
   """
   networks.check_image_shape(dataset.image_shape)
   for x in (dataset.x_train, dataset.x_test):
@@ -136,7 +136,7 @@ def train_feature_extractor(dataset: Dataset) -> bytes:
 
 
 def fingerprint(dataset: Dataset) -> str:
-  """SHA-256 of what an extractor is made from: images with their classes, in any order, and the recipe."""
+  """SHA-256 of the inputs of an extractor: images with their classes, in any order, and the recipe."""
   digest = hashlib.sha256(f"{feature_network.RECIPE} {dataset.num_classes}".encode())
   for x, y in ((np.asarray(dataset.x_train), dataset.y_train), (dataset.x_test, dataset.y_test)):
     digest.update(f" {x.shape} ".encode())

@@ -1,9 +1,9 @@
-"""The network of the feature extractor: a small classifier, whose last hidden layer gives the features.
+"""The network of the feature extractor: a small classifier whose last hidden layer gives the features.
 
-It is no discriminator: the networks of the experiments may change and this one must not, because
-distances compare only where they were measured with the same features. Training is
-deterministic for one machine, but another number of threads sums in another order and so rounds
-differently. That is why trained weights are kept and hashed, and not the recipe alone.
+It is not a discriminator: the networks of the experiments may change and this one must not, because
+distances are comparable only between equal features. Training is deterministic on one machine, but another
+number of threads sums in another order and rounds differently. That is why the trained weights are stored
+and hashed, not only the recipe.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from gan_jax.dataset import Dataset
 from gan_jax.types import NetState, Params
 
 RECIPE = 1
-"""Version of the network and of its training: a change of either needs a new number."""
+"""Version of the network and its training: a change to either needs a new number."""
 
 NUM_FEATURES = 128
 
@@ -31,11 +31,12 @@ _EMA_DECAY = 0.998
 
 
 class FeatureNetwork(nn.Module):
-  """A small convolutional classifier for images from 8x8 up, with 128 features.
+  """A small convolutional classifier for images of at least 8x8, with 128 features.
 
-  Convolutions of stride 2, each followed by a residual one, halve the image until its shorter side is
-  at most 4; images below 16x16 begin with a convolution of stride 1. A dense layer gives the features.
-  Layer normalisation and no statistics of the batch: an image's features depend on nothing else.
+  A 5x5 convolution of stride 2, or a 3x3 one of stride 1 for images below 16x16, then convolutions of
+  stride 2, each followed by a residual one, until the shorter side is at most 4. A dense layer gives the
+  features.
+  Layer normalisation, no batch statistics: the features of an image depend on that image alone.
   """
 
   num_classes: int
@@ -63,14 +64,14 @@ def default_steps(num_images: int) -> int:
 
 
 def train(dataset: Dataset, *, seed: int = 0, num_steps: int | None = None) -> Params:
-  """Trains on all labels of the training set and gives the averaged weights of the last update.
+  """Trains on all labels of the training set and returns the averaged weights after the last update.
 
   Cross-entropy under mild affine augmentation, AdamW with warm-up and cosine decay. The test set is
-  not looked at. Deterministic for one machine and number of threads.
+  not used. Deterministic for one machine and number of threads.
 
   Args:
-    dataset: with images from 8x8 up.
-    seed: of the initial weights, the batches and the augmentation.
+    dataset: a dataset with images of at least 8x8.
+    seed: seed of the initial weights, the batches and the augmentation.
     num_steps: steps of 128 images (default: `default_steps`).
   """
   num_steps = num_steps or default_steps(len(dataset.x_train))
@@ -86,7 +87,7 @@ def _fit(
   key_init, key = jax.random.split(key)
   params = network.init(key_init, data.to_float(x[:1]))["params"]
 
-  def schedule(t: ArrayLike) -> Array:  # optax's own want a length that is known when they are traced
+  def schedule(t: ArrayLike) -> Array:  # optax's own need a length known at trace time
     done = t / num_steps
     return _LEARNING_RATE * jnp.minimum(1, 20 * done) * (1 + jnp.cos(jnp.pi * done)) / 2
 

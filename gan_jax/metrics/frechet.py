@@ -9,20 +9,20 @@ from gan_jax.types import InputError
 
 
 class Moments(NamedTuple):
-  """What the distance knows of a set of features."""
+  """The moments of a set of features that the distance depends on."""
 
   mean: Float[np.ndarray, "f"]
   cov: Float[np.ndarray, "f f"]
   """The unbiased covariance."""
   n: int
-  """How many rows it was taken over."""
+  """Number of rows they were computed over."""
 
 
 def moments(features: Float[np.ndarray, "n f"]) -> Moments:
   """Mean and covariance, in float64.
 
   Raises:
-    InputError: fewer rows than `check_num_images` wants.
+    InputError: fewer rows than `check_num_images` requires.
   """
   n, num_features = features.shape
   check_num_images(n, num_features)
@@ -42,13 +42,13 @@ def check_num_images(n: int, num_features: int) -> None:
 def frechet_distance(a: Moments, b: Moments) -> float:
   """Squared Fréchet distance of two Gaussians, `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`.
 
-  The last trace is that of `(S_a^(1/2) S_b S_a^(1/2))^(1/2)`, a symmetric matrix, so nothing is ever
+  The last trace is that of `(S_a^(1/2) S_b S_a^(1/2))^(1/2)`, a symmetric matrix, so nothing is
   complex. It is computed as the sum of the singular values of `S_a^(1/2) S_b^(1/2)`, whose squares are
-  the eigenvalues of the matrix under the root: no root is then taken of a rounding error. Covariances
-  may be singular.
+  the eigenvalues of the matrix under the root: this avoids taking the root of a rounding error.
+  Covariances may be singular.
 
   Never negative, symmetric, zero for equal moments. It grows as the number of images falls, so compare
-  only distances over the same numbers of images.
+  only distances over equal numbers of images.
 
   References:
     Dowson & Landau, 1982, https://doi.org/10.1016/0047-259X(82)90077-X.
@@ -60,6 +60,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _sqrt(cov: Float[np.ndarray, "f f"]) -> Float[np.ndarray, "f f"]:
-  """The root of a symmetric matrix whose eigenvalues are not negative but for rounding."""
+  """The square root of a symmetric matrix that is positive semi-definite up to rounding."""
   values, vectors = np.linalg.eigh(cov)
   return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T

@@ -1,4 +1,4 @@
-"""How close generated images come to real ones, by the features of a frozen network."""
+"""Distance of generated images to real ones, in the feature space of a frozen network."""
 
 import numpy as np
 from jaxtyping import Float
@@ -13,8 +13,8 @@ from gan_jax.types import InputError, Json
 def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c"]) -> Json:
   """Frechet distance to the test images, and the classes of the generated ones.
 
-  The images are rounded to bytes first. Real images are stored so, and so are generated ones once they
-  are saved: the measure must neither see what a file would not hold, nor change by saving.
+  Images are rounded to bytes first, as real images are stored and generated ones are saved: the score must
+  not depend on details that a file would not hold, nor change when images are saved.
 
   Args:
     extractor: from `load_feature_extractor`.
@@ -23,20 +23,20 @@ def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c
   Returns:
     A flat dictionary:
       `frechet_<name of the extractor>_n<N>`: Fréchet distance of the features to those of the test
-        images. It is not the FID, which is computed on Inception features, and no number with another
-        name compares with it.
-      `class_shares`: share of the images in each class, by the extractor.
-      `class_entropy`: entropy of these shares in nats; ln K where all K classes are equally frequent.
-      `classes_covered`: how many classes have at least a tenth of the share 1/K.
+        images. It is not the FID, which is computed on Inception features, and it is not comparable
+        with numbers of another name.
+      `class_shares`: share of the images in each class, according to the extractor.
+      `class_entropy`: entropy of these shares in nats; ln K if all K classes are equally frequent.
+      `classes_covered`: number of classes with at least a tenth of the share 1/K.
 
   Raises:
-    InputError: too few images, another shape, values outside [0, 1].
+    InputError: too few images, a wrong shape, or values outside [0, 1].
 
   References:
     Heusel et al., 2017, https://arxiv.org/abs/1706.08500 (the distance, on Inception features).
   """
   frechet.check_num_images(len(x), len(extractor.test.mean))
-  if not (x.min() >= 0 and x.max() <= 1):  # written such that NaN is refused
+  if not (x.min() >= 0 and x.max() <= 1):  # written so that NaN is rejected
     raise InputError("generated images must be finite and in [0, 1]")
   logits, features = extractor.predict(data.to_bytes(x))
   counts = np.bincount(logits.argmax(axis=-1), minlength=extractor.num_classes)
@@ -53,10 +53,10 @@ def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c
 
 
 def replay_quality(extractor: FeatureExtractor, dataset: Dataset, num: int, *, seed: int = 0) -> Json:
-  """The same for a generator that replays the training set: `num` random images of it, each once.
+  """`generator_quality` of a generator that replays the training set: `num` random images, each once.
 
-  The reference for the other rows: the score of `num` real images. It is no merit, because a replayed
-  image is not a new one.
+  A reference for other generators: the score of `num` real images. The score is no merit, because replayed
+  images are not new.
 
   Raises:
     InputError: fewer than `num` training images.

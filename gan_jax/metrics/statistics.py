@@ -1,4 +1,4 @@
-"""Statistics of errors: one error on n images, a few runs over label splits, paired differences."""
+"""Error statistics: one error on n images, a few runs over label splits, paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -12,32 +12,32 @@ class Summary(NamedTuple):
 
   mean: float
   std: float
-  """Of the sample, with n - 1; 0 for a single run."""
+  """Sample standard deviation, with n - 1; 0 for a single run."""
   median: float
   best: float
   worst: float
   interval: tuple[float, float] | None
   """95 % interval of the mean, from Student's t; None for a single run."""
   failure_rate: float
-  """Share of the runs whose error is over twice the median, in [0, 1]."""
+  """Share of the runs whose error is more than twice the median, in [0, 1]."""
 
 
 class Difference(NamedTuple):
-  """A method against another on the same splits: its errors less theirs, in points of percent."""
+  """Errors of a method minus those of a reference on the same splits, in percentage points."""
 
   mean: float
   interval: tuple[float, float] | None
-  """95 % interval of the mean difference, from Student's t; None where the splits do not tell how much
-  differences vary: there is but one, or all differ by the same few images."""
+  """95 % interval of the mean difference, from Student's t; None if the splits do not show how much
+  differences vary: there is only one, or all show the same non-zero difference."""
   p: float | None
-  """p-value of no difference, two-sided, from the same t; None likewise."""
+  """Two-sided p-value of no difference, from the same t; None if `interval` is."""
   verdict: Literal["helps", "hurts", "cannot tell"]
-  """`helps` where the whole interval is below 0, `hurts` where it is above. Where nothing is different,
-  one verdict in twenty is wrong: read a table of many as such."""
+  """`helps` if the whole interval is below 0, `hurts` if it is above. If nothing is different, one verdict
+  in twenty is wrong: remember this when reading a table of many."""
 
 
 def summarise(errors: Sequence[float]) -> Summary:
-  """Summary of at least one error."""
+  """Summary of one or more errors."""
   x = np.asarray(errors, np.float64)
   median = float(np.median(x))
   return Summary(
@@ -65,9 +65,9 @@ def paired(errors: Sequence[float], reference: Sequence[float]) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-  """p-values corrected for their number: `max_{j <= i} min(1, (m - j) p_(j))` in ascending order, j from 0.
+  """p-values corrected for multiplicity: `max_{j <= i} min(1, (m - j) p_(j))` in ascending order, j from 0.
 
-  Where all of m differences are none, one corrected value is below 0.05 with at most that probability.
+  If none of the m differences is real, any corrected value is below 0.05 with at most that probability.
 
   References:
     Holm, 1979, "A simple sequentially rejective multiple test procedure".
@@ -82,8 +82,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def binomial_interval(num_errors: int, num: int) -> tuple[float, float]:
   """95 % Clopper-Pearson interval of an error estimated on `num` images, in percent.
 
-  It covers the true error of this one classifier at least as often as it says. What another label split or
-  another seed would change is not in it.
+  It covers the true error of this one classifier with at least the stated probability. It does not include
+  the variation over label splits and seeds.
 
   References:
     Clopper & Pearson, 1934, "The use of confidence or fiducial limits illustrated in the case of the
@@ -91,7 +91,7 @@ def binomial_interval(num_errors: int, num: int) -> tuple[float, float]:
   """
   import scipy.special  # late: it takes 0.2 s
 
-  low, high = 0.0, 1.0  # where all images are correct, or all wrong, or there are none
+  low, high = 0.0, 1.0  # if all images are correct, or all wrong, or there are none
   if num_errors > 0:
     low = float(scipy.special.betaincinv(num_errors, num - num_errors + 1, 0.025))
   if num_errors < num:

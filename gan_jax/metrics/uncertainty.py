@@ -1,4 +1,4 @@
-"""How far confidence can be relied on: calibration, abstention, own images against foreign ones."""
+"""Reliability of the confidence: calibration and abstention."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 
 class Reliability(NamedTuple):
-  """A reliability diagram: images in bins of equal width by their confidence, `max_k p(k | x)`."""
+  """A reliability diagram: images in equal-width bins of confidence, `max_k p(k | x)`."""
 
   confidence: Float[np.ndarray, "b"]
   """Mean confidence of each bin, in [0, 1]; nan for an empty one."""
@@ -18,7 +18,7 @@ class Reliability(NamedTuple):
 
 
 def reliability(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], bins: int = 15) -> Reliability:
-  """Accuracy over confidence; bin m of M holds the confidences in ((m - 1) / M, m / M].
+  """Accuracy by confidence; bin m of M holds the confidences in ((m - 1) / M, m / M].
 
   Args:
     probs: class probabilities `[N, K]`.
@@ -39,7 +39,7 @@ def reliability(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], bins: 
 def calibration_error(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], bins: int = 15) -> float:
   """Expected calibration error, `sum_m |B_m| / N |accuracy(B_m) - confidence(B_m)|`, in [0, 1].
 
-  It takes at least one image, and depends on the number of bins: compare errors of as many bins only.
+  It needs at least one image and depends on the number of bins: compare only errors with equal `bins`.
 
   References:
     Guo et al., 2017, https://arxiv.org/abs/1706.04599, equation 3.
@@ -52,13 +52,13 @@ def calibration_error(probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], 
 def abstention_threshold(
   probs: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], max_error: float
 ) -> tuple[float, float] | None:
-  """The smallest confidence such that those at or above it have an error of at most `max_error` percent.
+  """The lowest confidence at or above which predictions have an error of at most `max_error` percent.
 
-  It is to be found on images that are used for nothing else. It holds for these images: unlike the bound
-  of the paper it promises nothing about others.
+  Choose it on images that are used for nothing else. It holds for these images: unlike the bound of the
+  paper, it promises nothing about others.
 
   Returns:
-    The threshold, and the share of the images that it keeps, both in [0, 1]; None where no threshold does.
+    The threshold, and the share of the images that it keeps, both in [0, 1]; None if there is none.
 
   References:
     Geifman & El-Yaniv, 2017, https://arxiv.org/abs/1705.08500.
@@ -75,7 +75,7 @@ def _confidence(probs: np.ndarray) -> np.ndarray:
 
 
 def _by_threshold(probs: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Distinct confidences in descending order; how many images are at or above each, how many wrong."""
+  """Distinct confidences in descending order; the numbers of images and of errors at or above each."""
   confidence, wrong = _confidence(probs), probs.argmax(axis=-1) != y
   ascending, which = np.unique(confidence, return_inverse=True)
   count, errors = np.bincount(which), np.bincount(which, weights=wrong)

@@ -1,7 +1,7 @@
 """Generators and discriminators as Flax Linen modules, for images of any height, width and channels.
 
-Outside a network images are float32 in [0, 1], NHWC. What a generator and a discriminator have to be is
-written in `gan_jax.types`. `train=True` needs the random stream "noise" where a network is noisy.
+Outside a network, images are float32 in [0, 1], NHWC. The contracts of generators and discriminators are in
+`gan_jax.types`. `train=True` needs the random stream "noise" if a network adds noise.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from gan_jax.networks.resnet import ResNetDiscriminator, ResNetGenerator
 from gan_jax.types import Discriminator, Generator
 
 Pair = Literal["conv", "conv_small", "conv_fine", "vgg", "resnet", "mlp", "article"]
-"""A pair of networks. The same name is the same pair in every recipe and experiment."""
+"""A pair of networks. A name means the same pair in every recipe and experiment."""
 
 ImageShape = tuple[int, int, int]
 
@@ -41,22 +41,22 @@ def make_pair(
   """The generator and the discriminator of this name.
 
   Args:
-    name: conv: classifies well from few labels. conv_small: half its width. conv_fine: the same
-      discriminator, a generator that draws finer images. vgg: deeper, for colour pictures from 32x32 on.
-      resnet: a wide residual pair for them, for accelerators. mlp: Improved GAN's pair. article: the source
-      article's pair.
+    name: conv: classifies well with few labels. conv_small: half its width. conv_fine: the same
+      discriminator, with a generator of finer images. vgg: deeper, for colour images of at least 32x32.
+      resnet: a wide residual pair for the same images, for accelerators. mlp: Improved GAN's pair. article:
+      the source article's pair.
     image_shape: height, width, channels.
     num_logits: K of the discriminator.
-    num_classes: classes that the generator is asked for; 0: it is not asked.
-    num_aux: logits of the discriminator's further head.
-    norm: of the discriminator (default: the pair's).
-    precision: of products and convolutions but those of the discriminator's heads.
+    num_classes: number of classes of a class-conditional generator; 0: unconditional.
+    num_aux: logits of the discriminator's auxiliary head.
+    norm: normalisation in the discriminator (default: the pair's).
+    precision: of products and convolutions except those of the discriminator's heads.
 
   Raises:
-    InputError: images that the networks cannot take.
+    InputError: the networks do not support images of this shape.
   """
   g, d = PAIRS[name](image_shape, num_logits, num_classes)
-  shared = {} if precision == "float32" else {"precision": precision}  # a network may have but one
+  shared = {} if precision == "float32" else {"precision": precision}  # a network may have only one
   return g.clone(**shared), d.clone(num_aux=num_aux, **({} if norm is None else {"norm": norm}), **shared)
 
 
@@ -109,7 +109,7 @@ def _article(image_shape: ImageShape, num_logits: int, num_classes: int):
 
 
 def suited(image_shape: ImageShape) -> Literal["conv", "vgg", "mlp"]:
-  """The pair for images of this shape: vgg for colour from 32x32 on, else conv, or mlp below 8x8."""
+  """The pair for images of this shape: vgg for colour of at least 32x32, mlp below 8x8, else conv."""
   side = min(image_shape[:2])
   if side < 8:
     return "mlp"

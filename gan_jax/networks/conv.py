@@ -1,4 +1,4 @@
-"""A small convolutional pair for images from 8x8 up."""
+"""A small convolutional pair for images of at least 8x8."""
 
 import math
 from collections.abc import Sequence
@@ -25,27 +25,27 @@ from gan_jax.types import Latents
 
 
 class ConvDiscriminator(nn.Module):
-  """A small convolutional discriminator for images from 8x8 up.
+  """A small convolutional discriminator for images of at least 8x8.
 
   Convolutions of stride 2 halve the image until its shorter side is at most 4; a dense layer gives the
-  features. Images below 16x16 begin with a convolution of stride 1. With `depth`, further convolutions
-  follow at each resolution, as in VGG. Layer normalisation by default, because it does not mix the real
-  and the generated images of a batch, and leaky ReLU.
+  features. For images below 16x16 the first convolution has stride 1. With `depth`, further convolutions
+  follow at each resolution, as in VGG. Leaky ReLU and, by default, layer normalisation, because it does not
+  mix the real and the generated images of a batch.
   """
 
   num_classes: int
   width: int = 32
-  """Channels of the first layer; they double with each resolution, up to four times as many."""
+  """Channels of the first layer; they double at each resolution, up to four times as many."""
   depth: int = 1
   """Convolutions at each resolution."""
   num_features: int = 256
   norm: Norm = "layer"
   num_aux: int = 0
-  """Logits of a further head, see `heads`."""
+  """Logits of an auxiliary head, see `heads`."""
   precision: Precision = "float32"
-  """Of all products and convolutions but those of the heads."""
+  """Precision of all products and convolutions except those of the heads."""
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+  """Name of the device axis that the batch is split over, see `parallel.over_axis`."""
 
   def strides(self, image_shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of the convolutions."""
@@ -79,9 +79,9 @@ class ConvDiscriminator(nn.Module):
 class ConvGenerator(nn.Module):
   """A small convolutional generator: z ~ N(0, I), a dense layer, then convolutions and pixel shuffles.
 
-  The work is done at a quarter of the image's size: it starts there or, for sides over 32, smaller and
-  doubles. The last convolution gives each position its 4x4 pixels; with `fine`, it doubles once more
-  before and gives 2x2. What exceeds the image is cropped. Batch normalisation as in `MLPGenerator`.
+  Hidden layers work at a quarter of the image's size: they start there or, for sides over 32, smaller and
+  double. The last convolution gives each position its 4x4 pixels; with `fine`, the size doubles once more
+  before it, and it gives 2x2. Excess pixels are cropped. Batch normalisation as in `MLPGenerator`.
   """
 
   image_shape: tuple[int, int, int]
@@ -91,12 +91,12 @@ class ConvGenerator(nn.Module):
   latent: Literal["uniform", "normal"] = "normal"
   norm: Norm = "shift"
   num_classes: int = 0
-  """Classes that it makes images of, with any `norm` but "shift"; 0: it is not asked for a class."""
+  """Number of classes if class-conditional, with any `norm` except "shift"; 0: unconditional."""
   fine: bool = False
   precision: Precision = "float32"
-  """Of all products and convolutions."""
+  """Precision of all products and convolutions."""
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+  """Name of the device axis that the batch is split over, see `parallel.over_axis`."""
 
   latents = latents
 

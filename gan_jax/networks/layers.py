@@ -1,4 +1,4 @@
-"""Layers, heads and latents that the networks share."""
+"""Layers, heads and latents shared by the networks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ Norm = Literal["none", "weight", "spectral", "layer", "group", "batch", "shift"]
 
 
 class Linear(nn.Module):
-  """A dense layer or, with `kernel`, a convolution, `y = W x + b`, its weights normalised or not.
+  """A dense layer or, with `kernel`, a convolution, `y = W x + b`, with or without normalised weights.
 
-  - `weight`: `y = s <v, x> / |v| + b` for every output feature. With `init_from_data`, `s` and `b` start
-    such that every feature of `y` has mean 0 and variance 1 over the batch that the parameters are
-    initialised with; else `s = 1`, `b = 0`. A frozen `s` lives in the collection "frozen".
-  - `spectral`: `W / sigma(W)`, the largest singular value by one power iteration an update in training;
-    its vectors live in the collection "batch_stats".
+  - `weight`: `y = s <v, x> / |v| + b` for every output feature. With `init_from_data`, `s` and `b` are
+    initialised such that every feature of `y` has mean 0 and variance 1 over the initialisation batch; else
+    `s = 1`, `b = 0`. A frozen `s` lives in the collection "frozen".
+  - `spectral`: `W / sigma(W)`, with the largest singular value from one power iteration per update in
+    training; its vectors live in the collection "batch_stats".
   - any other: plain weights.
 
   References:
@@ -38,10 +38,10 @@ class Linear(nn.Module):
   use_bias: bool = True
   kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
   train_scale: bool = False
-  """Whether the optimizer moves the scale of the weight norm."""
+  """Whether the optimizer updates the scale of the weight norm."""
   init_from_data: bool = True
   precision: kernels.Precision = "float32"
-  """Of the product or convolution; parameters, bias and `y` are float32."""
+  """Precision of the product or convolution; parameters, bias and `y` are float32."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "b *dims c"], *, train: bool) -> Float[Array, "b *odims features"]:
@@ -68,7 +68,7 @@ class Linear(nn.Module):
     if self.kernel is not None:
       shape = (self.kernel, self.kernel, *shape)
     v = self.param("kernel", nn.initializers.normal(0.1), shape)
-    # The columns of the product are scaled and not those of v, which in a dense layer is much larger.
+    # Scales the columns of the product and not those of v, which in a dense layer is much larger.
     if self.kernel is None:
       y = kernels.in_precision(jnp.matmul, self.precision)(x, v)
     else:
@@ -95,7 +95,7 @@ class Linear(nn.Module):
 
 
 def _as_matrix(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
-  # The same numbers, but XLA's CPU backend takes seconds to compile a draw of four dimensions.
+  # The same numbers, but XLA's CPU backend takes seconds to compile a four-dimensional draw.
   def draw(key: Key[Array, ""], shape: Sequence[int], *args) -> Array:
     return init(key, (math.prod(shape[:-1]), shape[-1]), *args).reshape(shape)
 
@@ -103,14 +103,14 @@ def _as_matrix(init: nn.initializers.Initializer) -> nn.initializers.Initializer
 
 
 class BatchNormShift(nn.Module):
-  """Batch normalisation that shifts but does not scale, by the statistics of the batch.
+  """Batch normalisation with a learned shift but no learned scale, using batch statistics.
 
-  In their place it takes those of the collection "statistics" where it is given, see
-  `steps.with_statistics`; where that is mutable, it puts those of the batch there.
+  If the collection "statistics" is given, its statistics are used instead, see `steps.with_statistics`; if
+  that collection is mutable, those of the batch are stored there.
   """
 
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+  """Name of the device axis that the batch is split over, see `parallel.over_axis`."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "b *dims c"]) -> Float[Array, "b *dims c"]:
@@ -130,11 +130,11 @@ class BatchNormShift(nn.Module):
 
 
 class Block(nn.Module):
-  """A linear layer, normalised, then `activation`: what all networks here are built from.
+  """A linear layer, normalisation, then `activation`: the building block of the networks without residuals.
 
   Normalisation of the outputs: `layer` over the channels of each position, `group` over all positions of
   each group of 16 channels, `batch` with running averages for evaluation, `shift` as in
-  `BatchNormShift`. A discriminator refuses `batch` and `shift`, see `heads`.
+  `BatchNormShift`. Discriminators reject `batch` and `shift`, see `heads`.
   """
 
   features: int
@@ -144,7 +144,7 @@ class Block(nn.Module):
   activation: Callable[[Array], Array] = nn.relu
   kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
   depth_to_space: int = 1
-  """A convolution then has `depth_to_space ** 2` times the channels, and the image grows by this factor."""
+  """Upsampling factor: the convolution has `depth_to_space ** 2` times the channels, moved into pixels."""
   precision: kernels.Precision = "float32"
   axis_name: str | None = None
 
@@ -190,18 +190,17 @@ def depth_to_space(x: Float[Array, "b h w cc"], factor: int) -> Float[Array, "b 
 
 
 def heads(d: Any, h: Float[Array, "b h"], features: Float[Array, "b f"], train: bool) -> tuple[Array, ...]:
-  """What a discriminator returns: `(logits [B, K], features [B, F])`, with `num_aux` also `[B, A]`.
+  """The outputs of a discriminator: `(logits [B, K], features [B, F])`, with `num_aux` also `[B, A]`.
 
   Args:
-    d: the discriminator: `num_classes` K, `num_aux` A and `norm`.
+    d: the discriminator, with `num_classes` K, `num_aux` A and `norm`.
     h: input of the heads.
-    features: what the discriminator calls its features.
+    features: the discriminator's features.
     train: as in the network.
 
   Raises:
     InputError: `norm="batch"` or "shift". D's update passes real and generated images together and G's
-      passes them apart, so with statistics of the batch the two updates would play against different
-      functions.
+      passes them separately, so with batch statistics the two updates would use different discriminators.
   """
   if d.norm in ("batch", "shift"):
     raise InputError("batch normalisation mixes the real and the generated images of D: use norm='layer'")
@@ -214,7 +213,7 @@ def heads(d: Any, h: Float[Array, "b h"], features: Float[Array, "b f"], train: 
 
 
 def latents(g: Any, key: Key[Array, ""], num: int) -> Latents:
-  """`[num, Z]` from G's distribution and, for a class-conditional G, uniform classes beside it.
+  """`[num, Z]` from G's latent distribution and, for a class-conditional G, uniform random classes.
 
   `g` has `latent`, `latent_size` Z and `num_classes`; the key is consumed.
   """
@@ -227,18 +226,18 @@ def latents(g: Any, key: Key[Array, ""], num: int) -> Latents:
 
 
 def embed(g: Any, z: Latents) -> Float[Array, "n zy"]:
-  """The latents as one vector: the class as a one-hot code, about as long as z."""
+  """The latents as one vector: z and the class as a one-hot code with about the norm of z."""
   if not isinstance(z, ClassLatents):
     return z
   if g.norm == "shift":
-    # In a batch of one class the code is a constant, and the batch's mean takes it away.
+    # In a batch of a single class the code is constant, and subtracting the batch mean removes it.
     raise InputError("norm='shift' hides the class from a class-conditional generator; use norm='batch'")
   code = jax.nn.one_hot(z.y, g.num_classes) * jnp.sqrt(z.z.shape[-1])
   return jnp.concatenate([z.z, code], axis=-1)
 
 
 def check_image_shape(shape: Sequence[int]) -> None:
-  """Raises `InputError` where the convolutional networks cannot take images of this shape."""
+  """Raises `InputError` if the convolutional networks do not support images of this shape."""
   if min(shape[:2]) < 8:
     raise InputError(
       f"images of {shape[0]}x{shape[1]} are too small for the conv networks, which need 8x8 or more:"

@@ -18,7 +18,7 @@ class MLPDiscriminator(nn.Module):
   """The discriminator of Improved GAN on MNIST: noise before every layer, weight norm, K logits.
 
   Dense 1000-500-250-250-250, ReLU. Gaussian noise of standard deviation 0.3 on the pixels and 0.5 on
-  every hidden layer, in training only. The scale of the weight norm is trained in the last layer alone.
+  every hidden layer, in training only. The scale of the weight norm is trained in the last layer only.
   The features are the last hidden layer before its noise.
 
   References:
@@ -32,11 +32,11 @@ class MLPDiscriminator(nn.Module):
   norm: Norm = "weight"
   activation: Callable[[Array], Array] = nn.relu
   num_aux: int = 0
-  """Logits of a further head, see `heads`."""
+  """Logits of an auxiliary head, see `heads`."""
   precision: kernels.Precision = "float32"
-  """Of all products but those of the heads."""
+  """Precision of all products except those of the heads."""
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+  """Name of the device axis that the batch is split over, see `parallel.over_axis`."""
 
   def layers(self, image_shape: Sequence[int]) -> tuple[str, ...]:
     del image_shape
@@ -49,7 +49,7 @@ class MLPDiscriminator(nn.Module):
         return x
       if self.axis_name is None or self.is_initializing():
         return x + std * kernels.normal(self.make_rng("noise"), x.shape)
-      # The noise of the whole batch, and this device's part of it.
+      # Draw the noise of the whole batch and keep this device's part.
       num = x.shape[0] * jax.lax.axis_size(self.axis_name)
       noise = kernels.normal(self.make_rng("noise"), (num, *x.shape[1:]))
       first = jax.lax.axis_index(self.axis_name) * x.shape[0]
@@ -67,8 +67,8 @@ class MLPDiscriminator(nn.Module):
 class MLPGenerator(nn.Module):
   """The generator of Improved GAN on MNIST: z ~ U(0, 1)^100, two softplus layers, sigmoid pixels.
 
-  Batch normalisation shifts without scaling and in training uses the statistics of the batch; for sampling
-  see `steps.with_statistics`.
+  Batch normalisation has a learned shift but no learned scale, and uses batch statistics in training; for
+  sampling see `steps.with_statistics`.
   """
 
   image_shape: tuple[int, int, int]
@@ -78,11 +78,11 @@ class MLPGenerator(nn.Module):
   norm: Norm = "shift"
   activation: Callable[[Array], Array] = nn.softplus
   num_classes: int = 0
-  """Classes that it makes images of, with any `norm` but "shift"; 0: it is not asked for a class."""
+  """Number of classes if class-conditional, with any `norm` except "shift"; 0: unconditional."""
   precision: kernels.Precision = "float32"
-  """Of all products."""
+  """Precision of all products."""
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+  """Name of the device axis that the batch is split over, see `parallel.over_axis`."""
 
   latents = latents
 

@@ -1,4 +1,4 @@
-"""A wide residual pair for colour pictures from 32x32 on."""
+"""A wide residual pair for colour images of at least 32x32."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from gan_jax.types import Latents
 
 
 class ResidualBlock(nn.Module):
-  """`x + conv(act(norm(conv(act(norm(x))))))`, with a stride or, with `upsample`, at twice the size.
+  """`x + conv(act(norm(conv(act(norm(x))))))`, strided or, with `upsample`, at twice the size.
 
   References:
     He et al., 2016, https://arxiv.org/abs/1603.05027 (normalisation before each convolution).
@@ -53,7 +53,7 @@ class ResidualBlock(nn.Module):
 
 
 class Pool(nn.Module):
-  """The mean over positions, of normalised and activated inputs."""
+  """Global average pooling of the normalised and activated input."""
 
   norm: Norm = "group"
 
@@ -63,11 +63,11 @@ class Pool(nn.Module):
 
 
 class ResNetDiscriminator(nn.Module):
-  """WRN-28-2 with group normalisation, which leaves the images of a batch apart.
+  """WRN-28-2 with group normalisation, which does not mix the images of a batch.
 
-  A convolution, then three groups of residual blocks with 32, 64 and 128 channels at the image's side, a
-  half and a quarter of it; the mean over positions gives the features. Images of 64 pixels or more are
-  halved first, by blocks of 16 channels, until their shorter side is below 64.
+  A convolution, then three groups of residual blocks with 32, 64 and 128 channels at full, half and quarter
+  size; global average pooling gives the features. Images of 64 pixels or more are first halved, by blocks
+  of 16 channels, until their shorter side is below 64.
 
   References:
     Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146 (WRN-28-2: depth 28, width 2).
@@ -77,14 +77,14 @@ class ResNetDiscriminator(nn.Module):
   width: int = 32
   """Channels of the first group; the second has twice, the third four times as many."""
   depth: int = 4
-  """Residual blocks of a group."""
+  """Residual blocks per group."""
   norm: Norm = "group"
   num_aux: int = 0
-  """Logits of a further head, see `heads`."""
+  """Logits of an auxiliary head, see `heads`."""
   precision: Precision = "float32"
-  """Of all products and convolutions but those of the heads."""
+  """Precision of all products and convolutions except those of the heads."""
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+  """Name of the device axis that the batch is split over, see `parallel.over_axis`."""
 
   def blocks(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
     """Channels and stride of each residual block."""
@@ -111,23 +111,23 @@ class ResNetDiscriminator(nn.Module):
 
 
 class ResNetGenerator(nn.Module):
-  """A residual generator: z ~ N(0, I), a dense layer, a residual block a doubling, a last convolution.
+  """A residual generator: z ~ N(0, I), a dense layer, one residual block per doubling, a last convolution.
 
-  Normalisation within each image, so an image depends on its latent alone.
+  Normalisation is within each image, so an image depends on its latent alone.
   """
 
   image_shape: tuple[int, int, int]
   width: int = 32
-  """Channels at the image's size; there are at most four times as many, at small sizes."""
+  """Channels at the image's size; up to four times as many at smaller sizes."""
   latent_size: int = 64
   latent = "normal"
   norm: Norm = "group"
   num_classes: int = 0
-  """Classes that it makes images of; 0: it is not asked for a class."""
+  """Number of classes if class-conditional; 0: unconditional."""
   precision: Precision = "float32"
-  """Of all products and convolutions."""
+  """Precision of all products and convolutions."""
   axis_name: str | None = None
-  """Of the devices that the batch is split over, see `parallel.over_axis`."""
+  """Name of the device axis that the batch is split over, see `parallel.over_axis`."""
 
   latents = latents
 

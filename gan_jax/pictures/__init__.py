@@ -1,7 +1,7 @@
-"""A user's own data: folders of pictures, tables of labels, arrays; how they are read, and their check.
+"""User data: folders of pictures, tables of labels, and arrays, read and checked.
 
-Nothing is silently dropped or replaced. What is skipped, left out or clipped is counted in `Dataset.note`,
-and what cannot be trained on is an `InputError` of one sentence.
+Nothing is silently dropped or replaced. Whatever is skipped, left out or clipped is counted in
+`Dataset.note`, and data that cannot be trained on raises an `InputError` of one sentence.
 """
 
 from gan_jax.pictures.arrays import Scaling, load_arrays, read_images, scaled

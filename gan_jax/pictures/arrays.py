@@ -15,12 +15,12 @@ from gan_jax.types import InputError
 
 _KEYS = ("x", "y", "x_test", "y_test", "classes")
 _LARGEST = 1e30
-_BLOCK = 256  # rows that become floats at a time
+_BLOCK = 256  # rows converted to floats at a time
 
 
 @dataclass(frozen=True)
 class Scaling:
-  """How vectors become bytes: each feature from its own low, which becomes 0, to its high, 255."""
+  """How vectors are scaled to bytes: each feature from its low, which becomes 0, to its high, 255."""
 
   low: tuple[float, ...]
   high: tuple[float, ...]
@@ -31,17 +31,17 @@ class Scaling:
 
   @classmethod
   def of(cls, x: Float[np.ndarray, "n f"]) -> "Scaling":
-    """From the 0.1 % to the 99.9 % quantile of each feature: an outlier does not squeeze the others."""
+    """From the 0.1 % to the 99.9 % quantile of each feature, so outliers do not compress the rest."""
     columns = np.split(np.asarray(x), range(64, np.shape(x)[1], 64), axis=1)  # few at a time, see `scaled`
     quantiles = [np.quantile(np.asarray(part, np.float64), (0.001, 0.999), axis=0) for part in columns]
     low, high = np.concatenate(quantiles, axis=1)
     return cls(tuple(low.tolist()), tuple(high.tolist()))
 
   def apply(self, x: Float[Any, "n f"]) -> UInt8[np.ndarray, "n 1 f 1"]:
-    """Vectors `[N, F]` as images of one row, clipped; a feature whose low is its high becomes 0.
+    """Vectors `[N, F]` as one-row images, clipped; a feature whose low equals its high becomes 0.
 
     Raises:
-      InputError: another number of features, or values that are not finite.
+      InputError: a different number of features, or values that are not finite.
     """
     x, low, high = np.asarray(x), np.asarray(self.low), np.asarray(self.high)
     x = x if x.dtype.kind in "buif" else x.astype(np.float64)
@@ -53,23 +53,23 @@ class Scaling:
 
 
 def scaled(x: Any, low: Any, high: Any) -> UInt8[np.ndarray, "..."]:
-  """Numbers as bytes: `low` becomes 0, `high` 255, what is outside is clipped; where both are equal, 0."""
+  """Numbers as bytes: `low` becomes 0, `high` 255, values outside are clipped; 0 if both are equal."""
   width, found = np.where(high > low, high - low, 1), np.empty(x.shape, np.uint8)
-  for i in range(0, len(x), _BLOCK):  # the float64 of all rows at once may not fit
+  for i in range(0, len(x), _BLOCK):  # all rows as float64 may not fit in memory
     z = (np.clip(x[i : i + _BLOCK].astype(np.float64), low, high) - low) / width
     found[i : i + _BLOCK] = np.round(255 * z)
   return found
 
 
 def load_arrays(path: str | Path) -> Dataset:
-  """Reads an .npz file of arrays: `x`, `y`, and as they are given `x_test` and `y_test`, `classes`.
+  """Reads an .npz file of arrays: `x`, `y`, and optionally `x_test` with `y_test`, and `classes`.
 
-  `x` are images `[N, H, W]` or `[N, H, W, C]` with C in {1, 3}, as uint8, floats in [0, 1], or uint16, of
-  which the largest value in `x` becomes 255; or vectors `[N, F]` of real numbers, see `Scaling`. `y` are
-  classes, integers from 0 and -1 for no label, or names and "" for no label. `classes` are the names.
+  `x` holds images `[N, H, W]` or `[N, H, W, C]` with C in {1, 3}, as uint8, floats in [0, 1], or uint16,
+  whose largest value in `x` becomes 255; or vectors `[N, F]` of real numbers, see `Scaling`. `y` holds
+  classes: integers from 0, or names; -1 or "" means no label. `classes` holds the class names.
 
   Raises:
-    InputError: missing or unknown arrays, wrong shapes, types or ranges, classes without labels.
+    InputError: missing or unknown arrays, wrong shapes, types or ranges, or classes without labels.
   """
   path = Path(path).expanduser()
   arrays = open_arrays(path)
@@ -130,7 +130,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
-  """What is wrong, a sentence each; later ones are looked for as far as earlier ones allow."""
+  """Problems, one sentence each; later checks run as far as earlier problems allow."""
   unknown = [key for key in arrays if key not in _KEYS]
   if unknown:
     yield f"there is no use for {listed(unknown)}: the arrays are {', '.join(_KEYS)}"
@@ -204,7 +204,7 @@ def _label_problems(key: str, arrays: dict[str, np.ndarray]) -> Iterator[str]:
 
 
 def _class_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
-  """Of labels that are fit to be looked at."""
+  """Problems with the classes of well-formed labels."""
   y, y_test = arrays["y"], arrays.get("y_test", arrays["y"][:0])
   text = y.dtype.kind == "U"
   given = {*(y[y != ""] if text else y[y >= 0]).tolist()}
@@ -248,16 +248,15 @@ def _class_numbers(y: np.ndarray, names: tuple[str, ...]) -> Int[np.ndarray, "n"
 
 
 def read_images(x: np.ndarray, reader: Reader, name: str) -> UInt8[np.ndarray, "n h w c"]:
-  """Images `[N, H, W]` or `[N, H, W, C]` read as those of a training were: 16 bits scaled by the same
-  number, resized where those were.
+  """Images `[N, H, W]` or `[N, H, W, C]` read like the training images, with equal scaling and resizing.
 
   Args:
     x: uint8, uint16, or floats in [0, 1].
-    reader: of the training.
-    name: of the array, for messages.
+    reader: the reader of the training images.
+    name: name of the array, for messages.
 
   Raises:
-    InputError: another type, shape or range.
+    InputError: a wrong type, shape or range.
   """
   for problem in _image_problems(name, x):
     raise InputError(problem)
@@ -266,7 +265,7 @@ def read_images(x: np.ndarray, reader: Reader, name: str) -> UInt8[np.ndarray, "
 
 
 def _as_bytes(x: np.ndarray, white: int) -> UInt8[np.ndarray, "n h w c"]:
-  """Images as bytes, some at a time: the floats of all at once may not fit."""
+  """Images as bytes, converted in blocks: all of them as floats may not fit in memory."""
   x = x[..., None] if x.ndim == 3 else x
   if x.dtype == np.uint8:
     return x
@@ -278,7 +277,7 @@ def _as_bytes(x: np.ndarray, white: int) -> UInt8[np.ndarray, "n h w c"]:
 
 
 def is_uint16(x: np.ndarray) -> bool:
-  return x.dtype.kind == "u" and x.dtype.itemsize == 2  # of any byte order
+  return x.dtype.kind == "u" and x.dtype.itemsize == 2  # in any byte order
 
 
 def _shape(x: np.ndarray) -> str:

@@ -32,25 +32,25 @@ from gan_jax.types import ImageSource, InputError
 def load_folder(
   root: str | Path, *, image_size: int | None = None, fit: Fit = "crop", stream: Choice = "no"
 ) -> Dataset:
-  """Reads a folder of pictures; the decoded ones are kept in the user's cache.
+  """Reads a folder of pictures; decoded pictures are kept in the user's cache.
 
   The labels come from one of three layouts:
     `train/CLASS/**`, with `train/unlabelled/**` for pictures without labels and `test/CLASS/**` for the
       test set, both optional;
     `CLASS/**` and `unlabelled/**` without a test set;
     a table `labels.csv` or `metadata.csv` with the columns `file_name,label` in place of class folders, in
-      the folder itself, or in `train` and in `test`. What it does not list has no label.
+      the folder itself, or in `train` and in `test`. Pictures that it does not list have no label.
 
   Args:
-    root: the folder; hidden files and what is no picture by its suffix are skipped.
-    image_size: resizes to squares of this side; the name of the dataset then ends in `@` and the side.
-    fit: how the aspect is kept, see `Reader`.
-    stream: whether the training pictures are left where they are, `reader.Pictures`. One that cannot be
-      decoded, unlike one whose head cannot be read, then shows when it is reached.
+    root: the folder; hidden files and files without the suffix of a picture are skipped.
+    image_size: resizes to squares of this side and appends `@` and the side to the dataset's name.
+    fit: how the aspect ratio is kept, see `Reader`.
+    stream: whether the training pictures are read during training, by `reader.Pictures`. A picture that
+      cannot be decoded is then found only when it is reached, unlike one whose header cannot be read.
 
   Raises:
-    InputError: no such layout, classes without pictures, several sizes without `image_size`, an unreadable
-      test picture or more than 1 % of the training pictures, links that leave the folder.
+    InputError: no such layout, classes without readable pictures, several sizes without `image_size`, an
+      unreadable test picture, more than 1 % unreadable training pictures, or links that leave the folder.
   """
   found = scan(Path(root))
   _raise_first(found.problems)
@@ -89,7 +89,7 @@ class _Read(NamedTuple):
   x_test: UInt8[np.ndarray, "m h w c"]
   reader: Reader
   unreadable: list[int]
-  """Positions among the training pictures that are found, which `x_train` lacks."""
+  """Positions, among the training pictures found, of those missing from `x_train`."""
   notes: list[str]
 
 
@@ -161,7 +161,7 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice)
 def _read_all(
   reader: Reader, paths: Sequence[Path], size: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "n h w c"], dict[int, str]]:
-  """All pictures, and the reasons for those that fail, whose rows are zero."""
+  """All pictures, and the reasons for those that cannot be read, whose rows are zero."""
   shape = (*size, reader.channels)
   x = np.zeros((len(paths), *shape), np.uint8)
 
@@ -176,13 +176,13 @@ def _read_all(
 
 
 def _is_grey(x: Any) -> bool:
-  """Whether all three channels are the same everywhere; of a source as much is read as it takes to see."""
+  """Whether all three channels are equal everywhere; reads only until the first difference."""
   rows = (x[np.arange(i, min(i + 256, len(x)))] for i in range(0, len(x), 256))
   return all((a[..., :1] == a).all() for a in rows)
 
 
 def size_problems(found: Found, sizes: list[tuple[int, int]]) -> list[str]:
-  """A problem where there are several."""
+  """A problem if there are several sizes."""
   several = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
   if len(several) < 2:
     return []
@@ -194,13 +194,13 @@ def size_problems(found: Found, sizes: list[tuple[int, int]]) -> list[str]:
 
 
 def suggested_side(sizes: list[tuple[int, int]]) -> int:
-  """The largest side up to 64, which the networks are tested with, that enlarges few pictures."""
+  """The largest of the sides tested with the networks, up to 64, that enlarges few pictures."""
   short = np.quantile([min(size) for size in sizes], 0.05)
   return max((side for side in (16, 32, 64) if side <= short), default=16)
 
 
 def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
-  """Problems where pictures of the test set, over 1 % of the others, or all of a class cannot be read."""
+  """Problems if test pictures, over 1 % of the training pictures, or all of a class cannot be read."""
   paths = [path for path, _ in found.train + found.test]
   problems, num = [], len(found.train)
   told = lambda which: "; ".join(f"{found.name(paths[i])} {reasons[i]}" for i in which[:3])
@@ -229,12 +229,12 @@ _CACHE_BYTES = 2 * 10**9
 
 
 def _cache_key(found: Found, image_size: int | None, fit: Fit) -> str:
-  """SHA-256 of what the decoded pictures are made from, as far as it shows without reading them."""
+  """SHA-256 of the inputs of the decoded pictures, as far as known without reading them."""
   digest = hashlib.sha256(f"{_FORMAT} {found.root} {image_size} {fit} {len(found.train)}".encode())
   for path, _ in found.train + found.test:
     try:
       stat = path.stat()
-      # The time of the last change tells apart what an archive unpacks with the times of its making.
+      # The change time distinguishes files that an archive unpacks with their old modification times.
       state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     except OSError:
       state = ()
@@ -254,9 +254,9 @@ def _from_cache(key: str, found: Found) -> _Read | None:
       return None
     if {x_train.dtype, x_test.dtype} != {np.dtype(np.uint8)}:
       return None
-    os.utime(path)  # the oldest are removed first: those that were not used for longest
+    os.utime(path)  # the least recently used are removed first
     return read
-  except Exception:  # whatever is wrong with it, it is read anew
+  except Exception:  # with any fault, the pictures are read anew
     return None
 
 
@@ -277,4 +277,4 @@ def _to_cache(key: str, read: _Read) -> None:
       path.unlink(missing_ok=True)
       total -= size
   except OSError:
-    pass  # a folder that cannot be written is no cache, no error
+    pass  # a cache that cannot be written is not an error

@@ -1,4 +1,4 @@
-"""Which pictures a folder holds, and of which classes; none of them is opened."""
+"""The pictures of a folder and their classes, found without opening any picture."""
 
 import csv
 import io
@@ -19,11 +19,11 @@ _TABLES = ("labels.csv", "metadata.csv")
 _NO_DATA = ("thumbs.db", "desktop.ini", "__macosx")
 
 _Example = tuple[Path, str | None]
-"""A picture and its class; None: without a label."""
+"""A picture and its class; None for no label."""
 
 
 class _Level(NamedTuple):
-  """What lies directly in a folder, sorted by name."""
+  """The direct contents of a folder, sorted by name."""
 
   folders: list[Path]
   pictures: list[Path]
@@ -32,7 +32,7 @@ class _Level(NamedTuple):
 
 @dataclass
 class Found:
-  """What lies in a folder, before any picture is opened. Problems are collected: `check` lists them all."""
+  """The contents of a folder before any picture is opened. Problems are collected for `check` to list."""
 
   root: Path
   train: list[_Example] = field(default_factory=list)
@@ -47,11 +47,11 @@ class Found:
     return sorted({label for _, label in self.train if label is not None})
 
   def name(self, path: Path) -> str:
-    """A path as messages give it, and the same on every system."""
+    """A path as messages show it, the same on every system."""
     return _below(path, self.root)
 
   def level(self, folder: Path) -> _Level:
-    """Looks into a folder, once."""
+    """Lists a folder, once."""
     if folder in self.levels:
       return self.levels[folder]
     level = self.levels[folder] = _Level([], [], [])
@@ -63,7 +63,7 @@ class Found:
       return level
     for entry in entries:
       path, name, is_link = folder / entry.name, entry.name.lower(), entry.is_symlink()
-      there = path if is_link else entry  # an entry knows what it is without another look at the disk
+      there = path if is_link else entry  # an entry knows its type without another disk access
       if name.startswith(".") or name in _NO_DATA:
         self.skipped.append(self.name(path))
       elif is_link and not Path(os.path.realpath(path)).is_relative_to(real):
@@ -73,7 +73,7 @@ class Found:
       elif there.is_dir():
         level.folders.append(path)
       elif not there.is_file() and path.exists():
-        self.skipped.append(self.name(path))  # a pipe, which would be waited for, or a device
+        self.skipped.append(self.name(path))  # a pipe, which would block, or a device
       elif os.path.splitext(name)[1] in suffixes():
         level.pictures.append(path)
       elif name in _TABLES:
@@ -83,7 +83,7 @@ class Found:
     return level
 
   def below(self, folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
-    """All pictures in a folder and its folders."""
+    """All pictures in a folder and its subfolders."""
     real, level = os.path.realpath(folder), self.level(folder)
     if real in above:
       self.problems.append(f"{folder} leads back to a folder that holds it: remove the link")
@@ -92,10 +92,10 @@ class Found:
 
 
 def below(folder: Path) -> dict[str, Path]:
-  """All pictures in a folder and its folders, by their names in a table of labels.
+  """All pictures in a folder and its subfolders, by their names in a table of labels.
 
   Raises:
-    InputError: a link that leaves the folder.
+    InputError: a link leaves the folder.
   """
   found = Found(folder)
   paths = {found.name(path): path for path in found.below(folder)}
@@ -104,21 +104,21 @@ def below(folder: Path) -> dict[str, Path]:
 
 
 def labelled(folder: Path, classes: Sequence[str]) -> set[str]:
-  """The pictures that need no label: their names, as `below` gives them.
+  """Names of the pictures that already have a label, as in `below`.
 
   Args:
-    folder: any folder of pictures. Those that its table gives a label have one, and, where it is laid out
-      for `load_folder`, those in a folder of one of the classes, be it of the training or of the test set.
-    classes: names.
+    folder: any folder of pictures. A picture has a label if the table of the folder gives it one or, in a
+      layout of `load_folder`, if it is in the folder of one of the classes, for training or test.
+    classes: class names.
 
   Raises:
-    InputError: a table that cannot be read.
+    InputError: a table cannot be read.
   """
   found = Found(folder)
   tables = found.level(folder).tables
   labels = {name: label for table in tables for name, label in _read_table(found, table).items()}
   _raise_first(found)
-  laid_out = scan(folder)  # its problems are those of a training
+  laid_out = scan(folder)  # its problems matter only for training
   placed = {laid_out.name(path) for path, label in laid_out.train + laid_out.test if label in classes}
   return placed | {name for name, label in labels.items() if label}
 
@@ -129,17 +129,17 @@ def _raise_first(found: Found) -> None:
 
 
 def _below(path: Path, folder: Path) -> str:
-  """The name of a path below a folder; `Path.relative_to` takes far longer, and there may be millions."""
+  """A path relative to a folder; `Path.relative_to` is far slower, and there may be millions."""
   return _plain(str(path).removeprefix(os.path.join(folder, "")).replace(os.sep, "/"))
 
 
 def _plain(name: str) -> str:
-  """A name that is the same on every system and can be printed."""
+  """A printable name that is the same on every system."""
   return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="replace"))
 
 
 def scan(root: Path) -> Found:
-  """Which pictures a folder holds and of which classes; the layouts are those of `load_folder`."""
+  """Finds the pictures of a folder and their classes, in the layouts of `load_folder`."""
   root = Path(os.path.abspath(root.expanduser()))
   found = Found(root)
   if not root.is_dir():
@@ -187,7 +187,7 @@ def scan(root: Path) -> Found:
 
 
 def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Example]:
-  """The training or the test pictures: of class folders, or of a table; `labelled`: all need labels."""
+  """The training or test pictures, from class folders or a table; `labelled`: whether all need labels."""
   level = found.level(folder)
   if level.tables:
     examples = _by_table(found, folder, level.tables)
@@ -203,7 +203,7 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
       elif not pictures:
         others = [name for name in found.skipped if name.startswith(f"{found.name(sub)}/")]
         mend = ": fill"
-        if others:  # HEIC, or raw files of a camera
+        if others:  # such as HEIC or camera raw files
           mend = f" that can be read, but {listed(others)}: convert them to JPEG or PNG,"
         found.problems.append(f"the class folder {sub} holds no pictures{mend} or remove it")
       examples += [(path, label) for path in pictures]
@@ -231,7 +231,7 @@ def _no_loose(found: Found, folder: Path, pictures: list[Path], train: Path) -> 
 
 def _check_classes(found: Found) -> None:
   if found.problems and not found.train:
-    return  # there is nothing yet to speak of
+    return  # nothing to check yet
   if not found.classes:
     found.problems.append(
       f"{found.root} holds no labelled pictures: make a folder for each class, or a table labels.csv with"
@@ -254,7 +254,7 @@ def _check_classes(found: Found) -> None:
 
 
 def _by_table(found: Found, folder: Path, tables: list[Path]) -> list[_Example]:
-  """A table alone labels: folders are places, and may only repeat what it says."""
+  """Pictures with the labels of a table; only the table labels, and folder names may only repeat it."""
   if len(tables) > 1:
     found.problems.append(f"{folder} holds both {tables[0].name} and {tables[1].name}: keep one of them")
   labels = _read_table(found, tables[0])
@@ -275,7 +275,7 @@ def _by_table(found: Found, folder: Path, tables: list[Path]) -> list[_Example]:
 
 
 def _read_table(found: Found, table: Path) -> dict[str, str]:
-  """Labels by file name; an empty one is no label."""
+  """Labels by file name; an empty one means no label."""
   try:
     rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""))
     columns = rows.fieldnames or []

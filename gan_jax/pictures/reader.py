@@ -1,4 +1,4 @@
-"""How one picture becomes an array, and many at a time."""
+"""Reads pictures as arrays, one or many at a time."""
 
 import math
 import time
@@ -23,41 +23,41 @@ Fit = Literal["crop", "pad"]
 T = TypeVar("T")
 
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_ORIENTATION = 0x0112  # of EXIF; from 5 on width and height are swapped
+_ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
 _PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
 @dataclass(frozen=True)
 class Reader:
-  """How pictures become arrays. `dataclasses.asdict` makes JSON of it, and `Reader(**json)` reads that."""
+  """How pictures become arrays. `dataclasses.asdict` turns it into JSON, `Reader(**json)` restores it."""
 
   channels: Literal[1, 3]
-  """1: all become grey; 3: all become colour."""
+  """1 converts all to grey, 3 converts all to colour."""
   size: tuple[int, int] | None
-  """Height and width that they are resized to; None: they stay as they are."""
+  """Height and width to resize to; None keeps the original size."""
   fit: Fit = "crop"
-  """crop: the largest centred part of the wanted aspect; pad: all of it, its edge pixels repeated."""
+  """crop: the largest centred part of the target aspect ratio; pad: all of it, edge pixels repeated."""
   white: int = 65535
-  """The value of 16-bit pictures that becomes 255; larger ones are clipped. 8 bits are not scaled."""
+  """The value of 16-bit pictures that becomes 255; larger ones are clipped. 8-bit ones are not scaled."""
 
   def __post_init__(self) -> None:
     if isinstance(self.size, list):
       object.__setattr__(self, "size", tuple(self.size))
 
   def read(self, path: str | Path) -> UInt8[np.ndarray, "h w c"]:
-    """One picture, upright as its EXIF data says, transparency on white, of several frames the first.
+    """Reads one picture: upright by its EXIF data, transparency on white, the first of several frames.
 
     Raises:
-      InputError: there is no such file, or nothing that Pillow decodes within its limit of pixels.
+      InputError: there is no such file, or Pillow cannot decode it within its pixel limit.
     """
     try:
       with strictly():
         return self._pixels(open_upright(path))
-    except Exception as error:  # decoders raise whatever they like on a broken file
+    except Exception as error:  # decoders may raise anything on a broken file
       raise InputError(f"{path} {reason_of(error)}") from error
 
   def _pixels(self, picture: Image.Image) -> UInt8[np.ndarray, "h w c"]:
-    if picture.mode == "F":  # 16 bits are scaled as floats, so that resizing rounds once
+    if picture.mode == "F":  # 16-bit values are scaled as floats, to round only once
       picture = Image.fromarray(np.minimum(np.asarray(picture), self.white) * np.float32(255 / self.white))
     else:
       picture = picture.convert("L" if self.channels == 1 else "RGB")
@@ -69,12 +69,12 @@ class Reader:
 
 
 def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
-  """A picture as an array of this height and width, its aspect kept; see `Reader.fit`.
+  """A picture as an array of this height and width, keeping the aspect ratio; see `Reader.fit`.
 
-  Bilinear, over the pixels that go into one where the picture shrinks.
+  Bilinear, with antialiasing if the picture shrinks.
 
   Args:
-    picture: of Pillow's modes L, RGB or F.
+    picture: a picture in Pillow's mode L, RGB or F.
     size: height and width.
     fit: crop or pad.
   """
@@ -92,17 +92,16 @@ def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
 def resize_all(
   x: UInt8[np.ndarray, "n h w c"], size: tuple[int, int], fit: Fit
 ) -> UInt8[np.ndarray, "n i j c"]:
-  """Images of this height and width, see `resize`."""
+  """Images resized to this height and width, see `resize`."""
   found = np.empty((len(x), *size, x.shape[-1]), np.uint8)
   for i, image in enumerate(x):
-    for c in range(x.shape[-1]):  # Pillow knows no arrays of one channel
+    for c in range(x.shape[-1]):  # Pillow takes no arrays with one channel
       found[i, ..., c] = resize(Image.fromarray(image[..., c]), size, fit)
   return found
 
 
 def check_memory(num: int, image_shape: tuple[int, int, int], hint: str, *, num_bytes: int = 1) -> None:
-  """Raises `InputError` with the hint where so many images, of `num_bytes` a value, do not fit the free
-  memory."""
+  """Raises `InputError` with the hint if the images, at `num_bytes` per value, exceed the free memory."""
   needed, free = num_bytes * num * math.prod(image_shape), psutil.virtual_memory().available
   if needed > free:
     height, width, _ = image_shape
@@ -113,7 +112,7 @@ def check_memory(num: int, image_shape: tuple[int, int, int], hint: str, *, num_
 
 
 def open_upright(path: str | Path) -> Image.Image:
-  """An upright picture of mode L, RGB, or, with the values of 16 bits, F."""
+  """An upright picture in mode L, RGB, or, for 16-bit values, F."""
   with Image.open(path) as file:
     if file.mode == "F":
       raise InputError("holds floating-point values: save it with 8 or 16 bits")
@@ -130,7 +129,7 @@ def open_upright(path: str | Path) -> Image.Image:
 
 
 def bits_of(file: Image.Image) -> str:
-  """Bits a channel. Pillow reads colour of 16 bits as 8, the high byte of each value."""
+  """Bits per channel. Pillow reads 16-bit colour as 8 bits, the high byte of each value."""
   if file.mode.startswith("I"):
     return "16"
   if ";16" in str(getattr(file, "tile", "")):
@@ -139,7 +138,7 @@ def bits_of(file: Image.Image) -> str:
 
 
 class Pictures:
-  """Files of pictures, all read alike."""
+  """An image source of picture files, all read by the same `Reader`."""
 
   def __init__(self, paths: Sequence[Path], reader: Reader, size: tuple[int, int]):
     self._paths, self._reader = paths, reader
@@ -161,14 +160,14 @@ class Pictures:
 
 
 def check_shape(image: np.ndarray, shape: tuple[int, ...], name: str) -> None:
-  """Raises `InputError` where an image of this name is not like the others."""
+  """Raises `InputError` if the image of this name is not of the shape of the others."""
   if image.shape != shape:
     found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
     raise InputError(f"{name} is {found} and the others are {others}: resize them first")
 
 
 class Header(NamedTuple):
-  """What a picture says of itself before it is decoded."""
+  """The header of a picture, read without decoding it."""
 
   height: int
   width: int
@@ -179,7 +178,7 @@ class Header(NamedTuple):
   def read(cls, path: Path) -> "Header":
     with Image.open(path) as file:
       bits = bits_of(file)
-      # Without any at the front, Pillow decodes a whole PNG in search of EXIF data behind the pixels.
+      # Without EXIF data at the front, Pillow decodes a whole PNG to search for it behind the pixels.
       has_exif = file.format != "PNG" or not _PNG_EXIF.isdisjoint(file.info)
       turned = has_exif and file.getexif().get(_ORIENTATION, 1) >= 5
       height, width = file.size if turned else file.size[::-1]
@@ -192,7 +191,7 @@ class Header(NamedTuple):
 
 @contextmanager
 def strictly() -> Iterator[None]:
-  """Pillow's limit of pixels is an error, not a warning; what else it warns of still decodes."""
+  """Makes Pillow's pixel limit an error, not a warning; its other warnings are ignored."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -200,7 +199,7 @@ def strictly() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-  """Why a file cannot be read, as the end of a sentence that its name begins."""
+  """Why a file cannot be read, as the end of a sentence that starts with its name."""
   if isinstance(error, InputError):
     return str(error)
   if isinstance(error, FileNotFoundError):
@@ -213,16 +212,16 @@ def reason_of(error: Exception) -> str:
 
 
 def for_all(work: Callable[[Any], T], items: Sequence[Any], what: str) -> list[T | str]:
-  """In threads the work of every item, in order, or why it failed; with a bar where that takes long."""
+  """Results of `work`, in order, or why it failed; in threads, with a progress bar if it takes long."""
   from rich.progress import Progress
 
   def attempt(item: Any) -> T | str:
     try:
       return work(item)
-    except Exception as error:  # decoders raise whatever they like on a broken file
+    except Exception as error:  # decoders may raise anything on a broken file
       return reason_of(error)
 
-  # A thread takes a hundredth of the items at a time: of millions, one by one, handing out takes longest.
+  # A thread takes many items at a time: handing out millions one by one would take longest.
   size = min(max(len(items) // 100, 1), 100)
   blocks = [items[i : i + size] for i in range(0, len(items), size)]
   started, results, pool = time.monotonic(), [], ThreadPoolExecutor()
@@ -244,7 +243,7 @@ def for_all(work: Callable[[Any], T], items: Sequence[Any], what: str) -> list[T
 
 @cache
 def suffixes() -> frozenset[str]:
-  """Suffixes of the formats that Pillow decodes by itself, without another program or library."""
+  """File suffixes of the formats that Pillow decodes without another program or library."""
   foreign = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
   known = Image.registered_extensions().items()
   return frozenset(suffix for suffix, name in known if name in Image.OPEN and name not in foreign)

@@ -1,4 +1,4 @@
-"""What is in a user's data, told before anything is trained on it."""
+"""Checks user data, and reports its contents, before training."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -16,15 +16,15 @@ from gan_jax.types import InputError, Json
 
 
 def check(path: str | Path) -> Json:
-  """Looks at everything in a folder of pictures or an .npz file, and stops at no problem.
+  """Checks everything in a folder of pictures or an .npz file, without stopping at a problem.
 
   Returns:
-    `path`; `problems`: sentences, each of which `load_folder` or `load_arrays` would refuse; `notes`;
-    `labelled`, `unlabelled`, `test`: numbers of images, None where a problem hides them; `classes`: by name
-    the numbers `train` and `test`; `sizes` (height x width), `modes`, `bits`: numbers of images by each;
+    `path`; `problems`: one sentence for each that `load_folder` or `load_arrays` would refuse; `notes`;
+    `labelled`, `unlabelled`, `test`: numbers of images, None if a problem hides them; `classes`: by name,
+    the numbers `train` and `test`; `sizes` (height x width), `modes`, `bits`: numbers of images by value;
     `largest_value` of 16-bit training pictures, or None; `skipped`: files; `unreadable`: reasons by file;
     `duplicates`: groups of training images with the same decoded content; `in_train_and_test`: pairs of a
-    test image and the training images that are the same; `image_size`: a side to resize to, or None.
+    test image and the identical training images; `image_size`: a side to resize to, or None.
   """
   text = str(path)
   if text.startswith("arrays:") or text.endswith(".npz"):
@@ -40,7 +40,7 @@ def check(path: str | Path) -> Json:
 
 
 def print_check(found: Json) -> None:
-  """What `check` found, for people, on standard output."""
+  """Prints the result of `check` in readable form on standard output."""
   from rich.console import Console
   from rich.markup import escape
   from rich.table import Table
@@ -91,7 +91,7 @@ def print_check(found: Json) -> None:
 
 
 def _nothing(path: Path) -> Json:
-  """A check that found nothing yet."""
+  """The result of a check that has found nothing yet."""
   counts = dict.fromkeys(("labelled", "unlabelled", "test"))
   lists = {name: [] for name in ("problems", "notes", "skipped", "duplicates", "in_train_and_test")}
   tables = {name: {} for name in ("classes", "sizes", "modes", "bits", "unreadable")}
@@ -103,7 +103,7 @@ class _Look(NamedTuple):
 
   header: Header
   digest: str
-  """Of its pixels: the same for a grey picture that is stored as colour."""
+  """Digest of its pixels, the same for a grey picture stored as colour."""
   largest: int
 
   @classmethod
@@ -194,12 +194,12 @@ def _check_arrays(path: Path) -> Json:
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
-  """How often each is there, the most frequent first."""
+  """The count of each name, the most frequent first."""
   return dict(Counter(names).most_common())
 
 
 def _same(train: list[tuple[str, str]], test: list[tuple[str, str]]) -> Json:
-  """Images with equal digests, by their names."""
+  """Names of images with equal digests."""
   groups = defaultdict(list)
   for name, digest in train:
     groups[digest].append(name)

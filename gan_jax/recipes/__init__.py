@@ -1,12 +1,12 @@
-"""What is trained, as values: families of recipes, and recipes derived from recipes.
+"""Recipes as values: families of recipes, and recipes derived from recipes.
 
     hparams = recipes.ssgan.tuned("conv", num_images=60_000)
     recipe = recipes.ssgan.build(hparams, image_shape=(28, 28, 1), num_classes=10)
     control = recipes.supervised_control(recipe)
 
 A family is a frozen dataclass of hyper-parameters and a pure function
-`build(hparams, image_shape, num_classes) -> Recipe`. `describe` is what a run stores of its recipe, and
-`rebuild` makes the same recipe of that.
+`build(hparams, image_shape, num_classes) -> Recipe`. A run stores the description that `describe` returns,
+and `rebuild` makes the same recipe from it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from gan_jax.recipes.recipe import (
   adam,
   learning_rate,
   supervised_control,
-  with_arithmetic_of,
+  with_flops_of,
   with_frozen,
   with_learning_rates,
   with_terms,
@@ -36,11 +36,11 @@ FAMILIES: dict[str, tuple[type[Hparams], Callable[..., Recipe]]] = {
   "gan": (gan.Hparams, gan.build),
   "study": (study.Hparams, study.build),
 }
-"""Families by name: hyper-parameters and `build`. A new family has a line here."""
+"""Families by name: hyper-parameters and `build`. A new family adds a line here."""
 
 
 def describe(recipe: Recipe) -> Json:
-  """Family, hyper-parameters, image shape, classes, and what was derived since: enough for `rebuild`."""
+  """Family, hyper-parameters, image shape, classes, and derivations applied since: enough for `rebuild`."""
   return {
     "family": recipe.family,
     "hparams": dataclasses.asdict(recipe.hparams),
@@ -51,7 +51,7 @@ def describe(recipe: Recipe) -> Json:
 
 
 def rebuild(description: Json) -> Recipe:
-  """The recipe that `describe` was given, from its JSON.
+  """The recipe that `describe` was given, from the returned JSON.
 
   Raises:
     InputError: an unknown family or derivation, or hyper-parameters of another version.
@@ -87,7 +87,7 @@ __all__ = [
   "ssgan",
   "study",
   "supervised_control",
-  "with_arithmetic_of",
+  "with_flops_of",
   "with_frozen",
   "with_learning_rates",
   "with_terms",

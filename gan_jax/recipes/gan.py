@@ -1,8 +1,8 @@
-"""Generators: GANs without labels, or class-conditional ones from all labels or from few.
+"""Generators: unconditional GANs, or class-conditional ones trained with all labels or with few.
 
-Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661. A class-conditional D is asked for one logit a
-class: the projection discriminator of Miyato & Koyama, 2018, https://arxiv.org/abs/1802.05637, without its
-unconditional part. With few labels, cross-entropy and consistency teach D the classes of the rest.
+Goodfellow et al., 2014, https://arxiv.org/abs/1406.2661. A class-conditional D has one logit per class: the
+projection discriminator of Miyato & Koyama, 2018, https://arxiv.org/abs/1802.05637, without its
+unconditional part. With few labels, cross-entropy and consistency teach D the classes of the other images.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ class Hparams(base.Hparams):
   network: networks.Pair = "conv_fine"
   num_steps: int = 4000
   batch_size: int = 64
-  """Real images per step, and as many generated ones."""
+  """Real images per step; also the number of generated images."""
   labels: Literal["none", "few", "all"] = "none"
-  """none: an unconditional GAN. all: class-conditional, every real image has its label. few: the same with
-  labels for a quarter of each batch."""
+  """none: an unconditional GAN. all: class-conditional, every real image has its label. few:
+  class-conditional, with labels for a quarter of each batch."""
   d_learning_rate: float = 3e-3
   g_learning_rate: float = 3e-3
   schedule: Literal["constant", "cosine", "linear"] = "linear"
@@ -58,18 +58,18 @@ class Hparams(base.Hparams):
   """One-sided label smoothing: the target probability of "real" for real images."""
   penalty: Penalty = "r1"
   gamma: float = 1.0
-  """Weight of the penalty, for pixels in [0, 1]. Of R1 and R2 a quarter of the same weight for pixels in
-  [-1, 1]; wgan_gp holds the slope to 1 in the units that there are, and takes its weight as it is."""
+  """Weight of the penalty, for pixels in [0, 1]. For R1 and R2, a quarter of the equivalent weight for
+  pixels in [-1, 1]; wgan_gp keeps the slope at 1 in the given units, and its weight needs no conversion."""
   penalty_every: int = 4
-  """Steps from one application of the penalty to the next, which counts as many times."""
+  """Interval between applications of the penalty, in steps; each one is weighted by this number."""
   norm: Norm = "none"
   """Normalisation in D."""
   augmentation: Augmentation = "none"
-  """Of all that D sees. none; affine: what a classifier of such pictures learns with, affine maps and, of
-  colour, changes of colour; fixed: the policy for generators, always; adaptive: the same as often as D
-  overfits (ADA)."""
+  """Augmentation of all inputs of D. none; affine: that of classifiers of such pictures, affine maps and,
+  for colour images, colour changes; fixed: the policy for generators, always applied; adaptive: the same,
+  with a probability that grows while D overfits (ADA)."""
   policy: policies.Name = "digits"
-  """Whose transformations these are, see `policies`."""
+  """The augmentation policy, see `policies`."""
   flip: bool = False
   """Whether a mirror image has the same class: not for digits. Adds mirror images to the policy."""
   rotation: float = 0.0
@@ -77,22 +77,23 @@ class Hparams(base.Hparams):
 
 
 Tuned = Literal["conv_fine", "vgg", "resnet", "article"]
-"""Pairs that `tuned` knows."""
+"""Pairs that `tuned` supports."""
 
 
 def tuned(network: Tuned, penalty: Penalty | None = None) -> Hparams:
   """The hyper-parameters of a pair: tuned for conv_fine, the source article's for its own.
 
-  vgg and resnet have smaller learning rates and a smaller weight of R1, chosen by looking at what vgg
-  draws of photographs of hands at 32x32; resnet also has layer normalisation, as its sums would grow.
+  vgg and resnet have smaller learning rates and a smaller weight of R1, chosen by inspecting vgg's samples
+  after training on photographs of hands at 32x32; resnet also has layer normalisation, as its sums would
+  grow.
 
   Args:
     network: the pair.
-    penalty: in place of the pair's. wgan_gp comes with its paper's weight of 10 and at every step: it is
-      what makes the loss a distance, where a zero-centred penalty may come seldom.
+    penalty: replaces the pair's. wgan_gp has its paper's weight of 10 and is applied at every step, because
+      it makes the loss a distance; a zero-centred penalty may be applied less often.
 
   Raises:
-    InputError: another network, for which nothing was tuned.
+    InputError: nothing was tuned for this network.
   """
   if network == "article":
     hparams = _article()
@@ -128,7 +129,7 @@ def _article() -> Hparams:
 
 
 def check(hparams: Hparams) -> None:
-  """Raises `InputError` for combinations that make no sense, with the flag to change."""
+  """Raises `InputError` for combinations that make no sense, naming the flag to change."""
   h = hparams
   if h.loss == "wasserstein" and h.penalty != "wgan_gp" and h.norm != "spectral":
     raise InputError("--loss wasserstein needs a Lipschitz D: add --penalty wgan_gp or --norm spectral")
@@ -148,7 +149,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
   """The recipe for images of this shape: height, width, channels.
 
   Raises:
-    InputError: hyper-parameters that make no sense together, or rotation of images that are not square.
+    InputError: hyper-parameters that make no sense together, or rotation prediction on non-square images.
   """
   h = hparams
   check(h)
@@ -212,5 +213,5 @@ def _augment(h: Hparams) -> Augment | augment.Adaptive | None:
   found = policies.augments(**{"flip": h.flip, **(policy.generator or {})})
   if h.augmentation == "fixed":
     return augment.chain(*found)
-  # The probability may cross its whole range in a quarter of the run.
+  # The probability can cross its whole range in a quarter of the run.
   return augment.Adaptive(found, num_images=max(1, h.num_steps * h.batch_size // 4))

@@ -1,4 +1,4 @@
-"""Policies of augmentation: which transformations suit which kind of picture. They are data."""
+"""Augmentation policies: the transformations suited to each kind of picture, as data."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -6,19 +6,19 @@ from gan_jax import augment
 from gan_jax.types import Augment
 
 Ranges = dict[str, Any]
-"""The arguments of `augments`: plain values that go into JSON."""
+"""The arguments of `augments`: plain values that can be stored as JSON."""
 Name = Literal["digits", "photos", "objects", "none"]
 
 
 class Policy(NamedTuple):
-  """What suits one kind of picture; None is no augmentation."""
+  """The augmentations suited to one kind of picture; None means no augmentation."""
 
   strong: Ranges | None
-  """Of all images that D sees."""
+  """For all inputs of D."""
   weak: Ranges | None
-  """Of the images that consistency takes its targets from."""
+  """For the images that give consistency targets."""
   generator: Ranges | None
-  """Of all that D sees in a GAN that is trained for its images (DiffAugment, ADA)."""
+  """For all inputs of D in a GAN that is trained for its images (DiffAugment, ADA)."""
 
 
 _DIGITS = {"shift": 0.06, "rotate": 12.5, "scale": 0.1, "shear": 0.15}
@@ -39,13 +39,13 @@ POLICIES: dict[Name, Policy] = {
   ),
   "none": Policy(None, None, None),
 }
-"""Policies by name. digits: grey signs on black. photos: pictures whose mirror image may be another class,
-such as hands. objects: the same with mirror images."""
+"""Policies by name. digits: grey symbols on black. photos: pictures whose mirror image may have another
+class, such as hands. objects: that of photos with mirror images."""
 
 
 def suited(image_shape: tuple[int, int, int], *, mirror: bool = False) -> Name:
-  """The policy for images of this shape: none for one row, a vector; digits for grey ones, else photos or,
-  with `mirror`, objects."""
+  """The policy for images of this shape: none for a single row (a vector), digits for grey images, else
+  photos or, with `mirror`, objects."""
   if image_shape[0] == 1:
     return "none"
   if image_shape[2] != 3:
@@ -69,16 +69,16 @@ def augments(
   num_colours: int | None = None,
   cutout: float = 0.0,
 ) -> tuple[Augment, ...]:
-  """The transformations with these ranges, see `augment`, in this order; those of range 0 are left out.
+  """The transformations with these ranges, see `augment`, in this order; those of range 0 are omitted.
 
   Args:
     flip: whether half of the images are mirrored.
-    translate: of a shift by whole pixels.
-    shift: of the affine map, as `rotate`, `scale` and `shear`.
-    border: what is outside an image.
-    brightness: as `contrast`, `saturation` and `hue`, which is in degrees.
-    num_colours: so many of these four are applied to an image, drawn for it alone; None: all.
-    cutout: side of the hole, black where the border is zero, else grey.
+    translate: range of shifts by whole pixels.
+    shift: a range of the affine map, like `rotate`, `scale` and `shear`.
+    border: padding outside an image.
+    brightness: a range of colour changes, like `contrast`, `saturation` and `hue` (in degrees).
+    num_colours: number of these four applied to each image, chosen at random per image; None: all.
+    cutout: side of the hole, which is black if the border is zero, else grey.
   """
   out: list[Augment] = [augment.flip] if flip else []
   if translate:
@@ -103,7 +103,7 @@ def _colours(
 
 
 def build(ranges: Ranges | None) -> Augment | None:
-  """The transformations with these ranges, one after the other; None stays None."""
+  """The transformations with these ranges, in sequence; None stays None."""
   if not ranges:
     return None
   found = augments(**ranges)

@@ -1,4 +1,4 @@
-"""A recipe: all that a training run is but its data and its key."""
+"""A recipe: everything that defines a training run, except its data and key."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -28,30 +28,30 @@ from gan_jax.types import (
 
 @dataclass(frozen=True, kw_only=True)
 class Hparams:
-  """What the hyper-parameters of every family have: plain values that go into JSON."""
+  """Hyper-parameters common to all families: plain values that can be stored as JSON."""
 
   network: Pair
   """The pair of networks."""
   num_steps: int
-  """Steps of training; each updates D, then G."""
+  """Training steps; each updates D, then G."""
   d_learning_rate: float
   g_learning_rate: float
   schedule: Literal["constant", "cosine", "linear"]
-  """Of both learning rates, see `learning_rate`."""
+  """Schedule of both learning rates, see `learning_rate`."""
   b1: float
   b2: float
   eps: float = 1e-8
   eps_root: float = 0.0
   """Adam's updates are `m / (sqrt(v + eps_root) + eps)`."""
   ema_decay: float
-  """Decay of the parameter averages, from which everything is read."""
+  """Decay of the parameter averages, which all evaluation and sampling uses."""
   precision: Precision = "float32"
-  """Of the networks' products and convolutions."""
+  """Precision of the networks' products and convolutions."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-  """A training run but for its data and its key. Build one with a family, `ssgan.build(hparams, ...)`."""
+  """A training run except its data and key. Build one with a family, `ssgan.build(hparams, ...)`."""
 
   g: Generator
   d: Discriminator
@@ -62,20 +62,20 @@ class Recipe:
   num_steps: int
   ema_decay: float
   augment: Augment | augment.Adaptive | None
-  """Of all that D sees, real and generated alike."""
+  """Augmentation of all inputs of D, real and generated."""
   image_shape: tuple[int, int, int]
   """Height, width, channels."""
   num_classes: int
   """Classes of the data."""
   family: str
-  """The family that built it; with `hparams`, shape and classes it builds the recipe again."""
+  """The family that built it; with `hparams`, shape and classes it can rebuild the recipe."""
   hparams: Hparams
   derived: tuple[tuple[str, Json], ...] = ()
-  """Functions of this module that were applied since, in order, with their arguments."""
+  """Functions of this module applied since then, in order, with their arguments."""
 
   @property
   def by_class(self) -> bool:
-    """Whether D is asked for the class of every image: no image without a label, and a conditional G."""
+    """Whether D judges every image by its class: no unlabelled images, and a class-conditional G."""
     return not self.batch.unlabelled and self.batch.generated > 0 and steps.is_class_conditional(self.g)
 
   @property
@@ -84,7 +84,7 @@ class Recipe:
     return bool(self.objective.g)
 
   def init_state(self, key: Key[Array, ""], images: data.DeviceData) -> TrainState:
-    """A fresh state; consumes the key. Weight-normalised layers start from 500 of the images."""
+    """A fresh state; consumes the key. Weight-normalised layers are initialised from 500 of the images."""
     x_init = data.to_float(data.seen(images.x_unl if len(images.x_unl) else images.x_lab))
     aux = self.augment.init() if isinstance(self.augment, augment.Adaptive) else None
     return steps.init_state(key, self.g, self.d, g_tx=self.g_tx, d_tx=self.d_tx, x_init=x_init, aux=aux)
@@ -102,11 +102,11 @@ class Recipe:
     )
 
   def abstract_state(self) -> TrainState:
-    """Shapes and types of the state, without an array."""
+    """Shapes and dtypes of the state, without arrays."""
     return jax.eval_shape(self.init_state, jax.random.key(0), self._one_image())
 
   def flops(self) -> float:
-    """Floating-point operations of one step, by the compiled program's own count; compiles the step."""
+    """Floating-point operations of one step, as counted for the compiled program; compiles the step."""
     sample_batch = data.make_sample_batch(self.batch)
     batch = jax.eval_shape(sample_batch, jax.random.key(0), self._one_image())
     compiled: Any = jax.jit(self.make_step()).lower(self.abstract_state(), batch).compile()
@@ -125,11 +125,11 @@ class Recipe:
 
 
 def learning_rate(hparams: Hparams, peak: float) -> float | optax.Schedule:
-  """The learning rate over the steps t of T.
+  """The learning rate at step t of T.
 
   `constant`: the peak. `cosine`: `peak cos(7 pi t / 16 T)` after a short linear warm-up; a fifth is left
-  at the end, so that the averaged parameters go on improving. `linear`: the peak, and a fall to zero over
-  the last half.
+  at the end, so that the averaged parameters keep improving. `linear`: the peak, with a linear decay to
+  zero over the second half.
 
   References:
     Sohn et al., 2020, https://arxiv.org/abs/2001.07685, section 2.3 (cosine).
@@ -160,7 +160,7 @@ def adam(hparams: Hparams, peak: float) -> optax.GradientTransformation:
 
 
 def supervised_control(recipe: Recipe) -> Recipe:
-  """The same networks, labels, augmentation and number of steps without any other image."""
+  """The same networks, labels, augmentation and number of steps, without any other images."""
   return dataclasses.replace(
     recipe,
     objective=objectives.supervised_only(),
@@ -170,7 +170,7 @@ def supervised_control(recipe: Recipe) -> Recipe:
 
 
 def without_generator(recipe: Recipe) -> Recipe:
-  """The same without the GAN: no generated images, no adversarial loss, no training of G."""
+  """The same recipe without the GAN: no generated images, no adversarial loss, no training of G."""
   d = {name: term for name, term in recipe.objective.d.items() if name != "adversarial"}
   return dataclasses.replace(
     recipe,
@@ -181,21 +181,21 @@ def without_generator(recipe: Recipe) -> Recipe:
 
 
 def with_terms(recipe: Recipe, **d: tuple[objectives.Weight, Term]) -> Recipe:
-  """The same with further terms in D's objective: metric name = (weight, term).
+  """The same recipe with further terms in D's objective: metric name = (weight, term).
 
-  What it returns is not described by its family and hyper-parameters: a stored run of it cannot be rebuilt.
+  The result is not described by its family and hyper-parameters: a stored run of it cannot be rebuilt.
   """
   objective = dataclasses.replace(recipe.objective, d={**recipe.objective.d, **d})
   return dataclasses.replace(recipe, objective=objective)
 
 
 def without_augmentation(recipe: Recipe) -> Recipe:
-  """The same on images as they are."""
+  """The same recipe on unaugmented images."""
   return dataclasses.replace(recipe, augment=None, derived=(*recipe.derived, ("without_augmentation", {})))
 
 
 def with_unlabelled(recipe: Recipe, num: int) -> Recipe:
-  """The same with so many unlabelled images per step."""
+  """The same recipe with `num` unlabelled images per step."""
   return dataclasses.replace(
     recipe,
     batch=recipe.batch._replace(unlabelled=num),
@@ -203,10 +203,10 @@ def with_unlabelled(recipe: Recipe, num: int) -> Recipe:
   )
 
 
-def with_arithmetic_of(recipe: Recipe, other: Recipe) -> Recipe:
-  """The same with as many unlabelled images per step as make its step cost what one of `other` costs.
+def with_flops_of(recipe: Recipe, other: Recipe) -> Recipe:
+  """The same recipe with its number of unlabelled images set to match the compute of a step of `other`.
 
-  By `Recipe.flops`, which is linear in the images; to within half an image.
+  Compute is `Recipe.flops`, which is linear in the number of images; the match is to within half an image.
   """
   num = recipe.batch.unlabelled
   one, two = (with_unlabelled(recipe, k * num).flops() for k in (1, 2))
@@ -214,7 +214,7 @@ def with_arithmetic_of(recipe: Recipe, other: Recipe) -> Recipe:
 
 
 def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
-  """The same with the first layers of D frozen, from the image on (FreezeD, see `steps.freeze_layers`).
+  """The same recipe with the first layers of D frozen (FreezeD, see `steps.freeze_layers`).
 
   Raises:
     InputError: D has fewer layers.
@@ -232,9 +232,9 @@ def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
 
 
 def with_learning_rates(recipe: Recipe, factor: float) -> Recipe:
-  """The same with every update of G and D times `factor`; the optimizers' states are as they were.
+  """The same recipe with every update of G and D scaled by `factor`; the optimizer states are unaffected.
 
-  Like `with_terms`, for the time of a training: it is not described.
+  For use within a training run: as with `with_terms`, `describe` does not record it.
   """
 
   def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -254,4 +254,4 @@ DERIVATIONS = {
   "with_frozen": with_frozen,
   "with_unlabelled": with_unlabelled,
 }
-"""By name, so that a stored run can be built again."""
+"""Derivations by name, so that a stored run can be rebuilt."""

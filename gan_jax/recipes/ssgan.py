@@ -1,7 +1,7 @@
-"""The semi-supervised GAN: a K-class discriminator from few labels and many images.
+"""The semi-supervised GAN: a K-class discriminator trained on few labels and many images.
 
 Feature matching (Salimans et al., 2016, https://arxiv.org/abs/1606.03498), consistency (Sohn et al., 2020,
-https://arxiv.org/abs/2001.07685) with targets of the averaged D, and class balance (Springenberg, 2016,
+https://arxiv.org/abs/2001.07685) with targets from the averaged D, and class balance (Springenberg, 2016,
 https://arxiv.org/abs/1511.06390). With the weights of the last two at zero it is the published GAN.
 """
 
@@ -19,9 +19,9 @@ from gan_jax.recipes.recipe import Recipe
 from gan_jax.types import Augment, BatchSizes, InputError
 
 Tuned = Literal["conv", "vgg", "resnet", "mlp"]
-"""Pairs that `tuned` knows."""
+"""Pairs that `tuned` supports."""
 SMALL_DATA = 10_000
-"""Training images below which `tuned` gives the hyper-parameters of small data."""
+"""Number of training images below which `tuned` gives the hyper-parameters for small data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Hparams(base.Hparams):
   num_labelled: int = 50
   num_unlabelled: int = 64
   num_generated: int = 32
-  """Images per step of each kind."""
+  """Images of each kind per step."""
   d_learning_rate: float = 3e-3
   g_learning_rate: float = 1e-3
   schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -49,18 +49,18 @@ class Hparams(base.Hparams):
   consistency: float = 1.0
   """Weight of consistency at the end of its ramp."""
   class_balance: tuple[float, float] = (3.0, 0.0)
-  """Weight of class balance at the first and at the last step, linear between. A constant weight follows
-  the class counts of single batches, which are chance."""
+  """Weight of class balance at the first and last step, linear in between. A constant weight follows the
+  class counts of single batches, which are random."""
   class_prior: tuple[float, ...] | None = None
-  """Frequencies of the classes that class balance holds the predictions to; None: equal ones."""
+  """Class frequencies that class balance pulls the predictions towards; None: uniform."""
   strong: Ranges | None = field(default_factory=lambda: policies.POLICIES["digits"].strong)
-  """Augmentation of all images that D sees, see `policies.augments`; None: no augmentation."""
+  """Augmentation of all inputs of D, see `policies.augments`; None: no augmentation."""
   weak: Ranges | None = field(default_factory=lambda: policies.POLICIES["digits"].weak)
-  """Augmentation of the images that consistency takes its targets from."""
+  """Augmentation of the images that give consistency targets."""
   threshold: float = 0.95
-  """Confidence from which a pseudo-label counts."""
+  """Minimum confidence of a pseudo-label."""
   ramp: float = 0.4
-  """Share of the steps over which consistency gains its weight, because early pseudo-labels are wrong."""
+  """Fraction of the steps over which consistency ramps up, because early pseudo-labels are wrong."""
 
 
 def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) -> Hparams:
@@ -68,15 +68,15 @@ def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) 
 
   conv: tuned on held-out training images, split seeds 100 to 105, of MNIST (weights, augmentation,
   schedule) and of the digits (number of steps, class balance). vgg, resnet: those of conv. mlp: the
-  published recipe of Improved GAN, for 12,000 steps, 4,000 on small data, where the paper has 180,000.
+  published recipe of Improved GAN, for 12,000 steps, or 4,000 on small data; the paper has 180,000.
 
   Args:
     network: the pair.
-    num_images: training images.
-    policy: of augmentation (default: digits, and none for mlp).
+    num_images: number of training images.
+    policy: augmentation policy (default: digits, and none for mlp).
 
   Raises:
-    InputError: another network, for which nothing was tuned.
+    InputError: nothing was tuned for this network.
   """
   small_data = num_images < SMALL_DATA
   if network in ("conv", "vgg", "resnet"):
@@ -108,15 +108,15 @@ def for_images(
   mirror: bool = False,
   **given: Any,
 ) -> Hparams:
-  """The tuned hyper-parameters for images of this shape, with what is given in their place.
+  """The tuned hyper-parameters for images of this shape, with the given ones in their place.
 
   Args:
     image_shape: height, width, channels.
-    num_images: training images.
-    network: the pair (default: `networks.suited`). One that nothing was tuned for takes the values of conv.
-    policy: of augmentation (default: `policies.suited`, and none for mlp).
+    num_images: number of training images.
+    network: the pair (default: `networks.suited`). A pair without tuned values uses those of conv.
+    policy: augmentation policy (default: `policies.suited`, and none for mlp).
     mirror: for the default policy, whether a mirror image has the same class.
-    given: hyper-parameters; None leaves the tuned value.
+    given: hyper-parameters; None keeps the tuned value.
   """
   network = network or networks.suited(image_shape)
   if policy is None and network != "mlp":
@@ -127,7 +127,7 @@ def for_images(
 
 
 def with_policy(hparams: Hparams, name: policies.Name) -> Hparams:
-  """The same with the augmentation of this name."""
+  """The same hyper-parameters with the augmentation policy of this name."""
   policy = policies.POLICIES[name]
   return dataclasses.replace(hparams, strong=policy.strong, weak=policy.weak)
 
@@ -165,7 +165,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
 
 
 def weak(hparams: Hparams) -> Augment:
-  """The augmentation of the images that consistency takes its targets from."""
+  """The augmentation of the images that give consistency targets."""
   return policies.build(hparams.weak) or augment.chain()
 
 
@@ -177,13 +177,13 @@ def ramped(hparams: Hparams, weight: float) -> float | optax.Schedule:
 
 
 def class_balance(hparams: Hparams) -> float | optax.Schedule:
-  """The weight of class balance over the steps."""
+  """The weight of class balance as a function of the step."""
   first, last = hparams.class_balance
   return optax.linear_schedule(first, last, hparams.num_steps) if first or last else 0.0
 
 
 def scaled(hparams: Hparams, num_unlabelled: int) -> Hparams:
-  """Another batch size: labelled and generated images change in proportion to the unlabelled ones."""
+  """The same for another batch size: labelled and generated images scale with the unlabelled ones."""
   factor = num_unlabelled / hparams.num_unlabelled
   return dataclasses.replace(
     hparams,

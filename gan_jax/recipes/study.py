@@ -1,9 +1,8 @@
-"""The methods of the few-label study: what differs between them is the objective and what it needs.
+"""The methods of the few-label study, which differ only in the objective and its requirements.
 
 All start from one semi-supervised GAN, so they share networks, optimizers, batches, augmentation and number
-of steps. Those that see unlabelled images also share class balance, so that it decides nothing between
-them, but for AdaMatch, whose distribution alignment takes its place. `bad_generator` keeps the published
-adversarial weight.
+of steps. Those that use unlabelled images also share class balance, so that it favours none of them; in
+AdaMatch alone, distribution alignment replaces it. `bad_generator` keeps the published adversarial weight.
 """
 
 import dataclasses
@@ -43,7 +42,7 @@ First = Literal["conditional_generator"]
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-  """The methods' own terms. The defaults were tuned on the digits, or are where tuning begins."""
+  """Weights of method-specific terms. The defaults were tuned on the digits, or are where tuning begins."""
 
   teacher: float = 5.0
   """Weight of the averaged teacher in mean_teacher."""
@@ -56,7 +55,7 @@ class Weights:
   bad_density: float = 0.1
   """Weight of the penalty on generated images in dense regions in bad_generator."""
   gamma: float = 0.0125
-  """Weight of R1, for pixels in [0, 1], where gan_augmented trains its generator."""
+  """Weight of R1, for pixels in [0, 1], when gan_augmented trains its generator."""
   generated: float = 1.0
   """Weight of the generated images in gan_augmented."""
   mutual: float = 0.1
@@ -71,11 +70,12 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Hparams(Weights, ssgan.Hparams):
-  """Hyper-parameters. What D is taught by its own predictions gains its weight over the ramp."""
+  """Hyper-parameters. Terms that train D on its own predictions gain their weight over the ramp, except
+  for those whose schedule stands at their weight."""
 
   method: Method | First
   vat_epsilon: float = 1.0
-  """Norm of the virtual adversarial perturbation, of pixels in [0, 1]."""
+  """Norm of the virtual adversarial perturbation, for pixels in [0, 1]."""
 
 
 def tuned(
@@ -87,9 +87,9 @@ def tuned(
 ) -> Hparams:
   """The hyper-parameters for this network, number of training images, and shorter side of an image.
 
-  Augmentation, consistency and class balance are those of `ssgan.tuned("conv", ...)` for mlp too. On
-  small data there are 800 steps, short averages, a smaller adversarial weight, and class balance that does
-  not fall, as chosen on the digits. conv is conv_small for images below 16x16.
+  Augmentation, consistency and class balance are those of `ssgan.tuned("conv", ...)`, for mlp too. Small
+  data has 800 steps, shorter parameter averages, a smaller adversarial weight, and constant class balance,
+  as chosen on the digits. conv is conv_small for images below 16x16.
   """
   start = ssgan.tuned(network, ssgan.SMALL_DATA, policy or "digits")
   conv = ssgan.Hparams()
@@ -111,7 +111,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
 
 
 def generator_of(recipe: Recipe) -> Recipe | None:
-  """What trains, for as many steps and with a D of its own, the generator that this recipe starts with."""
+  """The recipe that pretrains this one's generator, if any, for as many steps and with its own D."""
   hparams = recipe.hparams
   if not isinstance(hparams, Hparams) or hparams.method != "gan_augmented":
     return None
@@ -119,7 +119,7 @@ def generator_of(recipe: Recipe) -> Recipe | None:
   return build(first, recipe.image_shape, recipe.num_classes)
 
 
-# --- The methods, each a recipe from the shared one
+# --- The methods, each a recipe derived from the shared one
 
 
 def _feature_matching(recipe: Recipe, h: Hparams) -> Recipe:
@@ -203,7 +203,7 @@ def _with_objective(recipe: Recipe, h: Hparams, objective: objectives.Objective)
 
 
 def _class_conditional(recipe: Recipe, h: Hparams) -> Recipe:
-  """The same with a generator that is asked for classes."""
+  """The same recipe with a class-conditional generator."""
   g, _ = networks.make_pair(
     h.network,
     recipe.image_shape,
@@ -235,4 +235,4 @@ METHODS: dict[Method | First, Callable[[Recipe, Hparams], Recipe]] = {
   "gan_augmented": _gan_augmented,
   "conditional_generator": _conditional_generator,
 }
-"""Methods by name: the recipe of each from the shared one and its hyper-parameters."""
+"""Methods by name: each makes its recipe from the shared one and the hyper-parameters."""
