@@ -40,7 +40,7 @@ def table(files: Mapping[str, _runs.Rows]) -> str:
 
 
 def excerpt(files: Mapping[str, _runs.Rows], chosen: Sequence[tuple[str, int, int]]) -> str:
-  """One row per chosen cell: dataset, with `, as they are` if nothing is augmented, steps, budget.
+  """One row per chosen cell: dataset, with `, no augmentation` if nothing is augmented, steps, budget.
 
   Raises:
     InputError: as in `table`, or a cell is missing.

@@ -186,7 +186,7 @@ def tuning(rows: _runs.Rows) -> str:
     lines[-1] += [f"{_runs.mean_std(row['errors'])}{_runs.mark(row)}" if row else "" for row in arm]
   head = ["arm", "MFLOP a step"]
   head += [
-    f"{'augmented' if augmented else 'as they are'}, {budget} labels" for augmented, budget in columns
+    f"{'augmented' if augmented else 'no augmentation'}, {budget} labels" for augmented, budget in columns
   ]
   return _runs.with_environment(
     _runs.markdown(head, lines), rows, f"Splits {_runs.listed(rows[0]['splits'])}."
@@ -340,8 +340,8 @@ TABLES: dict[str, Callable[[], str]] = {
       ("mnist", 10_000, 20),
       ("mnist", 1500, 100),
       ("digits", 1600, 50),
-      ("digits, as they are", 1600, 50),
-      ("digits, as they are", 1600, 200),
+      ("digits, no augmentation", 1600, 50),
+      ("digits, no augmentation", 1600, 200),
       ("sign_digits@32", 400, 50),
     ],
   ),

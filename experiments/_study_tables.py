@@ -52,7 +52,7 @@ def correct(found: Sequence[Json]) -> None:
   found = [each for each in found if each["p"] is not None]
   for each, p in zip(found, metrics.holm([each["p"] for each in found]), strict=True):
     each["p_holm"] = p
-    each["verdict_holm"] = each["verdict"] if p < 0.05 else "cannot tell"
+    each["verdict_holm"] = each["verdict"] if p < 0.05 else "inconclusive"
 
 
 def _json(found: metrics.Summary | metrics.Difference) -> Json:

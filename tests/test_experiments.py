@@ -141,7 +141,8 @@ def test_every_method_of_the_study_takes_a_step(method, small_mlp, key):
 
 
 @pytest.mark.parametrize("network", ["conv", "mlp"])
-def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
+def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path, monkeypatch):
+  monkeypatch.setattr(classify, "_NUM_SCORED", 300)
   result = run(mnist_ssgan, network=network, labels_per_class=5, frechet=network == "mlp")
   assert (result["num_labels"], result["steps"], result["interrupted"]) == (50, 2, False)
   for name in ("test_error", "supervised_test_error", "probe_test_error"):
@@ -152,7 +153,7 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path):
   assert 0 <= result["calibration_error"] <= 1
   # Once for the run, its control, its probe and its page; before that, once for the moments of a distance.
   assert reads == ["digits"] * (1 + (network == "mlp"))
-  distances = [key for key in result if key.startswith("frechet_") and key.endswith("_n10000")]
+  distances = [key for key in result if key.startswith("frechet_") and key.endswith("_n300")]
   assert len(distances) == (network == "mlp")
   opened = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
   probs = gan_jax.load(tmp_path / "run").predict(opened.x_test)
@@ -182,7 +183,7 @@ def test_num_images_choose_the_recipe(run, monkeypatch):
 
 
 def test_mnist_gan(run, reads, tmp_path):
-  result = run(mnist_gan, rotation=1.0, num_scored=300)
+  result = run(mnist_gan, network="article", penalty="r1", rotation=1.0, num_scored=300)
   assert result.keys() >= GENERATOR
   assert any(name.startswith("frechet_digits-") and name.endswith("_n300") for name in result)
   (row, *_) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -47,9 +47,9 @@ def test_the_map_has_a_row_a_budget_and_columns_for_each_length():
   assert first[:5] == ["digits", "yes", "20", "400", "4"]
   assert first[6] == f"{without.mean():.2f} +- {without.std(ddof=1):.2f}"
   assert first[7].endswith(": helps")
-  assert first[8:] == ["1,600", "1", "1.00", "1.50", "-0.50: cannot tell"]
+  assert first[8:] == ["1,600", "1", "1.00", "1.50", "-0.50: inconclusive"]
   assert second == ["digits", "yes", "50", *(["not run", "", "", "", ""] * 2)]
-  assert (third[2], third[7][-11:], third[8]) == ("100", "cannot tell", "not run")
+  assert (third[2], third[7][-12:], third[8]) == ("100", "inconclusive", "not run")
   assert (fourth[:4], fourth[8]) == (["digits", "no", "all", "not run"], "1,600")
 
 
@@ -61,7 +61,7 @@ def test_the_map_corrects_for_all_of_its_cells():
   other = arms([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], dataset="mnist", steps=9, commit="abc-dirty")
   both = _gan_map.table({"digits-augmentation-400": cell, "mnist-no-augmentation-9": other})
   digits, mnist = cells_of(both)
-  assert digits[7] == "-0.60 (-1.12 to -0.08): cannot tell [helps]"
+  assert digits[7] == "-0.60 (-1.12 to -0.08): inconclusive [helps]"
   assert mnist[3] == "9†"
   assert "all 2 cells" in both
 
@@ -97,8 +97,8 @@ def test_an_excerpt_has_the_cells_of_the_map():
     "digits-augmentation-400": arms([1.0, 2.0, 4.0], [1.5, 2.5, 2.0]),
     "digits-no-augmentation-1600": plain,
   }
-  (row,) = cells_of(_gan_map.excerpt(files, [("digits, as they are", 1600, 50)]))
+  (row,) = cells_of(_gan_map.excerpt(files, [("digits, no augmentation", 1600, 50)]))
   _, whole = cells_of(_gan_map.table(files))
-  assert row == ["digits, as they are", "50", *whole[8:]]
+  assert row == ["digits, no augmentation", "50", *whole[8:]]
   with pytest.raises(InputError, match="the map has no cell digits, 1600 steps, 50 labels"):
     _gan_map.excerpt(files, [("digits", 1600, 50)])

@@ -158,7 +158,7 @@ def test_flags_that_the_study_does_not_honour_it_does_not_take():
 
 
 def test_the_terminal_shows_a_row_a_method_and_a_column_a_budget(tmp_path, read, monkeypatch):
-  """The overview of `study.md`; probes are only in the file."""
+  """The overview of `study.md`."""
   shown = []
   finish = run_dir.finish
 
@@ -167,7 +167,7 @@ def test_the_terminal_shows_a_row_a_method_and_a_column_a_budget(tmp_path, read,
     return finish(run, result, table=table, pictures=pictures)
 
   monkeypatch.setattr(run_dir, "finish", spy)
-  methods = ("supervised", "gan_consistency")
+  methods = ("supervised", "label_spreading")
   study(tmp_path / "run", methods=methods, budgets=(20, 50))
   header, *rows = shown
   assert header == ["test error, %", "20 labels", "50 labels"]

@@ -102,12 +102,12 @@ def test_arithmetic_is_matched_by_the_compiled_programs_own_count():
 
 def test_the_learning_rate_warms_up_and_falls_to_a_fifth_and_no_lower():
   hparams = ssgan.tuned("conv", 10**5)
-  rate, num = recipes.learning_rate(hparams, 2.0), hparams.num_steps
+  rate, num = recipes.learning_rate(hparams.schedule, hparams.num_steps, 2.0), hparams.num_steps
   found = [float(rate(t)) for t in (0, 49, num // 2, num, 2 * num)]
   fall = np.cos(7 / 16 * np.pi * np.array([49 / num, 0.5, 1, 1]))
   np.testing.assert_allclose(found, [2 / 50, *(2 * fall)], rtol=1e-5)
-  assert recipes.learning_rate(ssgan.tuned("mlp", 10**5), 2.0) == 2.0
-  rate = recipes.learning_rate(gan.tuned("conv_fine"), 2.0)
+  assert recipes.learning_rate("constant", 10, 2.0) == 2.0
+  rate = recipes.learning_rate("linear", gan.tuned("conv_fine").num_steps, 2.0)
   assert [float(rate(t)) for t in (0, 2000, 3000, 4000)] == [2.0, 2.0, 1.0, 0.0]
 
 

@@ -17,7 +17,7 @@ def test_spread_is_scipys():
 def test_paired_is_scipys_and_says_what_it_means():
   rng = np.random.default_rng(0)
   reference = rng.uniform(1, 9, 10)  # spread wide: only the pairing shows a difference
-  for shift, verdict in ((-0.5, "helps"), (0.5, "hurts"), (0.01, "cannot tell")):
+  for shift, verdict in ((-0.5, "helps"), (0.5, "hurts"), (0.01, "inconclusive")):
     errors = reference + shift + 0.2 * rng.normal(size=10)
     found = metrics.paired(errors, reference)
     expected = scipy.stats.ttest_rel(errors, reference).confidence_interval(0.95)
@@ -31,14 +31,14 @@ def test_paired_is_scipys_and_says_what_it_means():
 def test_one_run_or_no_difference_tells_nothing(errors):
   assert metrics.summarise(errors).std == 0
   found = metrics.paired(errors, errors)
-  assert (found.mean, found.verdict) == (0.0, "cannot tell")
+  assert (found.mean, found.verdict) == (0.0, "inconclusive")
   assert found.p == (None if len(errors) == 1 else 1.0)
   assert (metrics.summarise(errors).interval is None) == (len(errors) == 1)
 
 
 def test_splits_that_all_differ_by_one_image_do_not_tell_how_much_differences_vary():
   found = metrics.paired([1.0, 2.0], [1.5, 2.5])
-  assert (found.mean, found.interval, found.p, found.verdict) == (-0.5, None, None, "cannot tell")
+  assert (found.mean, found.interval, found.p, found.verdict) == (-0.5, None, None, "inconclusive")
 
 
 def test_holm_by_hand():

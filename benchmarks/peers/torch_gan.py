@@ -543,7 +543,8 @@ def _dense(a: Tensor) -> Tensor:
 def _table(recipe: Recipe) -> Tensor:
   """One row per step: D's rate, G's rate, `1 - b1^t`, `1 - b2^t`, 1 - EMA decay, D's weights."""
   h, t = recipe.hparams, np.arange(_MAX_STEPS)
-  rates = (recipes.learning_rate(h, peak) for peak in (h.d_learning_rate, h.g_learning_rate))
+  peaks = h.d_learning_rate, h.g_learning_rate
+  rates = (recipes.learning_rate(h.schedule, h.num_steps, peak) for peak in peaks)
   weights = (weight for weight, _ in recipe.objective.d.values())
   at = lambda value: np.asarray(value(jnp.asarray(t)) if callable(value) else value)
   column = lambda value: np.broadcast_to(at(value), t.shape)

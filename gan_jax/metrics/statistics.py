@@ -31,7 +31,7 @@ class Difference(NamedTuple):
   differences vary: there is only one, or all show the same non-zero difference."""
   p: float | None
   """Two-sided p-value of no difference, from the same t; None if `interval` is."""
-  verdict: Literal["helps", "hurts", "cannot tell"]
+  verdict: Literal["helps", "hurts", "inconclusive"]
   """`helps` if the whole interval is below 0, `hurts` if it is above. If nothing is different, one verdict
   in twenty is wrong: remember this when reading a table of many."""
 
@@ -56,7 +56,7 @@ def paired(errors: Sequence[float], reference: Sequence[float]) -> Difference:
   x = np.subtract(errors, reference, dtype=np.float64)
   varies = len(x) > 1 and (np.ptp(x) > 1e-9 or not x.any())
   interval, p = (_t_interval(x), _p_value(x)) if varies else (None, None)
-  verdict = "cannot tell"
+  verdict = "inconclusive"
   if interval is not None and interval[1] < 0:
     verdict = "helps"
   elif interval is not None and interval[0] > 0:

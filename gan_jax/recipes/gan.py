@@ -49,7 +49,7 @@ class Hparams(base.Hparams):
   class-conditional, with labels for a quarter of each batch."""
   d_learning_rate: float = 3e-3
   g_learning_rate: float = 3e-3
-  schedule: Literal["constant", "cosine", "linear"] = "linear"
+  schedule: base.Schedule = "linear"
   b1: float = 0.0
   b2: float = 0.99
   ema_decay: float = 0.999

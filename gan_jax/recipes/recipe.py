@@ -1,6 +1,7 @@
 """A recipe: everything that defines a training run, except its data and key."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from gan_jax.types import (
   TrainState,
 )
 
+Schedule = Literal["constant", "cosine", "linear"]
+"""Of the learning rate, see `learning_rate`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hparams:
@@ -36,7 +40,7 @@ class Hparams:
   """Training steps; each updates D, then G."""
   d_learning_rate: float
   g_learning_rate: float
-  schedule: Literal["constant", "cosine", "linear"]
+  schedule: Schedule
   """Schedule of both learning rates, see `learning_rate`."""
   b1: float
   b2: float
@@ -124,7 +128,7 @@ class Recipe:
 # --- Optimizers
 
 
-def learning_rate(hparams: Hparams, peak: float) -> float | optax.Schedule:
+def learning_rate(schedule: Schedule, num_steps: int, peak: float) -> float | optax.Schedule:
   """The learning rate at step t of T.
 
   `constant`: the peak. `cosine`: `peak cos(7 pi t / 16 T)` after a short linear warm-up; a fifth is left
@@ -134,26 +138,33 @@ def learning_rate(hparams: Hparams, peak: float) -> float | optax.Schedule:
   References:
     Sohn et al., 2020, https://arxiv.org/abs/2001.07685, section 2.3 (cosine).
   """
-  num_steps = hparams.num_steps
-  if hparams.schedule == "constant":
+  if schedule == "constant":
     return peak
-  if hparams.schedule == "linear":
+  if schedule == "linear":
     half = num_steps // 2
     return optax.linear_schedule(peak, 0.0, max(1, num_steps - half), transition_begin=half)
   warmup = max(1, min(50, num_steps // 10))
 
-  def schedule(t: ArrayLike) -> Array:
+  def cosine(t: ArrayLike) -> Array:
     t = jnp.asarray(t)
     done = jnp.minimum(1.0, t / num_steps)
     return peak * jnp.minimum(1.0, (t + 1) / warmup) * jnp.cos(7 / 16 * jnp.pi * done)
 
-  return schedule
+  return cosine
 
 
 def adam(hparams: Hparams, peak: float) -> optax.GradientTransformation:
   """Adam with the schedule of `learning_rate`."""
   h = hparams
-  return optax.adam(learning_rate(h, peak), b1=h.b1, b2=h.b2, eps=h.eps, eps_root=h.eps_root)
+  return _adam(h.schedule, h.num_steps, peak, h.b1, h.b2, h.eps, h.eps_root)
+
+
+@functools.cache  # JAX finds a program again only if its optimizer is the same object
+def _adam(
+  schedule: Schedule, num_steps: int, peak: float, b1: float, b2: float, eps: float, eps_root: float
+) -> optax.GradientTransformation:
+  rate = learning_rate(schedule, num_steps, peak)
+  return optax.adam(rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
 
 # --- Recipes from recipes

@@ -36,7 +36,7 @@ class Hparams(base.Hparams):
   """Images of each kind per step."""
   d_learning_rate: float = 3e-3
   g_learning_rate: float = 1e-3
-  schedule: Literal["constant", "cosine", "linear"] = "cosine"
+  schedule: base.Schedule = "cosine"
   b1: float = 0.5
   b2: float = 0.999
   eps: float = 0.0
