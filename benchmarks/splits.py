@@ -30,7 +30,8 @@ def main() -> None:
   results = []
   for split in args.splits:
     workdir = args.runs / args.name / f"split-{split}"
-    seeds = [] if "--seed" in args.flags else ["--seed", str(split)]
+    named = any(flag.partition("=")[0] == "--seed" for flag in args.flags)
+    seeds = [] if named else ["--seed", str(split)]
     seeds += ["--split-seed", str(split)]
     results.append(_runs.run("mnist_ssgan", [*args.flags, *seeds], workdir))
   _runs.finish(args.name, results, table)

@@ -259,6 +259,7 @@ def test_stablehlo_gives_the_same_probabilities(small_mlp, tmp_path):
   pytest.importorskip("flatbuffers")
   model = model_of(recipe())
   export.to_stablehlo(model, tmp_path / "model.stablehlo")
+  assert json.loads((tmp_path / "model.stablehlo.json").read_text()) == export.about(model)
   classify = jax.export.deserialize((tmp_path / "model.stablehlo").read_bytes())
   for x in batches((8, 8, 1)):
     probabilities, features = classify.call(x)

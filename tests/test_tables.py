@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import _runs, augmentation, scaling, splits, tables, time_to_accuracy
+from benchmarks import _runs, augmentation, novelty, scaling, splits, tables, time_to_accuracy
 from gan_jax import provenance
 from gan_jax.types import InputError
 
@@ -214,14 +214,22 @@ def test_a_split_has_a_seed_of_its_own(monkeypatch):
   asked = []
   monkeypatch.setattr(_runs, "run", lambda name, flags, workdir: asked.append(flags))
   monkeypatch.setattr(_runs, "finish", lambda *_: None)
-  for flags in ([], ["--seed", "0"]):
+  for flags in ([], ["--seed", "0"], ["--seed=0"]):
     monkeypatch.setattr("sys.argv", ["splits", "--name", "x", "--splits", "20", "21", "--", *flags])
     splits.main()
   assert asked[:2] == [["--seed", s, "--split-seed", s] for s in ("20", "21")]
-  assert asked[2:] == [["--seed", "0", "--split-seed", s] for s in ("20", "21")]
+  assert asked[2:4] == [["--seed", "0", "--split-seed", s] for s in ("20", "21")]
+  assert asked[4:] == [["--seed=0", "--split-seed", s] for s in ("20", "21")]
 
 
 def test_a_table_of_weights_has_one_set_of_splits():
   rows = _runs.read("tuning/digits-weights.jsonl")
   other = {**rows[-1], "splits": [200, 201, 202], "errors": [90.0, 91.0, 92.0]}
   assert tables.weights([*rows, other]) == tables.weights(rows)
+
+
+def test_ood_scores_rank_own_images_above_others():
+  """By hand, over four pairs of an own and a foreign image; a tie counts half."""
+  own = np.log(np.array([[4.0, 1.0], [2.0, 1.0]]))
+  foreign = np.log(np.array([[2.0, 2.0], [2.0, 1.0]]))
+  assert novelty.areas(own, foreign) == {"real_logit": 2.5 / 4, "confidence": 3.5 / 4}
