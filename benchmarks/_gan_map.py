@@ -72,20 +72,18 @@ def _read(files: Mapping[str, _runs.Rows]) -> tuple[dict[str, list[int]], dict[t
     match = re.fullmatch(r"(.+?)-(no-)?augmentation-(\d+)", name)
     found = {(row["dataset"].removeprefix("folder:"), str(row["steps"])) for row in rows}
     if match is None or found - {(match[1], match[3])}:
-      raise InputError(f"map/{name}.jsonl is not named DATASET-(no-)augmentation-STEPS after its lines")
+      raise InputError(f"map/{name}.jsonl must be named DATASET-(no-)augmentation-STEPS to match its lines")
     dataset, plain, steps = match[1], bool(match[2]), int(match[3])
     lengths[dataset] = sorted({steps, *lengths.get(dataset, [])})
     if len(lengths[dataset]) > len(LENGTHS):
-      raise InputError(
-        f"map/{name}.jsonl: of {dataset} there are {len(LENGTHS)} lengths of training already"
-      )
+      raise InputError(f"map/{name}.jsonl: {dataset} already has {len(LENGTHS)} lengths of training")
     for budget in dict.fromkeys(row["budget"] for row in rows):
       pair = {row["method"]: row for row in rows if row["budget"] == budget}
       row = cells.setdefault((dataset, plain, budget == "all", budget), {})
       if len(pair) == len(ARMS):
         gan, without = (pair[arm] for arm in ARMS)
         if gan["sha256"] != without["sha256"]:
-          raise InputError(f"map/{name}.jsonl: the arms with {budget} labels are of different splits")
+          raise InputError(f"map/{name}.jsonl: the arms with {budget} labels have different splits")
         row[steps] = _study_tables.compare(gan["errors"], without["errors"]) | {"pair": (gan, without)}
   _study_tables.correct([cell for row in cells.values() for cell in row.values()])
   return lengths, cells

@@ -80,7 +80,9 @@ def run(experiment: str, flags: Sequence[str], workdir: Path, env: Mapping[str, 
       sys.exit(process.returncode)
     report.write_json(asked, [experiment, *flags])
   elif asked.exists() and json.loads(asked.read_text()) != [experiment, *flags]:
-    raise InputError(f"{workdir} holds a run of other flags: remove it, or name another folder with --runs")
+    raise InputError(
+      f"{workdir} holds a run with other flags: remove it, or name another folder with --runs"
+    )
   return json.loads(path.read_text())
 
 
@@ -92,8 +94,8 @@ def read(name: str) -> list[Json]:
   """
   path = RESULTS / name
   if not path.exists():
-    raise InputError(f"there is no {path}")
-  rows = [json.loads(path.read_text())] if path.suffix == ".json" else report.read_metrics(path)
+    raise InputError(f"{path} does not exist")
+  rows = [json.loads(path.read_text())] if path.suffix == ".json" else report.read_rows(path)
   return [_today({NAMES.get(key, key): value for key, value in row.items()}) for row in rows]
 
 

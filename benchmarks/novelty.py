@@ -49,7 +49,7 @@ def main() -> None:
   config = parsing.parse(label_study.Config, ["--dataset", "digits", *args.flags])
   default, unused = label_study.Config(), ("budgets", "splits", "methods", "tune")
   if any(getattr(config, name) != getattr(default, name) for name in unused):
-    parser.error("the study's budgets, splits and methods have no use here: name them before the bare --")
+    parser.error("the study's budgets, splits and methods do not apply here: name them before the bare --")
   digits = cli.load(config.data)
   test = evaluate.with_test_set(digits)
   rng = np.random.default_rng(0)

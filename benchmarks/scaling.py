@@ -72,11 +72,13 @@ def main() -> None:
   add("--seconds", type=_runs.seconds, default=5.0, help="of steps of the replicates (5)")
   args = parser.parse_args()
   if any(max(args.devices) % num for num in args.devices):
-    parser.error("--devices must divide their largest number")
+    parser.error("--devices must all divide the largest of them")
   if "rates" in args.axes and any(REPLICATES % num for num in args.devices):
     parser.error(f"--devices must divide the {REPLICATES} replicates")
   if max(args.classes) * LABELS > IMAGES:
-    parser.error(f"--classes has {LABELS} labels for each of {IMAGES:,} images: at most {IMAGES // LABELS}")
+    parser.error(
+      f"--classes must be at most {IMAGES // LABELS}: each has {LABELS} labels out of {IMAGES:,} images"
+    )
   shared = {"benchmark": "scaling", "recipe": args.recipe, **provenance.environment()}
   results = []
   with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +150,7 @@ class Rows:
   """A source of images, see `gan_jax.stream`: those of a file, each read on access."""
 
   def __init__(self, path: Path, num: int, side: int):
-    self.shape, self.dtype = (num, side, side, 1), np.uint8
+    self.shape = (num, side, side, 1)
     self._file = os.open(path, os.O_RDONLY)
 
   def __len__(self) -> int:

@@ -69,7 +69,7 @@ def rewrite(text: str, page: str, *, check: bool = False) -> str:
     elif marker[1] is not None:
       name, old = marker[1], ""
       if name not in TABLES:
-        raise InputError(f"{page}: there is no table {name}; there are {', '.join(TABLES)}")
+        raise InputError(f"{page}: there is no table {name}; the tables are {', '.join(TABLES)}")
       out.append(line)
     elif name is None:
       raise InputError(f"{page}: an <!-- end --> without a table before it")

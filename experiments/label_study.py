@@ -80,38 +80,31 @@ class Config:
   train: cli.TrainFlags = cli.TrainFlags()
   network: ssgan.Tuned | None = None
   """The pair of networks, as in mnist_ssgan; for images below 16x16, conv is a smaller pair, conv_small
-  (default: vgg for colour pictures of at least 32x32, else conv)."""
+  (None: vgg for colour pictures of at least 32x32, else conv)."""
   augment: policies.Name | None = None
   """Augmentation of D's inputs, see mnist_ssgan. With none, consistency and the mean teacher only enforce
-  the same class under D's own noise, of which the mlp has much and the others none (default: photos or
+  the same class under D's own noise, of which the mlp has much and the others none (None: photos or
   objects for colour, digits for grey images)."""
-  learning_rate: float | None = None
-  """Peak learning rate of D (default: the recipe's)."""
-  adversarial: float | None = None
-  """Weight of D's adversarial loss in all GAN methods except bad_generator and gan_augmented (default: the
-  recipe's)."""
-  consistency: float | None = None
-  """Weight of the consistency or AdaMatch loss, in methods that have one (default: the recipe's)."""
-  class_balance: tuple[float, float] | None = None
-  """Weight of class balance at the first and the last step, in all methods that use unlabelled images,
-  except AdaMatch (default: the recipe's)."""
+  objective: cli.ObjectiveFlags = cli.ObjectiveFlags()
+  """For the methods that have the term; --adversarial not for bad_generator and gan_augmented, and
+  --class-balance not for AdaMatch."""
   weights: study.Weights = study.Weights()
   vat_epsilon: float = 0.4
   """Norm of the virtual adversarial perturbation, relative to the mean norm of the images."""
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    cli.not_negative(self, "learning_rate", "adversarial", "consistency", "class_balance", "vat_epsilon")
+    cli.not_negative(self, "vat_epsilon")
     cli.not_negative(self.weights, *vars(self.weights))
     for name in ("budgets", "splits", "methods"):
       values = getattr(self, name)
       if not values or len(set(values)) < len(values):
-        raise InputError(f"--{name} must name at least one, and none twice")
+        raise InputError(f"--{name} must name at least one, without repetition")
     cli.not_negative(self, "splits")
     if self.tune and min(self.splits) < 100:
-      raise InputError("--tune is for split seeds from 100 on: results are reported on those below")
+      raise InputError("--tune needs --splits of 100 or more: lower seeds are for reporting")
     if not self.tune and max(self.splits) >= 100:
-      raise InputError("split seeds from 100 on are for tuning: add --tune, or use --splits below 100")
+      raise InputError("split seeds of 100 or more are for tuning: add --tune, or use --splits below 100")
 
 
 def main(config: Config) -> Json:
@@ -127,7 +120,7 @@ def main(config: Config) -> Json:
         stored = {"dataset": dataset.name, "note": dataset.note, **run_dir.describe_split(split)}
         report.write_json(run.path / "splits" / f"{budget}-{split.seed}.json", stored)
     path = run.path / "study.jsonl"
-    rows = report.read_metrics(path, ("budget", "method", "reading")) if config.run.resume else []
+    rows = report.read_rows(path, ("budget", "method", "reading")) if config.run.resume else []
     if path.exists():
       report.write_bytes(path, _lines(rows))  # drops a truncated line
     done = {(row["budget"], row["method"]) for row in rows if row["reading"] == _study_tables.CLASSIFIER}
@@ -164,9 +157,6 @@ def main(config: Config) -> Json:
       "tune": config.tune,
       "splits": list(config.splits),
       "seconds_train": round(sum(row.get("seconds_train", 0.0) for row in rows), 1),
-      "test_error": None,
-      "supervised_test_error": None,
-      "probe_test_error": None,
       "cells": cells,
     }
     table = _study_tables.overview(cells, f"{where}, %", _study_tables.mean)  # study.md has the rest
@@ -192,24 +182,25 @@ def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
 
 def make_recipe(config: Config, dataset: Dataset, method: study.Method, **changes: Any) -> Recipe:
   """The recipe of a method, with the given flags and these changes to its hyper-parameters applied."""
-  x = np.asarray(dataset.x_train)
-  norm = np.linalg.norm(x.reshape(len(x), -1) / 255, axis=-1).mean()
   given: dict[str, Any] = cli.given(
     num_steps=config.train.steps,
     num_unlabelled=config.train.batch_size,
     precision=config.train.precision,
-    d_learning_rate=config.learning_rate,
-    adversarial=config.adversarial,
-    consistency=config.consistency,
-    class_balance=config.class_balance,
-    vat_epsilon=config.vat_epsilon * float(norm),
+    vat_epsilon=config.vat_epsilon * _mean_norm(dataset),
     **vars(config.weights),
+    **config.objective.hparams,
   )
   given |= changes
   shape = dataset.image_shape
   policy = config.augment or policies.suited(shape, mirror=dataset.of_objects)
   hparams = study.tuned(network(config, dataset), len(dataset.x_train), min(shape[:2]), method, policy)
   return study.build(dataclasses.replace(hparams, **given), dataset.image_shape, dataset.num_classes)
+
+
+def _mean_norm(dataset: Dataset) -> float:
+  """Mean Euclidean norm of the training images in [0, 1]."""
+  norms = [np.linalg.norm(image.ravel() / np.float32(255)) for image in np.asarray(dataset.x_train)]
+  return float(np.mean(norms))
 
 
 def network(config: Config, dataset: Dataset) -> ssgan.Tuned:
@@ -232,7 +223,9 @@ def split_labels(dataset: Dataset, budget: int | str, seeds: Sequence[int]) -> l
     labels = dataset.y_train[dataset.y_train >= 0]
     fewest = int(np.bincount(labels, minlength=dataset.num_classes).min())
     if per_class > fewest:
-      raise InputError(f"--budgets {budget}: a class has but {fewest} labels; use all")
+      raise InputError(
+        f"--budgets {budget} needs {per_class} labels per class, but one has {fewest}: use fewer, or all"
+      )
   return [data.split_labels(dataset.y_train, per_class, seed) for seed in seeds]
 
 
@@ -273,7 +266,7 @@ class Study:
     states, seconds, last = self.train(method, recipe, keys, images)
     for split, loss in zip(splits, last["d/loss"], strict=True):
       if not np.isfinite(loss):
-        say(f"{method} on split {split.seed} broke down: its loss is not finite")
+        say(f"{method} diverged on split {split.seed}: its loss is not finite")
     readings = self._read(recipe, states, splits, every_layer=method == "gan_consistency")
     shared |= {
       "steps": recipe.num_steps,

@@ -35,7 +35,7 @@ class Config:
   train: cli.TrainFlags = cli.TrainFlags()
   gan_flags: mnist_gan.GanFlags = mnist_gan.GanFlags()
   augment: gan.Augmentation | None = None
-  """As in mnist_gan (default: affine with few labels, else none)."""
+  """As in mnist_gan (None: affine with few labels, else none)."""
   transfer: cli.TransferFlags = cli.TransferFlags()
   loop: cli.LoopFlags = cli.LoopFlags()
   run: cli.RunFlags = cli.RunFlags()

@@ -49,15 +49,15 @@ class GanFlags:
   loss: gan.Loss = "non_saturating"
   """Adversarial loss."""
   penalty: gan.Penalty | None = None
-  """Gradient penalty on D at real images, generated ones, both, or interpolates (default: the recipe's)."""
+  """Gradient penalty on D at real images, generated ones, both, or interpolates (None: the recipe's)."""
   gamma: float | None = None
-  """Weight of the penalty (default: the recipe's, 10 for wgan_gp)."""
+  """Weight of the penalty (None: the recipe's, 10 for wgan_gp)."""
   norm: gan.Norm | None = None
-  """Normalisation in D (default: the recipe's)."""
+  """Normalisation in D (None: the recipe's)."""
   real_label: float = 1.0
   """One-sided label smoothing: the target probability of "real" for real images."""
   rotation: float | None = None
-  """Weight of rotation prediction (default: 1 for square images of objects, 0 for others)."""
+  """Weight of rotation prediction (None: 1 for square images of objects, 0 for others)."""
   num_scored: int = 10_000
   """Generated images for the Frechet distance, at most the number of training images, which are scored too;
   0: no distance, so that no feature extractor has to be trained."""
@@ -65,9 +65,9 @@ class GanFlags:
   def check(self) -> None:
     cli.not_negative(self, "gamma", "rotation")
     if self.gamma is not None and make_hparams(self, cli.TrainFlags()).penalty == "none":
-      raise InputError("--gamma is the weight of a penalty and --penalty is none")
+      raise InputError("--gamma is the weight of a penalty, but --penalty is none: leave it out")
     if self.num_scored and self.num_scored < 256:
-      raise InputError(f"--num-scored must be at least 256, or 0, and it is {self.num_scored}")
+      raise InputError(f"--num-scored must be at least 256, or 0, not {self.num_scored}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Config:
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    gan.check(make_hparams(self.gan_flags, self.train))
+    gan.check(make_hparams(self.gan_flags, self.train, augmentation=self.augment))
     run_dir.check_source(self.run, self.transfer)
 
 
@@ -133,7 +133,7 @@ def load_extractor(flags: GanFlags, dataset: Dataset) -> metrics.FeatureExtracto
   """The dataset's feature extractor, if needed; `InputError` if the images do not fit in memory."""
   hint = "choose a smaller --num-scored"
   pictures.check_memory(flags.num_scored, dataset.image_shape, hint, num_bytes=8)
-  return evaluate.load_feature_extractor(dataset, say=report.say) if flags.num_scored else None
+  return evaluate.load_feature_extractor(dataset) if flags.num_scored else None
 
 
 def fit_gan(
@@ -197,21 +197,19 @@ def finish(
       *table,
     ]
   figures.sample_grid(run.path / "samples" / "last.png", grid)
-  figures.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
+  figures.learning_curves(run.path / "learning_curves.png", report.read_rows(run.metrics_path))
   result = {
     **run_dir.training(fit),
     "network": flags.network,
     "recipe": recipes.describe(recipe),
     "test_error": found.error,
-    "supervised_test_error": None,
     "probe_test_error": found.linear["features"],
     **quality,
     **(result or {}),
   }
-  table += [
-    ("test error, linear probe on the discriminator's features", f"{found.linear['features']:.2f} %"),
-    *(("alarm", alarm) for alarm in fit.alarms),
-  ]
+  table.append(
+    ("test error, linear probe on the discriminator's features", f"{found.linear['features']:.2f} %")
+  )
   pictures = [("Generated images", "samples/last.png"), ("Learning curves", "learning_curves.png")]
   return run_dir.finish(run, result, table=table, pictures=pictures)
 

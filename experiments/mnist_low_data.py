@@ -43,11 +43,11 @@ class Config:
     cli.not_negative(self, "hold_out")
     gan.check(mnist_gan.make_hparams(self.gan_flags, self.train))
     if not self.percents or not all(0 < share <= 100 for share in self.percents):
-      raise InputError("--percents must be above 0 and at most 100, and at least one")
+      raise InputError("--percents must name at least one value, each above 0 and at most 100")
     if not self.augments:
       raise InputError("--augments must name at least one")
     if not self.gan_flags.num_scored:
-      raise InputError("the table is about generated images: leave --num-scored above 0")
+      raise InputError("the table scores generated images: keep --num-scored above 0")
 
 
 def main(config: Config) -> Json:
@@ -58,7 +58,9 @@ def main(config: Config) -> Json:
   for percent in config.percents:
     num_images = round(percent * num_train / 100)
     if not num_images:
-      raise InputError(f"--percents {percent:g} of {num_train:,} training images are none: take more")
+      raise InputError(
+        f"--percents {percent:g} of {num_train:,} training images rounds to none: choose more"
+      )
     share = cli.ImageFlags(num_images=num_images, hold_out=len(split.held_out))
     try:
       cli.split_labels(dataset, config.labels, share)
@@ -92,9 +94,6 @@ def main(config: Config) -> Json:
       "interrupted": interrupted,
       "steps": max(cell["steps"] for cell in cells.values()),
       "seconds_train": sum(cell["seconds_train"] for cell in cells.values()),
-      "test_error": None,
-      "supervised_test_error": None,
-      "probe_test_error": None,
       "frechet_replayed_training_set": next(iter(cells.values()))["frechet_replayed_training_set"],
       "cells": {
         name: {"augment": parts[name][1], **{key: cell[key] for key in keys}}

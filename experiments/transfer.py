@@ -42,7 +42,7 @@ class Config:
     cli.at_least_one(self, "splits", "pretrain_steps")
     cli.not_negative(self, "freeze_d")
     if self.splits > 1000:
-      raise InputError(f"--splits must be at most 1,000, and it is {self.splits:,}: each is two trainings")
+      raise InputError(f"--splits must be at most 1,000, not {self.splits:,}: each takes two trainings")
 
 
 def main(config: Config) -> Json:
@@ -54,7 +54,7 @@ def main(config: Config) -> Json:
   source_shape = cli.load(source_data).image_shape
   if source_shape != dataset.image_shape:
     found = ("x".join(map(str, shape)) for shape in (source_shape, dataset.image_shape))
-    raise InputError("--source has images of {} and --dataset of {}: they must be alike".format(*found))
+    raise InputError("--source has images of {} and --dataset of {}: they must match".format(*found))
   recipes.with_frozen(classify.make_recipe(_pair(config), dataset, split), config.freeze_d)  # or it raises
   parts = ("pretrained", *(f"split-{seed}" for seed in seeds))
   with run_dir.open_run("transfer", config, dataset, split, recipes_used={}, files=parts) as run:
@@ -116,9 +116,7 @@ def _pair(config: Config) -> mnist_ssgan.Config:
     images=config.images,
     labels=config.labels,
     train=config.train,
-    adversarial=0.0,
-    consistency=0.0,
-    class_balance=(0.0, 0.0),
+    objective=cli.ObjectiveFlags(adversarial=0.0, consistency=0.0, class_balance=(0.0, 0.0)),
     loop=config.loop,
   )
 

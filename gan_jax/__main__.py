@@ -25,8 +25,8 @@ def main() -> None:
   if name not in COMMANDS:
     known = "".join(f"\n  {command:8} {what}" for command, what in COMMANDS.items())
     asked = name in ("", "-h", "--help")
-    complaint = "" if asked else f"error: there is no command {name}\n"
-    usage = f"{complaint}usage: gan-jax COMMAND [--help]\n{known}"
+    complaint = "" if asked else f"error: unknown command {name}\n"
+    usage = f"{complaint}usage: gan-jax COMMAND [--help]\n       gan-jax --version\n{known}"
     print(usage, file=sys.stdout if asked else sys.stderr)
     sys.exit(0 if asked else 2)
   handler = signal.getsignal(signal.SIGINT)

@@ -129,14 +129,14 @@ def chain(*augments: Augment) -> Augment:
 
 
 def translate(share: float, *, border: Border = "zero") -> Augment:
-  """Builds a shift by whole pixels, up to `share` of the side along each axis: a padded random crop."""
+  """Builds a shift by whole pixels, uniform up to `share` of each side: a padded random crop."""
 
   def transform(key: Key[Array, ""], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     batch, height, width, _ = x.shape
-    most = jnp.round(share * jnp.array([[height], [width]]))
-    moved = jnp.round(jax.random.uniform(key, (2, batch), minval=-1.0, maxval=1.0) * most)
-    rows = jnp.arange(height)[None, :] - moved[0].astype(jnp.int32)[:, None]
-    columns = jnp.arange(width)[None, :] - moved[1].astype(jnp.int32)[:, None]
+    most = jnp.array([[int(share * side + 1e-6)] for side in (height, width)])
+    moved = jax.random.randint(key, (2, batch), -most, most + 1)
+    rows = jnp.arange(height)[None, :] - moved[0][:, None]
+    columns = jnp.arange(width)[None, :] - moved[1][:, None]
     rows, columns = _inside(rows, height, border), _inside(columns, width, border)
     x = jnp.take_along_axis(x, jnp.clip(rows, 0, height - 1)[:, :, None, None], axis=1)
     x = jnp.take_along_axis(x, jnp.clip(columns, 0, width - 1)[:, None, :, None], axis=2)
@@ -250,13 +250,13 @@ def some(num: int, *augments: Augment) -> Augment:
 class Adaptive:
   """Transformations whose probability grows while D overfits and falls while it does not (ADA).
 
-  D overfits when it is confident on real training images: `r = E sign(real logit of real images)` near 1.
-  While an average of r is above `target`, the probability p of each transformation grows, by 1 over
-  `num_images` real images; below `target` it falls. p and the average live in `TrainState.aux`, so a
-  resumed run continues with them.
+  D overfits when it is confident on real training images: `r = E sign(real logit - boundary)` over them is
+  near 1, with the boundary of the adversarial loss; losses without one are refused. While an average of r
+  is above `target`, the probability p of each transformation grows, by 1 over `num_images` real images;
+  below it, p falls. p and the average live in `TrainState.aux`, so a resumed run continues with them.
 
   References:
-    Karras et al., 2020, https://arxiv.org/abs/2006.06676, section 3.1 (r_t and its target of 0.6).
+    Karras et al., 2020, https://arxiv.org/abs/2006.06676, section 3 (r_t and its target of 0.6).
   """
 
   augments: tuple[Augment, ...]
@@ -273,7 +273,7 @@ class Adaptive:
   def at(self, aux: dict[str, Float[Array, ""]]) -> Augment:
     """The augmentation at the current strength."""
     if "strength" not in aux:
-      raise ValueError("adaptive augmentation has a state: pass aux=augment.init() to steps.init_state")
+      raise ValueError("adaptive augmentation needs its state: pass aux=augment.init() to steps.init_state")
     return chain(*(sometimes(augment, aux["strength"]) for augment in self.augments))
 
   def update(

@@ -29,7 +29,7 @@ class Checkpoints:
 
   def __init__(self, directory: Path):
     if directory.exists() and not directory.is_dir():
-      raise InputError(f"{directory} is not a folder: remove it or name another run")
+      raise InputError(f"{directory} is not a folder: remove it or choose another folder for the run")
     self.directory = directory.absolute()
     self._checkpointer: Any = None
 
@@ -86,7 +86,8 @@ class Checkpoints:
       if "RESOURCE_EXHAUSTED" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
         raise
       raise InputError(
-        f"{self.directory} cannot be written: the disk is full; checkpoints that were there are whole"
+        f"{self.directory} cannot be written because the disk is full: free some space, then resume;"
+        " earlier checkpoints are intact"
       ) from error
 
   def restore(self, like: TrainState) -> TrainState:
@@ -121,7 +122,7 @@ class Checkpoints:
   @property
   def extra(self) -> Json:
     """The JSON saved with the newest state."""
-    return self._beside(max(self._steps())).get("extra", {})
+    return self._beside(max(self._steps()))["extra"]
 
   def newest(self, read: Callable[[int], Any]) -> Any:
     """Returns `read(step)` for the newest intact step.
@@ -139,9 +140,9 @@ class Checkpoints:
         damaged = damaged or self.directory / str(step)
         continue
       if damaged:
-        report.say(f"{damaged} is damaged: {step}, the checkpoint before it, takes its place")
+        report.say(f"{damaged} is damaged: using the previous checkpoint, {step}, instead")
       return found
-    raise InputError(f"{damaged} is damaged and none before it is whole: start anew")
+    raise InputError(f"{damaged} is damaged and no earlier checkpoint is intact: start a new run")
 
   def metadata(self, step: int) -> Any:
     """A state as nested dicts whose leaves have a shape."""
@@ -150,7 +151,7 @@ class Checkpoints:
       found = _orbax().metadata(self.directory / str(step), checkpointable_name="state").metadata
     except Exception as error:  # Orbax and its storage may raise anything
       raise _DamagedError from error
-    if not _leaves(found) or (beside and _leaves(found).keys() != beside["checksums"].keys()):
+    if not _leaves(found) or _leaves(found).keys() != beside["checksums"].keys():
       raise _DamagedError
     return found
 
@@ -162,18 +163,17 @@ class Checkpoints:
     except Exception as error:
       raise _DamagedError from error
     found = _checksums({path: leaf for path, leaf in _leaves(loaded).items() if leaf is not ...})
-    if beside and not found.items() <= beside["checksums"].items():
+    if not found.items() <= beside["checksums"].items():
       raise _DamagedError
     return loaded
 
   def _beside(self, step: int) -> Json:
-    """The metadata that `save` stored with the state; empty for a checkpoint older than checksums."""
+    """The metadata that `save` stored with the state."""
     try:
-      file = (
-        self.directory / str(step) / "_CHECKPOINT_METADATA"
-      )  # read directly: Orbax would hide that it is damaged
+      # Read directly: Orbax would hide that it is damaged.
+      file = self.directory / str(step) / "_CHECKPOINT_METADATA"
       beside = json.loads(file.read_text())["custom_metadata"]
-      return beside and {"checksums": {**beside["checksums"]}, "extra": {**beside["extra"]}}
+      return {"checksums": {**beside["checksums"]}, "extra": {**beside["extra"]}}
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise _DamagedError from error
 
@@ -200,7 +200,7 @@ def _newest(run_dir: str | Path) -> Iterator[Checkpoints]:
   directory = Path(run_dir) / "checkpoints"
   with Checkpoints(directory) as checkpoints:
     if checkpoints.latest_step is None:
-      raise InputError(f"{run_dir} holds no checkpoint to start from")
+      raise InputError(f"{run_dir} holds no checkpoint: name a run that has saved one")
     yield checkpoints
 
 
@@ -332,7 +332,7 @@ def read_averages(folder: Path, like: TrainState) -> TrainState:
           prefix = f"ema/{name}/" if path.startswith("params/") else f"{name}/model_state/"
           loaded[prefix + path.removeprefix("params/")] = tensors.get_tensor(path)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-      raise InputError(f"{folder / file} is absent or damaged: export the run anew") from error
+      raise InputError(f"{folder / file} is missing or damaged: export the run again") from error
   _check_same(folder, wanted, {path: array.shape for path, array in loaded.items()})
   return _map(lambda path, _: jnp.asarray(loaded[path]), wanted)
 
@@ -343,11 +343,14 @@ def _new_head(name: str, here: dict, there: dict) -> str:
     widths = {shape[-1] for path, shape in module.items() if path.endswith("/kernel")}
     if not module:
       return "none"
-    return f"{widths.pop()} outputs" if len(widths) == 1 else "another structure"
+    if len(widths) != 1:
+      return "another structure"
+    num = widths.pop()
+    return f"{num} output" + "s" * (num != 1)
 
   ours, theirs = outputs(here), outputs(there)
   if ours == "none":
-    return f"D's {name} is left behind: none here, {theirs} there"
+    return f"D's {name} is not transferred: none here, {theirs} there"
   return f"D's {name} is new: {ours} here, {theirs} there"
 
 

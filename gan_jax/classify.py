@@ -51,21 +51,13 @@ class Config:
   train: cli.TrainFlags = cli.TrainFlags()
   network: ssgan.Tuned | None = None
   """conv: small convolutional pair with augmentation and consistency. vgg: a deeper one. resnet: a wide
-  residual pair. mlp: the pair of Improved GAN. (Default: vgg for colour pictures of at least 32x32, conv
+  residual pair. mlp: the pair of Improved GAN. (None: vgg for colour pictures of at least 32x32, conv
   for other images, mlp for vectors.)"""
   augment: policies.Name | None = None
   """Augmentation of D's inputs. digits: affine maps with a black border. photos: crops, colour changes and
-  cutout. objects: the same with mirroring, if mirror images keep their class. (Default: photos or objects
+  cutout. objects: the same with mirroring, if mirror images keep their class. (None: photos or objects
   for colour, digits for grey images, none for mlp.)"""
-  adversarial: float | None = None
-  """Weight of D's adversarial loss; 0 trains without a generator (default: the recipe's)."""
-  consistency: float | None = None
-  """Weight of consistency; 0, with --class-balance 0 0, gives the pure GAN (default: the recipe's)."""
-  class_balance: tuple[float, float] | None = None
-  """Weight of class balance at the first and at the last step. It pulls the mean prediction towards the
-  class frequencies of the labels (default: the recipe's)."""
-  learning_rate: float | None = None
-  """Peak learning rate of D (default: the recipe's)."""
+  objective: cli.ObjectiveFlags = cli.ObjectiveFlags()
   folds: int = 5
   """Without test images: number of folds of the cross-validation over the labels that estimates the error,
   each as long as the training itself; 0: no estimate."""
@@ -77,11 +69,15 @@ class Config:
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    cli.not_negative(self, "adversarial", "consistency", "class_balance", "learning_rate", "folds")
+    cli.not_negative(self, "folds")
     if self.folds == 1:
-      raise InputError("--folds must be at least 2, as one would leave out every label, or 0 for none")
-    if self.frechet and self.adversarial == 0:
-      raise InputError("--frechet needs a generator, and --adversarial 0 trains none")
+      raise InputError(
+        "--folds must be at least 2, or 0 for none: a single fold would leave out every label"
+      )
+    if self.frechet and self.objective.adversarial == 0:
+      raise InputError(
+        "--frechet needs a generator, but --adversarial 0 trains none: leave one of them out"
+      )
     run_dir.check_source(self.run, self.transfer)
 
 
@@ -91,7 +87,7 @@ def main(config: Config, *, name: str = "train") -> Json:
   if config.frechet and dataset.workers is not None:
     raise InputError("--frechet needs all training images in memory: leave it out, or pass --stream no")
   if config.frechet and dataset.of_vectors:
-    raise InputError("--frechet needs images, and these are vectors: leave it out")
+    raise InputError("--frechet needs images, but these are vectors: leave it out")
   if config.frechet:
     pictures.check_memory(_NUM_SCORED, dataset.image_shape, "leave --frechet out", num_bytes=8)
   split = cli.split_labels(dataset, config.labels, config.images)
@@ -104,8 +100,10 @@ def main(config: Config, *, name: str = "train") -> Json:
     folds = _folds(dataset, split, config.folds)
     _announce(run, recipe, split, len(folds))
     if folds and config.transfer.init_from:
-      say("the folds start afresh, not from --init-from: that run may know the labels that they leave out")
-    extractor = evaluate.load_feature_extractor(dataset, say=say) if config.frechet else None
+      say(
+        "the folds start from scratch, not from --init-from: that run may have seen their left-out labels"
+      )
+    extractor = evaluate.load_feature_extractor(dataset) if config.frechet else None
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
     fits = _fit(run, config, recipe, control, images, devices)
     if not processes.writes():  # the first process does the rest
@@ -146,7 +144,6 @@ def main(config: Config, *, name: str = "train") -> Json:
       for key, value in quality.items()
       if "frechet" in key
     ]
-    table += [("alarm", alarm) for alarm in fits[0].alarms]
     shown, sections = _pictures(run, recipe, fits[0].state, found, split, measured_on)
     return run_dir.finish(run, result, table=table, pictures=shown, sections=sections)
 
@@ -175,10 +172,7 @@ def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
     num_steps=config.train.steps,
     num_unlabelled=config.train.batch_size,
     precision=config.train.precision,
-    d_learning_rate=config.learning_rate,
-    adversarial=config.adversarial,
-    consistency=config.consistency,
-    class_balance=config.class_balance,
+    **config.objective.hparams,
     class_prior=data.class_prior(dataset.y_train[list(split.indices)], dataset.num_classes),
   )
   return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
@@ -340,7 +334,7 @@ def _pictures(
       visible=not dataset.of_vectors,
     )
   sections += _on_the_way(run)
-  figures.learning_curves(run.path / "learning_curves.png", report.read_metrics(run.metrics_path))
+  figures.learning_curves(run.path / "learning_curves.png", report.read_rows(run.metrics_path))
   curves = [page.Picture(run.path / "learning_curves.png")]
   return shown, [*sections, page.Section("Learning curves", pictures=curves)]
 
@@ -379,8 +373,8 @@ def _announce(run: run_dir.Run, recipe: Recipe, split: LabelSplit, num_folds: in
     f"{dataset.name}: {len(split.images):,} {of}, {len(split.indices):,} of them labelled"
     f" ({dataset.num_classes} classes), {len(split.held_out):,} held out, {measured} images"
   )
-  again = f", and as often again for {num_folds} folds of cross-validation" if num_folds else ""
+  again = f", and the same for each of {num_folds} folds of cross-validation" if num_folds else ""
   say(
-    f"network {recipe.hparams.network}, {recipe.num_steps:,} steps, then {recipe.num_steps:,} of the"
+    f"network {recipe.hparams.network}, {recipe.num_steps:,} steps, then {recipe.num_steps:,} for the"
     f" supervised control{again}; writing to {run.path}"
   )

@@ -24,7 +24,7 @@ class DataFlags:
   arrays:FILE.npz. auto is MNIST if it is prepared or can be obtained, else the bundled digits; a dataset
   named explicitly never falls back."""
   data_dir: str | None = None
-  """Where tfds keeps its datasets (default: the default of tfds, which honours TFDS_DATA_DIR)."""
+  """Where tfds keeps its datasets (None: where tfds does by default, or TFDS_DATA_DIR)."""
   manual_dir: str | None = None
   """A folder with the dataset's original files, used instead of downloading them."""
   image_size: int | None = None
@@ -41,7 +41,7 @@ class DataFlags:
       for name in ("data_dir", "manual_dir"):
         if getattr(self, name) is not None:
           raise InputError(
-            f"{flag(name)} is for datasets of tfds, and {self.dataset} is your own: leave it out"
+            f"{flag(name)} is for tfds datasets, but {self.dataset} is your own data: leave it out"
           )
 
 
@@ -53,12 +53,14 @@ class StreamFlags:
   """Stream training images during training, or hold them on the device. auto streams images that, decoded,
   take more than a quarter of the free memory or half of the device's, and says so."""
   workers: int | None = None
-  """Threads that read and decode streamed images; 0: the training loop does (default: number of cores)."""
+  """Threads that read and decode streamed images; 0: the training loop does (None: number of cores)."""
 
   def check(self) -> None:
     not_negative(self, "workers")
     if self.workers is not None and self.stream == "no":
-      raise InputError("--workers are for training images that are read while training: leave --stream out")
+      raise InputError(
+        "--workers is for streamed images, but --stream no streams none: leave one of them out"
+      )
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class ImageFlags:
   """The training images to use."""
 
   num_images: int | None = None
-  """Train on only this many images (default: all that are not held out)."""
+  """Train on only this many images (None: all that are not held out)."""
   hold_out: int | None = 0
   """Training images held out for diagnostics, never trained on (None: a twentieth, at most 1,000)."""
 
@@ -80,7 +82,7 @@ class LabelFlags:
   """The labels to use."""
 
   labels_per_class: int | Literal["all"] | None = None
-  """The label budget: labelled images per class, or all (default: 10; for your own data, all)."""
+  """The label budget: labelled images per class, or all (None: 10; for your own data, all)."""
   split_seed: int = 0
   """Seed of the label split, which selects the labelled images."""
   exclude_labelled: bool = False
@@ -103,13 +105,13 @@ class TrainFlags:
   """Training."""
 
   steps: int | None = None
-  """Training steps; each updates D, then G (default: the recipe's)."""
+  """Training steps; each updates D, then G (None: the recipe's)."""
   batch_size: int | None = None
-  """Unlabelled images per step; in generator experiments, all real images (default: the recipe's)."""
+  """Unlabelled images per step; in generator experiments, all real images (None: the recipe's)."""
   seed: int = 0
   """Seed of all randomness except the label split."""
   precision: Precision | None = None
-  """Precision of matrix products and convolutions; all else is float32 (default: the recipe's, float32)."""
+  """Precision of matrix products and convolutions; all else is float32 (None: the recipe's, float32)."""
 
   def check(self) -> None:
     at_least_one(self, "steps", "batch_size")
@@ -117,18 +119,42 @@ class TrainFlags:
 
 
 @dataclass(frozen=True)
+class ObjectiveFlags:
+  """The objective and optimizer of D."""
+
+  adversarial: float | None = None
+  """Weight of D's adversarial loss; 0 trains without a generator (None: the recipe's)."""
+  consistency: float | None = None
+  """Weight of consistency; 0, with --class-balance 0 0, gives the pure GAN (None: the recipe's)."""
+  class_balance: tuple[float, float] | None = None
+  """Weight of class balance at the first and at the last step. It pulls the mean prediction towards the
+  class frequencies of the labels, in label_study towards equal ones (None: the recipe's)."""
+  learning_rate: float | None = None
+  """Peak learning rate of D (None: the recipe's)."""
+
+  def check(self) -> None:
+    not_negative(self, "adversarial", "consistency", "class_balance", "learning_rate")
+
+  @property
+  def hparams(self) -> Json:
+    """The given values, under the names of hyper-parameters."""
+    values = {**vars(self), "d_learning_rate": self.learning_rate}
+    return given(**{name: value for name, value in values.items() if name != "learning_rate"})
+
+
+@dataclass(frozen=True)
 class LoopFlags:
   """The training loop: checkpoints, logs, devices."""
 
   checkpoint_every: int | None = None
-  """Steps between checkpoints (default: a quarter of the steps, at most 1,000)."""
+  """Steps between checkpoints (None: a quarter of the steps, at most 1,000)."""
   on_nonfinite: Literal["stop", "rollback"] = "stop"
   """If a loss is not finite: stop, or return to the last checkpoint with halved learning rates, at most
   three times (rollback)."""
   tensorboard: bool = False
   """Also write the metrics for TensorBoard."""
   devices: int | None = None
-  """Devices that share each step (default: the most accelerators that divide its batch; 1 on CPU)."""
+  """Devices that share each step (None: 1, or with several processes the most that divide its batch)."""
 
   def check(self) -> None:
     at_least_one(self, "checkpoint_every", "devices")
@@ -146,9 +172,9 @@ class ProcessFlags:
   """HOST:PORT at which the first process listens for the others, or auto to take it from Slurm, Open MPI,
   Kubernetes or Cloud TPU."""
   num_processes: int | None = None
-  """Number of processes (default: as reported by the cluster)."""
+  """Number of processes (None: as reported by the cluster)."""
   process_id: int | None = None
-  """Index of this process, from 0 (default: as reported by the cluster). Only process 0 writes."""
+  """Index of this process, from 0 (None: as reported by the cluster). Only process 0 writes."""
 
   def check(self) -> None:
     at_least_one(self, "num_processes")
@@ -159,7 +185,9 @@ class ProcessFlags:
       return
     i, num = self.process_id, self.num_processes
     if i is not None and num is not None and i >= num:
-      raise InputError(f"--process-id {i} is not one of {num} processes, which are counted from 0")
+      raise InputError(
+        f"--process-id {i} must be less than --num-processes {num}: processes are numbered from 0"
+      )
 
   def start(self) -> None:
     """Joins the other processes, if there are any; from then on, only the first prints."""
@@ -186,7 +214,9 @@ class TransferFlags:
     if self.init_from is None and self.init_parts != "both":
       raise InputError("--init-parts needs --init-from, the run to start from")
     if self.freeze_d and (self.init_from is None or self.init_parts == "g"):
-      raise InputError("--freeze-d needs a discriminator from --init-from: it would freeze random layers")
+      raise InputError(
+        "--freeze-d needs a discriminator from --init-from, or it would freeze random layers"
+      )
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -199,7 +229,7 @@ class RunFlags:
   """The run's directory."""
 
   workdir: str | None = None
-  """Directory of the run (default: runs/<experiment>/<time>)."""
+  """Directory of the run (None: runs/<experiment>/<time>)."""
   resume: bool = False
   """Resume the run in --workdir from its last checkpoint, bit for bit."""
   overwrite: bool = False
@@ -225,7 +255,7 @@ def not_negative(flags: Any, *names: str) -> None:
   for name in names:
     value = getattr(flags, name)
     if value is not None and any(v < 0 for v in (value if isinstance(value, tuple) else (value,))):
-      raise InputError(f"{flag(name)} must not be negative, and it is {value}")
+      raise InputError(f"{flag(name)} must not be negative, but it is {value}")
 
 
 def flag(name: str) -> str:
@@ -257,8 +287,8 @@ def load(
     workers=provenance.num_cores() if stream.workers is None else stream.workers,
   )
   if needs_test and not len(dataset.x_test):
-    what = "arrays x_test and y_test" if dataset.name.startswith("arrays:") else "a folder test"
-    raise InputError(f"{dataset.name} has no test images, and this needs them: add {what}")
+    what = "the arrays x_test and y_test" if dataset.name.startswith("arrays:") else "a folder named test"
+    raise InputError(f"{dataset.name} has no test images, which are needed here: add {what}")
   return dataset
 
 
@@ -275,7 +305,7 @@ def split_labels(dataset: datasets.Dataset, labels: LabelFlags, images: ImageFla
   )
   if labels.exclude_labelled and len(split.indices) == len(split.images):
     raise InputError(
-      f"--exclude-labelled leaves no image: all {len(split.images):,} have labels; leave it out"
+      f"--exclude-labelled leaves no images, as all {len(split.images):,} have labels: leave it out"
     )
   return split
 
@@ -291,15 +321,16 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
   pictures.check_memory(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
   there, num_processes = jax.devices(), jax.process_count()
   if num is None:
-    one = there[0].platform == "cpu" and num_processes == 1
-    num = 1 if one else parallel.most_devices(recipe.batch, len(there))
+    num = 1 if num_processes == 1 else parallel.most_devices(recipe.batch, len(there), num_processes)
   if num > len(there):
-    more = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num} makes them of one processor"
-    raise InputError(f"--devices {num}: there {'is' if len(there) == 1 else 'are'} {len(there)}{more}")
+    raise InputError(
+      f"--devices {num} is more than the {len(there)} available: to split a CPU into {num}, set"
+      f" XLA_FLAGS=--xla_force_host_platform_device_count={num}"
+    )
   if num % num_processes:
     raise InputError(
-      f"{num} devices cannot be shared by {num_processes} processes evenly: choose --devices and"
-      " --batch-size as multiples of them"
+      f"{num} devices cannot be shared evenly by {num_processes} processes: choose --devices and"
+      f" --batch-size as multiples of {num_processes}"
     )
   taken = [[d for d in there if d.process_index == i][: num // num_processes] for i in range(num_processes)]
   devices = [device for those in taken for device in those]

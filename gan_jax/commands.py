@@ -6,14 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from gan_jax import cli, figures, report
 from gan_jax.report import say
 from gan_jax.types import InputError, Json
+
+Model = Positional[Annotated[str, arg(metavar="RUN|EXPORT")]]
 
 # --- predict
 
@@ -22,12 +24,12 @@ from gan_jax.types import InputError, Json
 class Predict:
   """The flags of predict."""
 
-  model: Positional[str]
+  model: Model
   """Folder of a run, or of an export."""
-  images: Positional[tuple[str, ...]]
+  images: Positional[Annotated[tuple[str, ...], arg(metavar="PICTURES [PICTURES ...]")]]
   """Pictures, folders of pictures, or .npy and .npz files with an array of images."""
   out: str | None = None
-  """CSV file of the predictions (default: standard output)."""
+  """CSV file of the predictions (None: standard output)."""
   top_k: int = 1
   """Number of most probable classes to write for each image."""
   review: int | None = None
@@ -44,7 +46,7 @@ class Predict:
     if self.out is not None:
       report.check_file(Path(self.out))
       if self.review is not None and Path(self.out).exists():
-        raise InputError(f"{self.out} is there already and may hold labels: name another file")
+        raise InputError(f"{self.out} already exists and may hold labels: name another file")
 
 
 def predict(config: Predict) -> Json:
@@ -54,7 +56,8 @@ def predict(config: Predict) -> Json:
   python -m gan_jax predict RUN pictures/ --review 100 --out to_label.csv
 
   One line per image: its name, the predicted class and its probability, further classes with --top-k, and
-  real_logit, which is lower for images unlike the training images.
+  real_logit. Both are lower for images unlike the training images; after training with a GAN, the
+  probability separates such images better.
   """
   from gan_jax import model, pictures
 
@@ -117,7 +120,7 @@ def to_review(probs: np.ndarray, features: np.ndarray, num: int) -> list[int]:
 class Sample:
   """The flags of sample."""
 
-  model: Positional[str]
+  model: Model
   """Folder of a run, or of an export."""
   num: int = 64
   """Number of images."""
@@ -146,7 +149,7 @@ def sample(config: Sample) -> Json:
   say(f"opening {config.model}")
   loaded, out = model.load(config.model), Path(config.out)
   if loaded.scaling is not None and out.suffix == ".png":
-    raise InputError("this run's images are vectors, which are no picture: name a .npy file with --out")
+    raise InputError("this run was trained on vectors, which cannot be drawn: name a .npy file with --out")
   pictures.check_memory(config.num, loaded.recipe.image_shape, "choose a smaller --num", num_bytes=8)
   classes = None if config.class_name is None else [config.class_name] * config.num
   images = loaded.sample(config.num, seed=config.seed, classes=classes)
@@ -166,8 +169,8 @@ def sample(config: Sample) -> Json:
 class Export:
   """The flags of export."""
 
-  run: Positional[str]
-  """Folder of a run."""
+  run: Model
+  """Folder of a run, or of an export."""
   out: str
   """Folder for the files; it must be empty or new."""
   formats: tuple[Literal["safetensors", "onnx", "stablehlo"], ...] = ("safetensors",)
@@ -192,7 +195,7 @@ def export(config: Export) -> Json:
 class Report:
   """The flags of report."""
 
-  runs: Positional[tuple[str, ...]]
+  runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN [RUN ...]")]]
   """Folders of complete runs."""
   out: str = "report.html"
   """The page."""
@@ -215,7 +218,7 @@ def report_runs(config: Report) -> Json:
 class Check:
   """The flags of check."""
 
-  path: Positional[str]
+  path: Positional[Annotated[str, arg(metavar="PATH")]]
   """A folder of pictures or an .npz file, as for --dataset folder:PATH and arrays:PATH."""
 
   def check(self) -> None:
@@ -247,15 +250,12 @@ def _write(path: str | None, content: str | bytes) -> None:
     return
   file, content = Path(path), content.encode() if isinstance(content, str) else content
   there = file.is_file()
-  try:
-    report.write_bytes(file, content)
-  except OSError as error:
-    raise InputError(f"{path} cannot be written: {error.strerror}") from error
+  report.write_bytes(file, content)
   say(_written(path, there))
 
 
 def _written(path: str, there: bool) -> str:
-  return f"{path} is replaced" if there else f"written to {path}"
+  return f"replaced {path}" if there else f"written to {path}"
 
 
 CONFIGS: dict[str, tuple[Callable[[Any], Json], type]] = {

@@ -51,8 +51,8 @@ def split_labels(
   num_images = rest if num_images is None else num_images
   if not 0 < num_images <= rest:
     raise InputError(
-      f"{num_images} images to train on and {num_held_out} to hold out are not among the"
-      f" {len(labels)} training images: change --num-images or --hold-out"
+      f"cannot train on {num_images} of {len(labels)} training images while holding out {num_held_out}:"
+      " change --num-images or --hold-out"
     )
   order = np.random.default_rng(seed).permutation(len(labels))
   images, held_out = order[:num_images], order[rest:]
@@ -129,7 +129,7 @@ def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | N
 
 # --- On the device
 
-NUM_SEEN = 500
+NUM_SPACED = 500
 """Images that every run keeps on the device, for weight normalisation and diagnostics, see `seen`."""
 
 
@@ -150,12 +150,12 @@ class Stream:
     return sizes._replace(labelled=0 if self.labelled is None else sizes.labelled)
 
 
-def seen(x: Any) -> Any:
-  """`NUM_SEEN` evenly spaced rows, or all rows if there are no more. Idempotent.
+def evenly_spaced(x: Any) -> Any:
+  """`NUM_SPACED` evenly spaced rows, or all rows if there are no more. Idempotent.
 
   Evenly spaced, because the images of a folder are sorted by class.
   """
-  num = min(len(x), NUM_SEEN)
+  num = min(len(x), NUM_SPACED)
   return x[np.arange(num) * len(x) // max(num, 1)]
 
 
@@ -195,7 +195,7 @@ class DeviceData(struct.PyTreeNode):
     chex.assert_equal_shape([x_lab, x_unl], dims=(1, 2, 3))
     chex.assert_type([x_lab, x_unl], np.uint8)
     if np.min(y_lab, initial=0) < 0:
-      raise InputError("y_lab must be classes from 0 on: an image without a label is one of x_unl alone")
+      raise InputError("y_lab must hold classes numbered from 0: pass images without a label in x_unl only")
     held_out = jnp.asarray(x_unl[:0]), jnp.zeros(0, jnp.int32)
     return cls(jnp.asarray(x_lab), jnp.asarray(y_lab, jnp.int32), jnp.asarray(x_unl), *held_out)
 
@@ -204,7 +204,7 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   """Puts the labelled, unlabelled and held-out images on the device.
 
   The unlabelled images are all images of the run, with or without the labelled ones. For a streamed dataset
-  only the `seen` ones go to the device; the same holds for more than `NUM_SEEN` labelled images.
+  only the `evenly_spaced` ones go to the device; the same holds for more than `NUM_SPACED` labelled images.
   """
   labelled = np.asarray(split.indices, int)
   unlabelled = np.asarray(split.images, int)
@@ -214,9 +214,9 @@ def to_device(dataset: Dataset, split: LabelSplit, *, exclude_labelled: bool = F
   y_held_out = dataset.y_train[held_out] if split.per_class is None else np.full(len(held_out), -1)
   y_lab, stream = jnp.asarray(dataset.y_train[labelled], jnp.int32), None
   if dataset.workers is not None:
-    many = len(labelled) > NUM_SEEN
+    many = len(labelled) > NUM_SPACED
     stream = Stream(dataset.x_train, unlabelled, labelled if many else None, dataset.workers)
-    unlabelled, labelled = seen(unlabelled), seen(labelled)
+    unlabelled, labelled = evenly_spaced(unlabelled), evenly_spaced(labelled)
   take = lambda rows: jax.device_put(dataset.x_train[rows])  # `jnp.asarray` makes one more copy on the host
   x_lab = take(labelled)
   same = np.array_equal(labelled, unlabelled)  # every image has a label: one copy serves both
@@ -268,7 +268,7 @@ def to_device_splits(dataset: Dataset, splits: Sequence[LabelSplit], *, repeats:
     InputError: the splits differ in their images or in their number of labels.
   """
   if len({(split.images, split.held_out, len(split.indices)) for split in splits}) != 1:
-    raise InputError("splits that are trained together need the same images and as many labels each")
+    raise InputError("splits that are trained together need the same images and the same number of labels")
   labelled = np.array([split.indices * repeats for split in splits])
   return to_device(dataset, splits[0]).replace(
     x_lab=jnp.asarray(dataset.x_train[labelled]), y_lab=jnp.asarray(dataset.y_train[labelled], jnp.int32)

@@ -65,15 +65,17 @@ class Dataset:
         shape = ", ".join(map(str, x.shape))
         raise InputError(f"{part} images must be bytes (uint8) [N, H, W, C], not {x.dtype} [{shape}]")
       if len(x) != len(y):
-        raise InputError(f"there are {len(x):,} {part} images and {len(y):,} labels of them")
+        raise InputError(
+          f"there are {len(x):,} {part} images but {len(y):,} labels: pass one label per image"
+        )
       if (
         isinstance(y, np.ndarray)
         and len(y)
         and not lowest <= np.min(y) <= np.max(y) < len(self.class_names)
       ):
         raise InputError(
-          f"{part} labels must be {lowest} to {len(self.class_names) - 1}, as there are"
-          f" {len(self.class_names)} class names, and they are {np.min(y)} to {np.max(y)}"
+          f"{part} labels must range from {lowest} to {len(self.class_names) - 1} for"
+          f" {len(self.class_names)} class names, not from {np.min(y)} to {np.max(y)}"
         )
 
   @property
@@ -113,7 +115,7 @@ def is_streamed(choice: Choice, shape: Sequence[int], *, held: int = 0) -> bool:
   needed = math.prod(shape)
   if needed > room:
     say(
-      f"{shape[0]:,} training images take {needed / 1e9:.1f} GB, more than {where}, {room / 1e9:.1f} GB:"
-      " they are read while training (--stream no would hold them in memory)"
+      f"{shape[0]:,} training images take {needed / 1e9:.1f} GB, more than {where} ({room / 1e9:.1f} GB):"
+      " they are read during training; pass --stream no to hold them in memory"
     )
   return needed > room

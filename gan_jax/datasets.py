@@ -75,8 +75,8 @@ def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choic
     return prepared.load("mnist", data_dir, manual_dir, stream)
   except InputError:
     return _load_digits(
-      note="MNIST is not prepared here and cannot be had, so this run uses the bundled digits;"
-      " name a dataset with --dataset to rule that out"
+      note="MNIST is not prepared here and cannot be obtained, so this run uses the bundled digits;"
+      " name a dataset with --dataset to avoid this"
     )
 
 
@@ -89,7 +89,7 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
   num = min(10_000, len(labelled) // 3)
   held_out = np.sort(labelled[np.random.default_rng(seed).permutation(len(labelled))[:num]])
   kept = np.setdiff1d(np.arange(len(dataset.x_train)), held_out)
-  note = f"tuning: errors are those on {num} training images held out, not on the test set"
+  note = f"tuning: errors are those on {num} held-out training images, not on the test set"
   return replace(
     dataset,
     x_train=dataset.x_train[kept],
@@ -105,7 +105,7 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
 def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Dataset:
   """The dataset resized to squares of this side, see `pictures.resize_all`."""
   if dataset.scaling is not None:
-    raise InputError("--image-size is for images, and these are vectors: leave it out")
+    raise InputError("--image-size is for images, but these are vectors: leave it out")
   num = len(dataset.x_test) + (len(dataset.x_train) if isinstance(dataset.x_train, np.ndarray) else 0)
   pictures.check_memory(num, (side, side, dataset.x_train.shape[-1]), "choose a smaller --image-size")
 

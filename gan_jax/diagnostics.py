@@ -15,9 +15,7 @@ Classify = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
 """Images in [0, 1], `[B, H, W, C]`, to class logits `[B, K]`."""
 Diagnose = Callable[[TrainState, data.DeviceData], Metrics]
 
-NUM_IMAGES = data.NUM_SEEN
-"""Most images of each kind that are used."""
-MOST_CLASSES = NUM_IMAGES // 10
+MOST_CLASSES = data.NUM_SPACED // 10
 """Most classes with logged shares: with fewer than ten images per class, one may have none by chance."""
 
 WARM_UP = 0.1
@@ -43,7 +41,12 @@ SATURATED_LOSS = 0.01
 
 
 def make_diagnostics(
-  g: Generator, d: Discriminator, *, classify: Classify | None = None, by_class: bool = False
+  g: Generator,
+  d: Discriminator,
+  *,
+  classify: Classify | None = None,
+  by_class: bool = False,
+  boundary: float | None = 0.0,
 ) -> Diagnose:
   """Builds `diagnose(state, data) -> metrics`: pure, for jit, called from time to time.
 
@@ -71,6 +74,7 @@ def make_diagnostics(
       last two kinds of metric are omitted.
     by_class: whether D judges every image by its class, as in class-conditional training on all labels:
       r is then the logit of the class, `l_y`, else `logsumexp(l)`.
+    boundary: real logit above which D takes an image for real; None omits both accuracies.
 
   Returns:
     `diagnose`, which uses the same latents in every call. `data` should hold at least ten training images
@@ -82,8 +86,8 @@ def make_diagnostics(
   """
 
   def diagnose(state: TrainState, images: data.DeviceData) -> Metrics:
-    x_held_out = data.to_float(data.seen(images.x_held_out))
-    x_train = data.to_float(data.seen(images.x_lab if by_class else images.x_unl))
+    x_held_out = data.to_float(data.evenly_spaced(images.x_held_out))
+    x_train = data.to_float(data.evenly_spaced(images.x_lab if by_class else images.x_unl))
     num = len(x_train)
     if num < 2:
       raise InputError(f"diagnostics need at least 2 training images to compare with, not {num}")
@@ -93,7 +97,8 @@ def make_diagnostics(
     x = jnp.concatenate([x_train, x_held_out, x_fake])
     y = jnp.full(len(x), -1)
     if by_class and isinstance(latents, ClassLatents):
-      y = jnp.concatenate([data.seen(images.y_lab), data.seen(images.y_held_out), latents.y])
+      real = (data.evenly_spaced(known) for known in (images.y_lab, images.y_held_out))
+      y = jnp.concatenate([*real, latents.y])
     logits = d.apply({"params": state.d.params, **state.d.model_state}, x, train=False)[0]
     ends = [num, num + len(x_held_out)]
     train, held_out, fake = jnp.split(losses.known_real_logit(logits, y), ends)
@@ -101,10 +106,11 @@ def make_diagnostics(
     metrics = {
       "real_logit_train": r_train,
       "real_logit_fake": r_fake,
-      "train_accuracy": 100 * (train > 0).mean(),
-      "fake_accuracy": 100 * (fake < 0).mean(),
       "variance_ratio": x_fake.var(axis=0).mean() / jnp.maximum(x_train.var(axis=0).mean(), 1e-12),
     }
+    if boundary is not None:
+      metrics["train_accuracy"] = 100 * (train > boundary).mean()
+      metrics["fake_accuracy"] = 100 * (fake < boundary).mean()
     if len(x_held_out):
       gap, whole = r_train - held_out.mean(), r_train - r_fake
       metrics["real_logit_held_out"] = held_out.mean()
@@ -162,8 +168,8 @@ def _memorises(seen: Sequence[Json]) -> str | None:
   if not (r_v > MEMORISED and train_accuracy > MEMORISED_ACCURACY and knows_fakes):
     return None
   return (
-    f"the discriminator memorises its training images: it takes {train_accuracy:.0f} % of them for"
-    f" real, and sees unseen images {100 * r_v:.0f} % of the way from them to generated ones; try"
+    f"the discriminator memorises its training images: it classifies {train_accuracy:.0f} % of them"
+    f" as real, and places unseen images {100 * r_v:.0f} % of the way from them to generated ones; try"
     " stronger or adaptive augmentation, more images, a gradient penalty, or fewer steps"
   )
 
@@ -178,11 +184,11 @@ def _lost_classes(seen: Sequence[Json], class_names: Sequence[str]) -> str | Non
   listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
   what = f"has lost {len(names)} of {num_classes} classes ({listed}):"
   if len(missing) == num_classes:
-    what = f"draws few of the {num_classes} classes at a time, and others each time: mostly"
+    what = f"draws only a few of the {num_classes} classes, and different ones each time: mostly"
   most = 100 * max(shares[k] for k in missing)
   return (
-    f"the generator {what} each is at most"
-    f" {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
+    f"the generator {what} each makes up at"
+    f" most {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
     " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
   )
 
@@ -193,7 +199,7 @@ def _same_image(seen: Sequence[Json]) -> str | None:
     return None
   return (
     "the generator draws nearly the same image every time: the variance of its pixels is"
-    f" {ratio:.2g} of the data's, where 1 is right; try feature matching, a lower"
+    f" {ratio:.2g} of the data's, but should be close to 1; try feature matching, a lower"
     " learning rate of the generator, or larger batches"
   )
 
@@ -205,8 +211,8 @@ def _saturated(seen: Sequence[Json], d_loss: Sequence[float], *, g_is_stuck: boo
     return None
   why = f"its loss is {np.median(d_loss):.2g}" if no_loss else "the generator's loss does not move"
   return (
-    f"the discriminator has saturated: it tells {train_accuracy:.1f} % of the training images and"
-    f" {fake_accuracy:.1f} % of the generated ones, and {why}; try a lower learning rate of the"
+    f"the discriminator has saturated: it recognises {train_accuracy:.1f} % of the training images"
+    f" and {fake_accuracy:.1f} % of the generated ones, and {why}; try a lower learning rate of the"
     " discriminator, a gradient penalty, stronger augmentation, or feature matching"
   )
 

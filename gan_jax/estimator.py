@@ -76,13 +76,18 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 for unlabelled ones.
 
     Raises:
-      ValueError: there is no label, -1 is text, the network does not take images of this shape, training
-        diverged, or scikit-learn refuses the input.
+      ValueError: there is no label, -1 is text, a label is None, the network does not take images of this
+        shape, training diverged, or scikit-learn refuses the input.
     """
     X, y = validate_data(self, X, y, allow_nd=True, ensure_min_samples=2)
-    if y.dtype.kind in "US" and "-1" in y.astype(str):
-      raise ValueError("y holds the text -1: for -1 as no label beside names, make y of dtype object")
-    labelled = np.array([value != -1 for value in y.tolist()])
+    values = y.tolist()
+    if any(isinstance(value, str | bytes) and value in ("-1", b"-1") for value in values):
+      raise ValueError(
+        "y holds the text -1: to mix names with -1 for no label, pass the number -1 and dtype object"
+      )
+    if None in values:
+      raise ValueError("y holds None: mark images without a label by -1")
+    labelled = np.array([value != -1 for value in values])
     if not labelled.any():
       raise ValueError("y has no label: every value is -1")
     check_classification_targets(y[labelled].astype(str) if y.dtype == object else y[labelled])
@@ -94,7 +99,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     seed = check_random_state(self.random_state).randint(2**31)
     fit = train.fit(recipe, images, jax.random.key(seed), verbose=self.verbose)
     if fit.interrupted:
-      warnings.warn("training was interrupted: this is the classifier so far", stacklevel=2)
+      warnings.warn("training was interrupted: the classifier is only partly trained", stacklevel=2)
     self.n_iter_ = int(fit.state.step)
     self._described = recipes.describe(recipe)
     self._averages = jax.tree.map(np.asarray, checkpoint.averages(fit.state))
@@ -159,18 +164,18 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     check_is_fitted(self)
     X = validate_data(self, X, allow_nd=True, reset=False)
     if X.shape[1:] != self._row_shape:
-      raise ValueError(f"X has rows of shape {X.shape[1:]}, and those of training had {self._row_shape}")
+      raise ValueError(f"X has rows of shape {X.shape[1:]}, but those in training had {self._row_shape}")
     return self._to_images(X)
 
   def _recipe(self, x: np.ndarray, y_lab: np.ndarray) -> recipes.Recipe:
     if self.network != "auto" and self.network not in networks.PAIRS:
-      raise ValueError(f"there is no network {self.network}: there are auto, {', '.join(networks.PAIRS)}")
+      raise ValueError(f"unknown network {self.network}: choose from auto, {', '.join(networks.PAIRS)}")
     if self.num_steps is not None and not (isinstance(self.num_steps, Integral) and self.num_steps >= 1):
       raise ValueError(f"num_steps must be a whole number of at least 1, not {self.num_steps}")
     network: Any = None if self.network == "auto" else self.network
     policy: Any = self.augmentation or "none"
     if policy is not True and policy not in policies.POLICIES:
-      raise ValueError(f"there is no augmentation {policy}: there are {', '.join(policies.POLICIES)}")
+      raise ValueError(f"unknown augmentation {policy}: choose from {', '.join(policies.POLICIES)}")
     hparams = ssgan.for_images(
       x.shape[1:],  # pyright: ignore[reportArgumentType]
       len(x),

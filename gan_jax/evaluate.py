@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gan_jax import losses, metrics, objectives, probe, steps
 from gan_jax.dataset import Dataset
 from gan_jax.recipes import Recipe
-from gan_jax.types import Json, TrainState
+from gan_jax.types import InputError, Json, TrainState
 
 
 def with_test_set(dataset: Dataset) -> Dataset:
@@ -86,6 +86,9 @@ def make_evaluate(
     recipe: the recipe of the states; only its objective may differ.
     every_layer: fits probes on every layer, not only on the features.
     of_input: also fits a linear probe on the input, pixels or vectors, reported as `input`.
+
+  Raises:
+    InputError: by `evaluate`, if there are no test images.
   """
   classify, layers = steps.make_classifier(recipe.d), probe.make_layers(recipe.d, recipe.image_shape)
 
@@ -112,6 +115,8 @@ def make_evaluate(
     dataset: Dataset, states: Sequence[TrainState], labelled: Sequence[Labelled]
   ) -> list[Evaluation]:
     test, found = with_test_set(dataset), []
+    if not len(test.x_test):
+      raise InputError(f"{dataset.name} has no test images to evaluate on")
     y = np.asarray(test.y_test)
     for state, (x_lab, y_lab) in zip(states, labelled, strict=True):
       _, features = metrics.predict(partial(read, state), x_lab)
@@ -226,9 +231,9 @@ sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))
 """`sampler(g)(variables, key, num, y)`, compiled, see `steps.make_sampler`."""
 
 
-def load_feature_extractor(dataset: Dataset, **kwargs: Any) -> metrics.FeatureExtractor:
+def load_feature_extractor(dataset: Dataset) -> metrics.FeatureExtractor:
   """The feature extractor for Frechet distances to this test set, see `metrics.load_feature_extractor`."""
-  return metrics.load_feature_extractor(with_test_set(dataset), **kwargs)
+  return metrics.load_feature_extractor(with_test_set(dataset))
 
 
 def sample(

@@ -22,7 +22,7 @@ from gan_jax.types import InputError, Json
 
 Format = Literal["safetensors", "onnx", "stablehlo"]
 
-_JAX2ONNX = "pip install 'gan-jax[export]' && pip install --no-deps jax2onnx==0.17.1"
+_JAX2ONNX = "pip install -e '.[export]' && pip install --no-deps jax2onnx==0.17.1"
 
 
 def export(run: str | Path, out: str | Path, formats: Sequence[Format]) -> list[Path]:
@@ -43,7 +43,9 @@ def export(run: str | Path, out: str | Path, formats: Sequence[Format]) -> list[
   """
   unknown = [each for each in formats if each not in get_args(Format)]
   if unknown or not formats:
-    raise InputError(f"name formats of {', '.join(get_args(Format))}, not {', '.join(unknown) or 'none'}")
+    raise InputError(
+      f"choose formats from {', '.join(get_args(Format))}, not {', '.join(unknown) or 'none'}"
+    )
   out, model = Path(out), load(run)
   with _new_folder(out) as folder:
     for each in formats:
@@ -119,7 +121,7 @@ def to_stablehlo(model: Model, path: str | Path) -> None:
   try:
     content = exported.serialize()
   except ImportError as error:
-    raise InputError("StableHLO needs flatbuffers: pip install 'gan-jax[export]'") from error
+    raise InputError("StableHLO needs flatbuffers: pip install -e '.[export]'") from error
   report.write_bytes(Path(path), bytes(content))
   report.write_json(Path(f"{path}.json"), about(model))
 
@@ -169,12 +171,12 @@ def _new_folder(path: Path) -> Iterator[Path]:
   """A temporary folder that becomes `path`, or fills the empty folder there, when it is complete."""
   there, name = path.exists(), f".{path.absolute().name}.{getpid()}"
   if there and not (path.is_dir() and not any(path.iterdir())):
-    raise InputError(f"{path} is there already and not an empty folder: name a new one")
+    raise InputError(f"{path} already exists and is not an empty folder: name a new one")
   beside = path / name if there else path.absolute().with_name(name)
   try:
     beside.mkdir(parents=True)
   except OSError as error:
-    raise InputError(f"{path} cannot be made: {error.strerror}") from error
+    raise InputError(f"{path} cannot be created: {error.strerror}") from error
   try:
     yield beside
     if there:  # not replaced: it may be the working directory or a mount point
@@ -324,12 +326,20 @@ generator {{ "{:,}".format(model.num_parameters.g) }} |
 {% endif %}
 
 ```python
+import gan_jax
+
 model = gan_jax.load("this folder")
 {% if model.has_classifier %}
 probabilities = model.predict(images)
 {% endif %}
+{% if model.has_classifier and model.recipe.has_generator %}
+novelty = 1 - probabilities.max(axis=1)
+{% else %}
 novelty = -model.real_logit(images)
+{% endif %}
+{% if model.recipe.has_generator %}
 samples = model.sample(16, seed=0)
+{% endif %}
 ```
 
 ## Limits
@@ -337,8 +347,8 @@ samples = model.sample(16, seed=0)
 - It takes {{ "images of " ~ shape if model.scaling is none else "vectors of this length" }} alone; others
   are refused, not resized.
 {% if model.has_classifier %}
-- Every image gets one of the classes, whatever it shows. `real_logit` is meant to be lower for images that
-  are unlike the training images; no threshold for it comes with the model.
+- Every image gets one of the classes, whatever it shows. The highest probability and `real_logit` are meant
+  to be lower for images that are unlike the training images; no threshold for them comes with the model.
 - The probabilities are a softmax, without calibration.
 {% endif %}
 {% if result.test_error is none and result.probe_test_error is none %}

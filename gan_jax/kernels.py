@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Key, UInt32
 # --- Products and convolutions
 
 Precision = Literal["float32", "bfloat16"]
-"""The precision of products and convolutions; everything else is float32."""
+"""The precision of products and convolutions; everything else is float32. With float32, GPUs and TPUs use
+their lower default (TF32, bfloat16) unless `jax_default_matmul_precision` says otherwise."""
 
 
 def in_precision(product: Callable[..., Array], precision: Precision) -> Callable[..., Array]:

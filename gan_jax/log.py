@@ -58,7 +58,7 @@ class MetricsLog:
     rows, self._file, self._tensorboard = [], None, None
     if workdir is not None:
       path = workdir / "metrics.jsonl"
-      rows = report.read_metrics(path, ("phase", "step", "seconds"))
+      rows = report.read_rows(path, ("phase", "step", "seconds"))
       rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
       report.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
       self._file = open(path, "a", buffering=1)  # noqa: SIM115
@@ -135,7 +135,7 @@ def _tensorboard(path: Path) -> Any:
   try:
     from tensorboardX import SummaryWriter
   except ImportError as error:
-    raise InputError('--tensorboard needs tensorboardX: pip install "gan-jax[tensorboard]"') from error
+    raise InputError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'") from error
   return SummaryWriter(str(path))
 
 

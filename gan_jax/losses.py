@@ -63,6 +63,8 @@ class Adversarial(NamedTuple):
   """(real, fake) real logits -> (loss of each real image, loss of each fake image)."""
   g: Callable[[Float[Array, "n"], Float[Array, "m"]], Float[Array, "m"]]
   """(real, fake) real logits -> loss of each fake image."""
+  boundary: float | None = 0.0
+  """The real logit at which D is undecided; None if the loss does not fix it."""
 
 
 def _cross_entropy_d(real: Array, fake: Array) -> tuple[Array, Array]:
@@ -94,6 +96,7 @@ References:
 least_squares = Adversarial(
   d=lambda real, fake: (jnp.square(real - 1) / 2, jnp.square(fake) / 2),
   g=lambda real, fake: jnp.square(fake - 1) / 2,
+  boundary=0.5,
 )
 """D minimises `(r - 1)^2 / 2 + f^2 / 2`, G minimises `(f - 1)^2 / 2`.
 
@@ -111,7 +114,7 @@ References:
   https://arxiv.org/abs/1802.05957, equations 16 and 17.
 """
 
-wasserstein = Adversarial(d=lambda real, fake: (-real, fake), g=lambda real, fake: -fake)
+wasserstein = Adversarial(d=lambda real, fake: (-real, fake), g=lambda real, fake: -fake, boundary=None)
 """D minimises `f - r`, G minimises `-f`: the Wasserstein-1 distance, if D is 1-Lipschitz.
 
 The loss does not enforce this: use `penalties.wgan_gp` or spectral normalisation.
@@ -131,7 +134,7 @@ def _relativistic_g(real: Array, fake: Array) -> Array:
   return jax.nn.softplus(real - fake)
 
 
-relativistic = Adversarial(d=_relativistic_d, g=_relativistic_g)
+relativistic = Adversarial(d=_relativistic_d, g=_relativistic_g, boundary=None)
 """Each generated image against one real image: D minimises `softplus(f - r)`, G `softplus(r - f)`.
 
 The i-th real and the i-th generated image form a pair, so both batches must have the same size; the
@@ -160,7 +163,7 @@ def smooth(loss: Adversarial, label: float) -> Adversarial:
     _, as_fake = loss.d(real, real)
     return label * as_real + (1 - label) * as_fake, of_fake
 
-  return Adversarial(d, loss.g)
+  return loss._replace(d=d)
 
 
 def feature_matching(
@@ -208,7 +211,8 @@ def adamatch(
   `c = threshold * E max_k p_k`, `q = p(. | strong, real)`. This matches the class frequencies of the
   pseudo-labels to those predicted on labelled images, and makes the threshold relative to the confidence on
   labelled images, because a penalty on D's gradient lowers both confidences. No gradient flows into `p` and
-  `t`.
+  `t`. Both means are those of the batch, so with few images fewer pass the threshold; the authors' code
+  averages them over steps.
 
   Args:
     logits_lab: of the labelled images; if empty, the loss is that of `consistency`.

@@ -139,7 +139,9 @@ class Model:
         names += [f"{path}[{i}]" for i in range(len(x))]
         images.append(x)
       elif self.scaling is not None:
-        raise InputError(f"{path} is no array: this model was trained on vectors, .npy or .npz")
+        raise InputError(
+          f"{path} is not an array: this model was trained on vectors, so name .npy or .npz files"
+        )
       else:
         files = below(path) if path.is_dir() else {"": path}
         alone = len(paths) == 1 and path.is_dir()
@@ -151,7 +153,7 @@ class Model:
     wrong = next((i for i, x in enumerate(images) if x.shape[1:] != shape), None)
     if wrong is not None:
       wanted, found = ("x".join(map(str, each)) for each in (shape, images[wrong].shape[1:]))
-      raise InputError(f"this model takes images of {wanted}, and there is one of {found}: resize it")
+      raise InputError(f"this model takes images of {wanted}, but one is {found}: resize it")
     return names, np.concatenate(images)
 
   def _from_array(self, path: Path) -> np.ndarray:
@@ -163,7 +165,9 @@ class Model:
     except TypeError:  # an .npy file is one array
       x = np.load(path, allow_pickle=False)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-      raise InputError(f"{path} holds no array x of images: save it with numpy") from error
+      raise InputError(
+        f"{path} holds no readable array: save one with numpy.save, or as x with numpy.savez"
+      ) from error
     if self.scaling is not None:
       return self.scaling.apply(x)
     if self.reader is not None and x.ndim > 2:
@@ -176,12 +180,12 @@ class Model:
 
   def _numbers(self, classes: Sequence[str], num: int) -> np.ndarray:
     if not steps.is_class_conditional(self.recipe.g):
-      raise InputError("this generator cannot be asked for classes: its run was not class-conditional")
+      raise InputError("this generator cannot draw a chosen class: its run was not class-conditional")
     if len(classes) != num:
-      raise InputError(f"{num} images were asked for and {len(classes)} classes were named")
+      raise InputError(f"there are {num} images but {len(classes)} classes: name one class per image")
     unknown = sorted(set(classes) - set(self.classes))
     if unknown:
-      raise InputError(f"there is no class {unknown[0]}: there are {', '.join(self.classes)}")
+      raise InputError(f"there is no class {unknown[0]}: the classes are {', '.join(self.classes)}")
     number = {name: i for i, name in enumerate(self.classes)}
     return np.array([number[name] for name in classes])
 
@@ -198,8 +202,8 @@ class Model:
     if x.dtype == np.uint8:
       return x
     if not (np.issubdtype(x.dtype, np.floating) and np.all((x >= 0) & (x <= 1))):  # refuses NaN
-      beyond = ", some of them beyond" if x.dtype.kind == "f" else ""
-      raise InputError(f"images must be bytes or floats in [0, 1], and these are {x.dtype}{beyond}")
+      beyond = " values outside that range" if x.dtype.kind == "f" else ""
+      raise InputError(f"images must be bytes or floats in [0, 1], not {x.dtype}{beyond}")
     return x.astype(np.float32, copy=False)
 
 
@@ -222,7 +226,7 @@ def load(run: str | Path) -> Model:
   except FileNotFoundError as error:
     raise InputError(f"{path} is not the folder of a run: it has no config.json") from error
   except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-    raise InputError(f"{path} holds no model: its config.json names no recipe") from error
+    raise InputError(f"{path} holds no model: its config.json contains no recipe") from error
   recipe = recipes.rebuild(described)
   like = recipe.abstract_state()
   if (path / checkpoint.SAFETENSORS["d"]).exists():

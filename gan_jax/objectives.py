@@ -23,6 +23,8 @@ class Objective:
 
   d: Mapping[str, tuple[Weight, Term]]
   g: Mapping[str, tuple[Weight, Term]] = field(default_factory=dict)
+  boundary: float | None = 0.0
+  """Of the adversarial loss, see `losses.Adversarial`."""
 
   def __post_init__(self):
     # A weight of zero removes its term before anything is traced.
@@ -105,6 +107,7 @@ def gan(
       "adversarial": (1.0, terms.adversarial_g(loss, labelled=labelled)),
       "rotation": (0.2 * rotation_weight, terms.rotation(lambda outputs: outputs.fake)),
     },
+    boundary=loss.boundary,
   )
 
 
@@ -176,7 +179,7 @@ def conditional_gan(
   classifier = semi_supervised_gan(
     adversarial=0.0, consistency_weight=consistency_weight, weak=weak, threshold=threshold
   )
-  return Objective(d={**adversarial.d, **classifier.d}, g=adversarial.g)
+  return replace(adversarial, d={**adversarial.d, **classifier.d})
 
 
 def bad_gan(*, entropy_weight: Weight, density_weight: Weight, quantile: float = 0.1) -> Objective:

@@ -70,13 +70,12 @@ def write(
   Args:
     path: path of the page.
     result: contents of `result.json`.
-    table: rows, each a name and its values. A test error in percent gets a bar; a row named `alarm` becomes
-      an alarm.
+    table: rows, each a name and its values. A test error in percent gets a bar.
     pictures: title and PNG file, one section each.
     sections: further sections.
     command: the command that repeats the run.
   """
-  alarms = [f"Alarm: {value}" for name, *values in table if name == "alarm" for value in values]
+  alarms = [f"Alarm: {alarm}" for alarm in result.get("alarms", ())]
   early = f"Stopped after {result.get('steps')} steps, before the run was complete."
   notes = [result.get("note"), early if result.get("interrupted") else None, *alarms]
   shown = [
@@ -86,8 +85,7 @@ def write(
     Section("The full result", code=json.dumps(result, indent=2), folded=True),
   ]
   title = f"{result['experiment']} on {result['dataset']}"
-  rows = [row for row in table if row[0] != "alarm"]
-  _render(path, title, shown, headline=_headline(result), detail=_detail(result), notes=notes, table=rows)
+  _render(path, title, shown, headline=_headline(result), detail=_detail(result), notes=notes, table=table)
 
 
 def compare(path: Path, runs: Sequence[Path]) -> None:
@@ -136,10 +134,7 @@ def compare(path: Path, runs: Sequence[Path]) -> None:
     for what in (each.get("note"), *each.get("alarms", ()), each.get("interrupted") and "stopped early")
     if what
   ]
-  try:
-    _render(path, f"{len(stored)} runs side by side", sections, notes=notes)
-  except OSError as error:
-    raise InputError(f"{path} cannot be written: {error.strerror}") from error
+  _render(path, f"{len(stored)} runs side by side", sections, notes=notes)
 
 
 # --- Sections of a classifier
@@ -337,7 +332,7 @@ def _read(run: Path) -> tuple[Json, Json]:
         raise InputError(f"{run} is an export, not a run: name the run that it was made from") from error
       if stored:
         raise InputError(
-          f"the run in {run} is not complete: it has no {name}; go on with --resume"
+          f"the run in {run} is not complete: it has no {name}; continue it with --resume"
         ) from error
       raise InputError(f"{run} is not the folder of a run: it has no {name}") from error
     except (OSError, ValueError) as error:

@@ -30,6 +30,12 @@ from gan_jax.types import BatchSizes, InputError, TrainState
 if TYPE_CHECKING:
   from gan_jax.recipes import Recipe
 
+
+def _mesh_of(devices: Sequence[Any], axis: str) -> Mesh:
+  """These devices in this order: `jax.make_mesh` refuses subsets of a TPU's chips that are no cuboid."""
+  return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
+
+
 # --- One run
 
 
@@ -74,16 +80,20 @@ def over_devices(recipe: "Recipe", devices: Sequence[Any]) -> "Recipe":
   if sizes:
     name, num = next(iter(sizes.items()))
     raise InputError(
-      f"{num} {name} images per step cannot be split over {len(devices)} devices: take a multiple, or"
-      f" {most_devices(recipe.batch, len(devices))} of the devices"
+      f"{num} {name} images per step cannot be split evenly over {len(devices)} devices: choose a multiple"
+      f" of {len(devices)}, or --devices {most_devices(recipe.batch, len(devices))}"
     )
   mesh = _batch_mesh(devices)
   return dataclasses.replace(recipe, g=_Split(recipe.g, mesh), d=_Split(recipe.d, mesh))
 
 
-def most_devices(sizes: BatchSizes, num: int) -> int:
-  """The largest number of devices, at most `num`, over which a batch of these sizes can be split."""
-  return max(n for n in range(1, num + 1) if not any(size % n for size in sizes))
+def most_devices(sizes: BatchSizes, num: int, multiple: int = 1) -> int:
+  """The largest number of devices over which a batch of these sizes can be split.
+
+  It is at most `num` and a multiple of `multiple`, which is returned if there is none.
+  """
+  fitting = (n for n in range(multiple, num + 1, multiple) if not any(size % n for size in sizes))
+  return max(fitting, default=multiple)
 
 
 def replicated(tree: Any, devices: Sequence[Any]) -> Any:
@@ -114,7 +124,7 @@ def rows_here(sharding: Sharding, shape: Sequence[int], axis: int) -> Int[np.nda
 
 
 def _batch_mesh(devices: Sequence[Any]) -> Mesh:
-  return jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+  return _mesh_of(devices, "batch")
 
 
 # --- One run, under jax.pmap
@@ -139,7 +149,7 @@ def over_axis(recipe: "Recipe") -> "Recipe":
   parts = []
   for net in (recipe.g, recipe.d):
     if not hasattr(net, "axis_name"):
-      raise InputError(f"{type(net).__name__} has no axis_name, which pmap needs: take over_devices")
+      raise InputError(f"{type(net).__name__} has no axis_name, which pmap needs: use over_devices instead")
     parts.append(_Part(net.clone(axis_name=AXIS)))  # pyright: ignore[reportAttributeAccessIssue]
   return dataclasses.replace(recipe, g=parts[0], d=parts[1])
 
@@ -165,7 +175,7 @@ def _own(x: Array) -> Array:
   """The device's part of a whole batch."""
   num, rest = divmod(x.shape[0], jax.lax.axis_size(AXIS))
   if rest:
-    raise InputError(f"{x.shape[0]} images cannot be split over {jax.lax.axis_size(AXIS)} devices evenly")
+    raise InputError(f"{x.shape[0]} images cannot be split evenly over {jax.lax.axis_size(AXIS)} devices")
   return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * num, num)
 
 
@@ -262,4 +272,4 @@ def pick(tree: Any, i: int) -> Any:
 def _mesh(num_replicates: int, devices: Sequence[Any] | None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   num = max(n for n in range(1, len(devices) + 1) if num_replicates % n == 0)
-  return jax.make_mesh((num,), ("replicate",), axis_types=(AxisType.Auto,), devices=devices[:num])
+  return _mesh_of(devices[:num], "replicate")

@@ -14,28 +14,19 @@ from typing import Any, TypeVar, get_type_hints
 import typeguard
 import tyro
 
-from gan_jax.cli import ProcessFlags, RunFlags, flag
+from gan_jax.cli import LoopFlags, ProcessFlags, RunFlags, StreamFlags, flag
 from gan_jax.types import InputError, Json
 
 Config = TypeVar("Config")
 
-# These control a run's input, output and execution, not what it computes.
-PROCESSES = {field.name for field in dataclasses.fields(ProcessFlags)}
-NOT_RECIPE = {
-  "data_dir",
-  "manual_dir",
-  "stream",
-  "workers",
-  "workdir",
-  "resume",
-  "overwrite",
-  "tensorboard",
-  "checkpoint_every",
-  "folds",
-  "devices",
-  "on_nonfinite",
-  *PROCESSES,
-}
+
+def _names(*groups: type) -> set[str]:
+  return {field.name for group in groups for field in dataclasses.fields(group)}
+
+
+PROCESSES = _names(ProcessFlags)
+NOT_RECIPE = {"data_dir", "manual_dir", "folds"} | _names(StreamFlags, LoopFlags, ProcessFlags, RunFlags)
+"""Flags of a run's input, output and execution, which do not change what it computes."""
 
 
 def check(config: Any) -> None:
@@ -44,9 +35,9 @@ def check(config: Any) -> None:
     largest = 2**32 - 1 if name.endswith("seed") else 2**31 - 1  # a larger seed would wrap around
     for number in value if isinstance(value, tuple) else (value,):
       if isinstance(number, int) and number > largest:
-        raise InputError(f"{flag(name)} must be at most {largest:,}, and it is {number:,}")
+        raise InputError(f"{flag(name)} must be at most {largest:,}, not {number:,}")
       if isinstance(number, float) and not math.isfinite(number):
-        raise InputError(f"{flag(name)} must be a finite number, and it is {number}")
+        raise InputError(f"{flag(name)} must be a finite number, not {number}")
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value) and hasattr(value, "check"):
@@ -76,7 +67,7 @@ def command(program: str, config: Any) -> str:
   """
   defaults, words = flags_of(type(config)()), []
   for name, value in flags_of(config).items():
-    if value == defaults[name] or name in ("workdir", "resume", "overwrite", *PROCESSES):
+    if value == defaults[name] or name in _names(RunFlags, ProcessFlags):
       continue
     if isinstance(value, bool):
       words.append(flag(name) if value else flag(f"no_{name}"))
@@ -148,7 +139,7 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
   for name in old:
     if _named(old[name]) != _named(new[name]):
       raise InputError(
-        f"{path} was begun with {flag(name)} {old[name]}, not {new[name]}: leave the flag out"
+        f"{path} was started with {flag(name)} {old[name]}, not {new[name]}: leave the flag out"
       )
   return config
 

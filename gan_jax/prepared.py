@@ -36,8 +36,8 @@ def load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice
   if not builder.is_prepared():
     if name not in MNIST_FAMILY:
       raise InputError(
-        f"{name} is not prepared in {builder.data_dir}; prepare it once with"
-        f' pip install "gan-jax[tf]" && tfds build {name} --file_format=array_record'
+        f"{name} is not prepared in {builder.data_dir}: prepare it once with"
+        f" pip install -e '.[tf]' && tfds build {name} --file_format=array_record"
       )
     builder = _prepare(name, data_dir, manual_dir)
   return _read(builder, name, stream)
@@ -54,14 +54,14 @@ def _builder(name: str, data_dir: str | None) -> Any:
     return tfds.builder(name, data_dir=data_dir)
   except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
     raise InputError(
-      f"unknown dataset {name!r}: there are auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH,"
+      f"unknown dataset {name!r}: choose from auto, digits, {', '.join(MNIST_FAMILY)}, folder:PATH,"
       " arrays:FILE.npz and the image-classification datasets of tensorflow-datasets, such as cifar10"
     ) from error
   except Exception as error:  # tfds may raise anything for an unknown version or damaged files
     reason = str(error).rpartition('": ')[2].partition("\n")[0].strip(". ")
     raise InputError(
-      f"{name} cannot be opened ({reason}): name a version that there is, or remove what is prepared of it"
-      " and prepare it anew"
+      f"{name} cannot be opened ({reason}): name a version that exists, or delete the prepared data and"
+      " prepare it again"
     ) from error
 
 
@@ -189,7 +189,8 @@ def _read(builder: Any, name: str, stream: Choice) -> Dataset:
   except Exception as error:  # a damaged file may raise anything
     reason = (str(error) or type(error).__name__).partition("\n")[0]
     raise InputError(
-      f"{name} in {builder.data_dir} cannot be read ({reason}): remove that folder and prepare it anew"
+      f"{name} in {builder.data_dir} cannot be read ({reason}): delete that folder and"
+      " prepare the dataset again"
     ) from error
   dataset = _checked(builder, name, arrays | source)
   write_cache(cache, arrays)
@@ -203,11 +204,11 @@ def _checked(builder: Any, name: str, arrays: dict[str, Any]) -> Dataset:
   x, x_test = dataset.x_train, dataset.x_test
   if x.shape[1:] != x_test.shape[1:]:
     raise InputError(
-      f"{name} must hold images of one size, and those of training are {list(x.shape[1:])}, those of the"
-      f" test set {list(x_test.shape[1:])}"
+      f"{name} must hold images of one size, but its training images are {list(x.shape[1:])} and its test"
+      f" images {list(x_test.shape[1:])}"
     )
   if len(x) != builder.info.splits["train"].num_examples or dataset.y_train.min() < 0:
-    raise InputError(f"{name} is not an image-classification dataset of bytes, each with a class")
+    raise InputError(f"{name} is not an image-classification dataset with a class for every image")
   return dataset
 
 
@@ -217,7 +218,7 @@ class Records:
   def __init__(self, source: Any, name: str):
     self._source, self._name = source, name
     first = self._read([0])[0]
-    self.shape, self.dtype = (len(source), *first.shape), first.dtype
+    self.shape = (len(source), *first.shape)
 
   def __len__(self) -> int:
     return self.shape[0]
@@ -232,7 +233,7 @@ class Records:
     try:
       return [example["image"] for example in self._source.__getitems__(np.asarray(rows).tolist())]
     except Exception as error:  # the record reader and Pillow may raise anything
-      raise InputError(f"records of {self._name} {reason_of(error)}") from error
+      raise InputError(f"a record of {self._name} {reason_of(error)}") from error
 
 
 def _source(builder: Any, name: str, split: str, **kwargs: Any) -> Any:
@@ -240,7 +241,7 @@ def _source(builder: Any, name: str, split: str, **kwargs: Any) -> Any:
     return builder.as_data_source(split=split, **kwargs)
   except NotImplementedError as error:
     raise InputError(
-      f"{name} is prepared in a format that only TensorFlow reads; prepare it once more with"
+      f"{name} is prepared in a format that only TensorFlow reads: prepare it again with"
       f" tfds build {name} --file_format=array_record --overwrite"
     ) from error
 
@@ -253,7 +254,7 @@ def _decode(builder: Any, name: str, split: str, part: str = "train") -> dict[st
   shapes = {image.shape for image in images}
   if len(shapes) != 1:
     found = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3]) or "no images"
-    raise InputError(f"{name} must hold images of one size, not {found}; resize them first")
+    raise InputError(f"{name} must hold images of one size, not {found}: resize them first")
   return {f"x_{part}": np.stack(images), f"y_{part}": np.asarray(labels, np.int64)}
 
 

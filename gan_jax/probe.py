@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from gan_jax.types import Discriminator, TrainState
 
+# Accelerators compute products of float32 in fewer bits by default, too few for differences of distances.
+_exact = jax.default_matmul_precision("highest")
+
 
 class LinearProbe(struct.PyTreeNode):
   """A linear classifier on standardised features."""
@@ -21,10 +24,12 @@ class LinearProbe(struct.PyTreeNode):
   weights: Float[Array, "f k"]
   bias: Float[Array, "k"]
 
+  @_exact
   def logits(self, features: Float[Array, "b f"]) -> Float[Array, "b k"]:
     return (features - self.mean[None]) / self.std[None] @ self.weights + self.bias[None]
 
 
+@_exact
 def fit_linear(
   features: Float[Array, "n f"],
   y: Int[Array, "n"],
@@ -38,7 +43,8 @@ def fit_linear(
 
   The features are first standardised by their own mean and standard deviation; constant features
   are ignored. The bias is not penalised. The problem is strictly convex in W, so the solution is unique
-  and needs no seed: it is that of scikit-learn's `LogisticRegression(C=1 / l2)`.
+  and needs no seed: it is that of scikit-learn's `LogisticRegression(C=1 / l2)`, or `C=2 / l2` for two
+  classes.
 
   Args:
     features: `[N, F]`, on any scale.
@@ -84,6 +90,7 @@ class NearestNeighbour(struct.PyTreeNode):
   """The standardised features of the labelled images."""
   y: Int[Array, "n"]
 
+  @_exact
   def classes(self, features: Float[Array, "b f"]) -> Int[Array, "b"]:
     z = (features - self.mean[None]) / self.std[None]
     # |z - z_i|^2 minus |z|^2, which does not move the minimum.

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from gan_jax.types import InputError
 
 LOST = (
-  "another process of this run has ended or cannot be reached: see what it said, and go on from the last"
-  " checkpoint with --resume, on any number of processes"
+  "another process of this run has ended or cannot be reached: check its output, then continue from the"
+  " last checkpoint with --resume, on any number of processes"
 )
 
 
@@ -33,11 +33,10 @@ def initialize(
   process_id: int | None = None,
   *,
   timeout: int = 300,
-  heartbeat: int = 30,
 ) -> None:
   """Joins this process to the others through `jax.distributed`. Call it before creating any array.
 
-  If another process ends, this one ends with `LOST` and exit code 1, within about `heartbeat` seconds.
+  If another process ends, this one ends with `LOST` and exit code 1, within about 30 seconds.
 
   Args:
     coordinator: `host:port` at which the first process listens, or `auto` if JAX knows the cluster
@@ -45,7 +44,6 @@ def initialize(
     num_processes: number of processes; None asks the cluster.
     process_id: index of this process, from 0; None asks the cluster.
     timeout: seconds to wait for the others.
-    heartbeat: seconds without a heartbeat after which a process counts as ended.
 
   Raises:
     InputError: the cluster is unknown, the port is in use, or the coordinator does not answer.
@@ -60,13 +58,13 @@ def initialize(
       num_processes,
       process_id,
       initialization_timeout=timeout,
-      heartbeat_timeout_seconds=heartbeat,
+      heartbeat_timeout_seconds=30,
       # The others wait while the first process evaluates; if it dies, its heartbeat stops.
       shutdown_timeout_seconds=7 * 24 * 3600,
     )
   except ValueError as error:
     raise InputError(
-      "this is no cluster that JAX knows: pass --coordinator HOST:PORT, --num-processes and --process-id"
+      "JAX recognises no cluster here: pass --coordinator HOST:PORT, --num-processes and --process-id"
     ) from error
   except (RuntimeError, OSError) as error:
     raise InputError(f"--coordinator {coordinator} cannot be used: {error}") from error
@@ -85,7 +83,9 @@ def _check_reachable(address: str, *, listens: bool, timeout: int) -> None:
       try:
         probe.bind(("", int(port)))
       except OSError as error:
-        raise InputError(f"--coordinator {address}: the port cannot be used: {error.strerror}") from error
+        raise InputError(
+          f"the port of --coordinator {address} cannot be used ({error.strerror}): choose another"
+        ) from error
     return
   end, reason = time.monotonic() + timeout, ""
   while time.monotonic() < end:
@@ -95,7 +95,9 @@ def _check_reachable(address: str, *, listens: bool, timeout: int) -> None:
     except OSError as error:
       reason = error.strerror or str(error)
     time.sleep(0.2)
-  raise InputError(f"--coordinator {address}: no answer in {timeout} s: {reason}")
+  raise InputError(
+    f"--coordinator {address} did not answer within {timeout} s ({reason}): check that process 0 runs there"
+  )
 
 
 def _end_with_a_sentence() -> None:
@@ -146,7 +148,7 @@ def check_same(what: Any, arrays: Any) -> None:
   found = np.asarray(multihost_utils.process_allgather(np.uint32(digest))).ravel()
   if other := np.flatnonzero(found != found[0]).tolist():
     raise InputError(
-      f"process {other[0]} has other flags, images or networks than process 0: give all the same"
+      f"process {other[0]} has different flags, images or networks from process 0: give all the same"
     )
 
 

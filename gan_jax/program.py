@@ -90,10 +90,12 @@ def run(
     main: called with the configuration.
     config_cls: class of the configuration.
     flags: command-line arguments; default: those of the process.
-    name: program name in --help; default: the name of the process.
+    name: program name in --help; default: `python -m` and the module that was started.
     description: text of --help; default: the docstring of main's module.
   """
   flags = sys.argv[1:] if flags is None else flags
+  started = sys.modules["__main__"].__spec__
+  name = name or (f"python -m {started.name}" if started else None)
   about = {"description": description or sys.modules[main.__module__].__doc__ or "", "prog": name}
   try:
     config: Any = parsing.parse(config_cls, flags, **about)
@@ -110,7 +112,7 @@ def run(
     say("stopped at once")
     _leave(130)
   except Stopped as stopped:
-    go_on = f"; to go on: {stopped.resume}" if stopped.resume else ""
+    go_on = f"; to continue: {stopped.resume}" if stopped.resume else ""
     say(f"stopped by {signal.Signals(stopped.signum).name}{go_on}")
     _leave(128 + stopped.signum)
   except OSError as error:
@@ -119,6 +121,9 @@ def run(
     say(f"error: {error.filename or 'a file'} cannot be used: {error.strerror}")
     _leave(2)
   except Exception as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+      say("error: the device has too little memory: choose a smaller --batch-size or --image-size")
+      _leave(2)
     if not jax.distributed.is_initialized():
       raise
     console.quiet = False

@@ -71,7 +71,7 @@ def write_json(path: Path, value: Any) -> None:
   write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_metrics(path: Path, keys: Sequence[str] = ()) -> list[Json]:
+def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Json]:
   """The rows of a `metrics.jsonl`; a truncated last line is ignored.
 
   Raises:
@@ -86,5 +86,5 @@ def read_metrics(path: Path, keys: Sequence[str] = ()) -> list[Json]:
         row = json.loads(line)
         rows.append({**row, **{key: row[key] for key in keys}})
       except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"line {i + 1} of {path} is no row of metrics: mend or remove it") from error
+        raise InputError(f"line {i + 1} of {path} is not a row of metrics: repair or remove it") from error
   return rows

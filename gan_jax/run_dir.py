@@ -105,7 +105,9 @@ def open_run(
   if not processes.writes():
     processes.wait("open")
     if not (path / "config.json").exists():
-      raise InputError(f"--workdir {path} must be a folder that all processes see, and process 0's is not")
+      raise InputError(
+        f"--workdir {path} must be a folder that all processes share, but the run of process 0 is not there"
+      )
     yield run
     return
   _check_folder(path)
@@ -252,14 +254,16 @@ def _check_outside(path: Path, values: Json) -> None:
       if path.resolve().is_relative_to(folder.resolve()):
         raise InputError(
           f"the run would lie in {path}, among the pictures of {value}, and be read as one of their"
-          " classes: name a folder elsewhere with --workdir"
+          " classes: choose a --workdir elsewhere"
         )
 
 
 def _check_replaceable(path: Path, flags: cli.RunFlags, experiment: str) -> None:
   """Raises `InputError` if the directory's run must not be replaced by one of this experiment."""
   if not flags.overwrite:
-    raise InputError(f"{path} already holds a run: pass --resume to go on or --overwrite to replace it")
+    raise InputError(
+      f"{path} already holds a run: pass --resume to continue it or --overwrite to replace it"
+    )
   stored = experiment
   with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
     stored = json.loads((path / "config.json").read_text())["experiment"]
@@ -273,12 +277,12 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
     try:
       stored[name] = json.loads((path / name).read_text())
     except (OSError, ValueError) as error:
-      raise InputError(f"{path / name} cannot be read: the run cannot be resumed") from error
+      raise InputError(f"{path / name} cannot be read, so the run cannot be resumed") from error
   noted = {"note": None}  # the note also counts files that are not pictures, which may come and go
   if stored["labels.json"] | noted != labels | noted:
-    raise InputError(f"{path / 'labels.json'} is not the split that this run would use")
+    raise InputError(f"{path / 'labels.json'} does not hold the split that this run would use")
   if stored["config.json"].get("recipes") != described["recipes"]:
-    raise InputError(f"{path} was begun with another recipe, perhaps by another version of gan_jax")
+    raise InputError(f"{path} was started with another recipe, perhaps by another version of gan_jax")
 
 
 def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) -> Json:
@@ -358,7 +362,7 @@ def finish(
 
   Args:
     run: the open run.
-    result: the experiment's own keys.
+    result: the experiment's own keys; errors that are missing become None.
     table: rows, each a name and its values.
     pictures: titles and file names, relative to the run's directory, for the page.
     sections: further sections of the page, below the pictures.
@@ -374,6 +378,7 @@ def finish(
     "unlabelled_includes_labelled": not run.exclude_labelled,
     "num_images": len(split.images if split else dataset.x_train),
     "seed": run.seed,
+    **dict.fromkeys(("test_error", "supervised_test_error", "probe_test_error")),
     **result,
     "seconds_total": round(time.time() - run.begin, 1),
     "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
@@ -388,12 +393,10 @@ def finish(
     title += f", {result['num_labels']} labels"
   rich_table = Table(title=escape(title), title_justify="left", show_header=False)
   for name, *values in table:
-    if name != "alarm":
-      rich_table.add_row(*map(escape, (name, *values)))
+    rich_table.add_row(*map(escape, (name, *values)))
   console.print(rich_table)
-  for name, *values in table:
-    if name == "alarm":  # a sentence, which would squeeze the columns
-      console.print(f"alarm: {' '.join(values)}", style="yellow", markup=False, soft_wrap=True)
+  for alarm in result.get("alarms", ()):
+    console.print(f"alarm: {alarm}", style="yellow", markup=False, soft_wrap=True)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
   say(f"written to {run.path}")

@@ -117,10 +117,17 @@ def make_step(
   Returns:
     `step(state, batch) -> (state, metrics)`. Metrics are scalars: `d/loss`, each term under its name
     (`d/supervised`, `g/feature_matching`), mean real logits (`d/real_logit_real`, `d/real_logit_fake`),
-    mean sign of the real logits of real images (`d/real_sign`), error on the labelled batch in percent,
-    norms of gradients and updates, and with `Adaptive` its state (`d/strength`, `d/overfitting`). The real
-    logit is the one that D's update uses: `l_y` if D judges images by class, else `logsumexp(l)`.
+    mean sign of the real logits of real images, relative to `objective.boundary` (`d/real_sign`), error on
+    the labelled batch in percent, norms of gradients and updates, and with `Adaptive` its state
+    (`d/strength`, `d/overfitting`). The real logit is the one that D's update uses: `l_y` if D judges
+    images by class, else `logsumexp(l)`.
+
+  Raises:
+    ValueError: adaptive augmentation with an adversarial loss that has no boundary.
   """
+  boundary = objective.boundary
+  if isinstance(augment, Adaptive) and boundary is None:
+    raise ValueError("adaptive augmentation needs an adversarial loss with a decision boundary")
 
   def apply(net: Network, params: Params, model_state: PyTree, x: Latents, key: Array):
     variables = {"params": params, **model_state}
@@ -177,8 +184,8 @@ def make_step(
           values[f"real_logit_{name}"] = real_logits.mean()
       if len(lab.x):
         values["error"] = 100 * (lab.logits.argmax(axis=-1) != lab.y).mean()
-      if ends[1]:
-        values["real_sign"] = jnp.sign(jnp.concatenate([real_lab, real_unl])).mean()
+      if ends[1] and boundary is not None:
+        values["real_sign"] = jnp.sign(jnp.concatenate([real_lab, real_unl]) - boundary).mean()
       return loss, (values, model_state)
 
     net, metrics = optimizer_step(d_tx, state.d, loss_fn)
@@ -330,10 +337,9 @@ def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps
 def with_statistics(g: Generator, state: TrainState) -> TrainState:
   """The state for sampling: with fixed statistics, an image depends on its latent alone.
 
-  Only a generator with `norm="shift"` has them (`"batch"` keeps its own running averages): the averaged G's
-  statistics over 1,000 latents, always the same ones, in the collection "statistics" of
-  `state.g.model_state`. Existing statistics are kept. Training does not use them: continue it from the
-  original state.
+  Only a generator with `norm="shift"` has them: the averaged G's statistics over 1,000 latents, always the
+  same ones and of all classes, in the collection "statistics" of `state.g.model_state`. Existing statistics
+  are kept. Training does not use them: continue it from the original state.
   """
   variables = {"params": state.ema["g"], **state.g.model_state}
   latents = g.latents(objectives.named_key(jax.random.key(0), "statistics"), NUM_STATISTICS)
@@ -363,7 +369,7 @@ def make_sampler(
     latents = g.latents(key, num)
     if y is not None:
       if not isinstance(latents, ClassLatents):
-        raise ValueError("this generator is not class-conditional: it cannot be asked for classes")
+        raise ValueError("this generator is not class-conditional: it cannot draw a chosen class")
       latents = latents._replace(y=y)
     return g.apply(variables, latents, train=False)
 

@@ -117,8 +117,8 @@ class _Draws:
     self._first, self._num_steps = int(state.step), num_steps
     if stream.labelled is not None and str(jax.random.key_impl(state.key)) != "threefry2x32":
       raise InputError(
-        "streamed labels need keys of threefry2x32, whose numbers are the same on the host and the device:"
-        " leave JAX_DEFAULT_PRNG_IMPL out, or pass --stream no"
+        "streamed labels need threefry2x32 keys, which give the same numbers on the host and the device:"
+        " unset JAX_DEFAULT_PRNG_IMPL, or pass --stream no"
       )
     key_data: Any
     key_data, impl = np.asarray(jax.random.key_data(state.key)), jax.random.key_impl(state.key)

@@ -135,7 +135,11 @@ def consistency(weak: Augment, *, threshold: float) -> Term:
 
 
 def adamatch(weak: Augment, *, threshold: float) -> Term:
-  """Consistency with threshold and class frequencies relative to labelled images, see `losses.adamatch`."""
+  """Consistency with threshold and class frequencies relative to labelled images, see `losses.adamatch`.
+
+  The predictions on labelled images are those of D's update, on its augmentation; the paper's are on weakly
+  augmented images, as those on unlabelled images are, here of the averaged D.
+  """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
     logits_weak = _weak_logits(outputs, outputs.teacher_fn, weak)
@@ -229,7 +233,7 @@ def class_balance(prior: Sequence[float] | None = None) -> Term:
   return term
 
 
-def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:
+def virtual_adversarial(*, epsilon: float, xi: float = 0.1) -> Term:
   """VAT: predictions stay stable under the worst-case perturbation of norm epsilon.
 
   `E KL(p(. | x) || p(. | x + r))`, with `r = epsilon g / |g|` and `g` the gradient of the same divergence
@@ -238,7 +242,8 @@ def virtual_adversarial(*, epsilon: float, xi: float = 1e-3) -> Term:
 
   Args:
     epsilon: Euclidean norm of r, over all pixels of an image in [0, 1].
-    xi: length of the trial step; it must be small, but large enough for float32.
+    xi: length of the trial step. Small for the paper's quadratic approximation, but not so small that the
+      rounding of the first product removes it: with bfloat16 or TF32, 1e-3 leaves a random direction.
 
   References:
     Miyato et al., 2018, https://arxiv.org/abs/1704.03976, equations 5 to 8 and algorithm 1.
@@ -361,7 +366,7 @@ def rotation(images_of: Callable[[StepOutputs], DiscOutputs]) -> Term:
     turns = jax.random.randint(key_turns, (len(x),), 0, 4)
     out = outputs.d_fn(augment.quarter_turns(x, turns), key_d)
     if len(out) < 3 or out[2].shape[-1] != 4:
-      raise ValueError("the rotation task needs a discriminator with a head of its own: num_aux=4")
+      raise ValueError("rotation prediction needs a discriminator with an auxiliary head: use num_aux=4")
     return losses.cross_entropy(out[2], turns).mean()
 
   return term

@@ -110,8 +110,15 @@ def fit(
   if snapshot:
     hooks.append((max(1, num_steps // 10), lambda state: _written(snapshot, state)))
   if diagnose:
-    observe = diagnostics.make_diagnostics(recipe.g, recipe.d, classify=classify, by_class=recipe.by_class)
-    observe = jax.jit(observe)
+    observe = jax.jit(
+      diagnostics.make_diagnostics(
+        recipe.g,
+        recipe.d,
+        classify=classify,
+        by_class=recipe.by_class,
+        boundary=recipe.objective.boundary,
+      )
+    )
     hooks.append((max(1, num_steps // 20), lambda state: observe(*processes.local((state, x)))))
 
   def attempt(resume: bool, rollbacks: Sequence[str]) -> Fit:
@@ -231,12 +238,12 @@ def _restore_or_start(
   if saved is not None and saved.latest_step is not None:
     if not resume:
       folder = saved.directory.parent
-      raise InputError(f"{folder} holds checkpoints: pass resume=True to go on, or name another folder")
+      raise InputError(f"{folder} holds checkpoints: pass resume=True to continue, or name another folder")
     state = saved.restore(state)
-    report.say(f"{phase}: going on from step {int(state.step):,}")
+    report.say(f"{phase}: resuming from step {int(state.step):,}")
     return state, saved.extra
   if saved is not None and resume:
-    report.say(f"{phase}: there is no checkpoint to go on from, so it begins anew")
+    report.say(f"{phase}: there is no checkpoint to resume from, so training starts over")
   return state if start is None else start(state), {}
 
 
@@ -260,8 +267,8 @@ def _raise_what_ended_it(
   """
   signum, failed = largest(stop.signum), largest(unreadable is not None)
   if failed:
-    what = unreadable or "another process could not read an image: see what it said"
-    saved = "" if reached is None else f"; step {reached:,} is saved, and --resume goes on from there"
+    what = unreadable or "another process could not read an image: check its output"
+    saved = "" if reached is None else f"; step {reached:,} is saved, and --resume continues from there"
     raise InputError(f"{what}{saved}")
   if signum in (signal.SIGTERM, signal.SIGHUP):
     raise Stopped(signum)
@@ -293,7 +300,7 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
     stop.is_set, stop.signum = True, signum
     restore()
     # Not through the console: it may be mid-line and would print that line again.
-    os.write(2, b"\nstopping: writing what was reached (Ctrl-C again to leave at once)\n")
+    os.write(2, b"\nstopping: saving the progress so far (Ctrl-C again to quit at once)\n")
 
   def restore():
     for signum, handler in previous.items():

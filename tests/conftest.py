@@ -129,8 +129,7 @@ def small_mlp(monkeypatch):
 
 def use_small_mlp(monkeypatch):
   def small_pair(image_shape, num_logits, num_classes):
-    norm = "batch" if num_classes else "shift"
-    g = networks.MLPGenerator(image_shape, widths=(8,), norm=norm, num_classes=num_classes)
+    g = networks.MLPGenerator(image_shape, widths=(8,), num_classes=num_classes)
     return g, networks.MLPDiscriminator(num_logits, widths=(12, 8))
 
   monkeypatch.setitem(networks.PAIRS, "mlp", small_pair)

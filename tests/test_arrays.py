@@ -90,7 +90,7 @@ def test_vectors(tmp_path):
   for bad, sentence in ((x[:, :3], r"must be \[N, 4\], not \[5000, 3\]"), (x * np.nan, "finite")):
     with pytest.raises(InputError, match=sentence):
       again.apply(bad)
-  with pytest.raises(InputError, match="--image-size is for images, and these are vectors"):
+  with pytest.raises(InputError, match="--image-size is for images, but these are vectors"):
     datasets.load(f"arrays:{tmp_path / 'a.npz'}", image_size=8)
   ints = load_arrays(tmp_path, x=np.arange(80).reshape(8, 10) % 7 > 3, x_test=None, y_test=None)
   assert set(np.unique(ints.x_train)) == {0, 255}
@@ -98,47 +98,47 @@ def test_vectors(tmp_path):
 
 F = np.full((8, 6, 5), 0.5, np.float32)
 BAD_ARRAYS = {
-  "no x": ({"x": None, "x_test": None, "y_test": None}, "x must be there: x are the images"),
-  "neither": ({"x": None, "y": None, "x_test": None, "y_test": None, "X": F}, "no use for X: the arrays"),
-  "misspelt": ({"X_test": F}, "there is no use for X_test"),
-  "x_test alone": ({"y_test": None}, "x_test and y_test go together, and only one is there"),
+  "no x": ({"x": None, "x_test": None, "y_test": None}, "missing x: save the images"),
+  "neither": ({"x": None, "y": None, "x_test": None, "y_test": None, "X": F}, "unexpected X: the arrays"),
+  "misspelt": ({"X_test": F}, "unexpected X_test: the arrays"),
+  "x_test alone": ({"y_test": None}, "must be saved together, but only one is there"),
   "one dimension": ({"x": np.zeros(8)}, r"x must be images \[N, H, W\] or .*, not \[8\]"),
   "five dimensions": ({"x": np.zeros((8, 2, 2, 2, 2))}, r"not \[8, 2, 2, 2, 2\]"),
   "no dimension": ({"x": np.array(3)}, r"x must be images .*, not \[\]"),
-  "two channels": ({"x": np.zeros((8, 6, 5, 2), np.uint8)}, "must have 1 or 3 channels"),
+  "two channels": ({"x": np.zeros((8, 6, 5, 2), np.uint8)}, r"1 or 3 channels, not \[8, 6, 5, 2\]"),
   "channels first": ({"x": np.zeros((8, 3, 6, 5), np.uint8)}, r"\[8, 3, 6, 5\]: put the channels last"),
-  "no images": ({"x": np.zeros((0, 6, 5), np.uint8)}, r"x is empty: it is \[0, 6, 5\]"),
-  "no pixels": ({"x": np.zeros((8, 0, 5), np.uint8)}, r"x is empty: it is \[8, 0, 5\]"),
+  "no images": ({"x": np.zeros((0, 6, 5), np.uint8)}, r"x is empty: its shape is \[0, 6, 5\]"),
+  "no pixels": ({"x": np.zeros((8, 0, 5), np.uint8)}, r"x is empty: its shape is \[8, 0, 5\]"),
   "int64 images": ({"x": np.zeros((8, 6, 5), np.int64)}, r"uint16, or floats in \[0, 1\], not int64"),
-  "0 to 255 floats": ({"x": F * 510, "x_test": F}, r"in \[0, 1\], and they go from 255 to 255: scale"),
-  "-1 to 1 floats": ({"x": F * np.array([-2, 2, 1, 1, 1, 1, 1, 1])[:, None, None]}, "they go from -1 to 1"),
+  "0 to 255 floats": ({"x": F * 510, "x_test": F}, r"\[0, 1\], but they range from 255 to 255: scale"),
+  "-1 to 1 floats": ({"x": F * np.array([-2, 2, 1, 1, 1, 1, 1, 1])[:, None, None]}, "from -1 to 1: scale"),
   "nan": ({"x": np.where(np.arange(5) == 1, np.nan, F)}, "x holds values that are not finite"),
   "infinite vectors": ({"x": np.full((8, 3), np.inf)}, "x holds values that are not finite"),
   "infinite test vectors": ({"x": F[0:8, 0, :3], "x_test": np.full((3, 3), np.inf)}, "x_test holds values"),
   "complex vectors": ({"x": np.ones((8, 3), complex)}, "vectors in x must be real numbers, not complex128"),
   "text as images": ({"x": np.full((8, 3), "a")}, "vectors in x must be real numbers, not <U1"),
-  "other test shape": ({"x_test": np.zeros((3, 6, 6), np.uint8)}, r"must be like x, \[8, 6, 5\] of uint8"),
-  "other test type": ({"x_test": F[:3]}, r"x_test must be like x.* \[3, 6, 5\] of float32"),
-  "bytes and 16 bits": ({"x_test": np.zeros((3, 6, 5), np.uint16)}, "must be like x.* of uint16"),
+  "other test shape": ({"x_test": np.zeros((3, 6, 6), np.uint8)}, r"must match x, \[8, 6, 5\] of uint8"),
+  "other test type": ({"x_test": F[:3]}, r"is \[3, 6, 5\] of float32, but must match x"),
+  "bytes and 16 bits": ({"x_test": np.zeros((3, 6, 5), np.uint16)}, "is .* of uint16, but must match x"),
   "short y": ({"y": np.array([0, 1, 2])}, "y has 3 labels for 8 images"),
   "short y_test": ({"y_test": np.array([0, 1])}, "y_test has 2 labels for 3 images"),
-  "one-hot": ({"y": np.eye(8, 3)}, r"y must be \[N\], a class for each image, not \[8, 3\]"),
+  "one-hot": ({"y": np.eye(8, 3)}, r"y must be \[N\], one class per image, not \[8, 3\]"),
   "float labels": ({"y": np.arange(8.0)}, "y must be integers or names, not float64"),
-  "below -1": ({"y": np.arange(8) - 2}, "y holds -2: classes count from 0, and -1 is no label"),
+  "below -1": ({"y": np.arange(8) - 2}, "y holds -2: classes are numbered from 0, and -1"),
   "no label": ({"y": np.full(8, -1)}, "y holds no label at all"),
   "no name": ({"y": np.full(8, ""), "y_test": np.full(3, "a")}, "y holds no label at all"),
-  "one class": ({"y": np.zeros(8, int), "y_test": np.zeros(3, int)}, "there is one class, 0, and a"),
+  "one class": ({"y": np.zeros(8, int), "y_test": np.zeros(3, int)}, "there is only one class, 0, but a"),
   "a gap": ({"y": np.array([0, 1, 3, 3, 3, 0, 1, 0])}, "1 of 4 classes have no label in y, such as 2"),
   "unsigned -1": ({"y": np.array([0, 1, 2, 2**64 - 1] * 2, np.uint64)}, "have no label in y, such as 3"),
-  "a class too many": ({"classes": np.array(["a", "b"])}, "y holds 2, for which classes, 2 names, has"),
+  "a class too many": ({"classes": np.array(["a", "b"])}, "y holds 2, which the 2 names in classes do"),
   "a name too many": ({"classes": np.array(["a", "b", "c", "d"])}, r"no label in y, such as 3 \(d\)"),
   "an unknown name": (
     {"y": np.array(["a", "b"] * 4), "y_test": np.array(["a"] * 3), "classes": np.array(["a", "c"])},
-    "y holds b, for which classes, 2 names, has none",
+    "y holds b, which the 2 names in classes do not cover",
   ),
-  "the same name twice": ({"classes": np.array(["a", "b", "a"])}, "a text array of different names"),
-  "numbers as names": ({"classes": np.arange(3)}, "classes must be a text array of different names"),
-  "test without labels": ({"y_test": np.array([0, -1, 1])}, "y_test must not hold images without labels"),
+  "the same name twice": ({"classes": np.array(["a", "b", "a"])}, "must be a text array of distinct, non"),
+  "numbers as names": ({"classes": np.arange(3)}, "classes must be a text array of distinct, non"),
+  "test without labels": ({"y_test": np.array([0, -1, 1])}, "y_test must label every image"),
   "new class in test": ({"y_test": np.array([0, 5, 1])}, "y_test holds classes that y does not: 5"),
   "names in test": ({"y_test": np.array(["0", "1", "2"])}, "must both be integers, or both names"),
   "objects": ({"y": np.array([0, None] * 4, object)}, "holds Python objects: save numbers"),
@@ -159,10 +159,10 @@ def test_malformed_arrays(tmp_path, case):
   [
     (lambda path: None, "a.npz is not a file"),
     (Path.mkdir, "a.npz is not a file"),
-    (lambda path: path.write_bytes(b""), "a.npz is not a whole .npz file"),
-    (lambda path: path.write_bytes(b"hello there"), "a.npz is not an .npz file of numpy.savez"),
+    (lambda path: path.write_bytes(b""), "a.npz is not a complete .npz file"),
+    (lambda path: path.write_bytes(b"hello there"), "a.npz is not an .npz file from numpy.savez"),
     (lambda path: np.savez(path, **arrays()) or path.write_bytes(path.read_bytes()[:-40]), "is not a"),
-    (lambda path: np.save(open(path, "wb"), np.ones(3)), "holds one array: save x and y together"),  # noqa: SIM115
+    (lambda path: np.save(open(path, "wb"), np.ones(3)), "holds a single array: save x and y together"),  # noqa: SIM115
   ],
 )
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -185,4 +185,4 @@ def test_check_of_arrays(tmp_path):
       tmp_path / "c.npz", **{k: v for k, v in arrays(y=np.array(y)).items() if not k.endswith("test")}
     )
     notes = pictures.check(tmp_path / "c.npz")["notes"]
-    assert any("one label alone of class 2" in note for note in notes) == single
+    assert any("only one label of class 2" in note for note in notes) == single

@@ -1,3 +1,4 @@
+import collections
 import colorsys
 
 import jax
@@ -48,10 +49,12 @@ def test_range_shape_and_one_draw_an_image(key):
 
 
 def test_cutout_clears_at_most_its_square(key):
-  y = augment.cutout(0.5)(key, jnp.ones((200, 10, 10, 1)))
+  y = augment.cutout(0.5)(key, jnp.ones((5000, 10, 10, 1)))
   cleared = (y == 0).sum(axis=(1, 2, 3))
   assert cleared.max() == 25
   assert cleared.min() >= 4
+  shares = (y == 0).mean(axis=(0, 2, 3))
+  np.testing.assert_allclose(shares, shares[::-1], atol=0.02)  # half a pixel would be 0.045
 
 
 @pytest.mark.parametrize("fn", [augment.affine(shift=0.1, rotate=20, scale=0.2, shear=0.2), STRONG])
@@ -64,16 +67,25 @@ def test_linear_in_the_image(fn, key):
 
 def test_translation_is_a_numpy_shift(key):
   """By whole pixels, up to the given fraction of each side; every shift is drawn, and zeros move in."""
-  x = np.asarray(jax.random.uniform(key, (300, 8, 4, 2), minval=0.1))
+  x = np.asarray(jax.random.uniform(key, (1500, 8, 4, 2), minval=0.1))
   y = np.asarray(augment.translate(0.25)(jax.random.key(1), jnp.array(x)))
-  found = set()
+  found = collections.Counter()
   for image, moved in zip(x, y, strict=True):
     padded = np.pad(image, ((2, 2), (1, 1), (0, 0)))
     windows = {(2 - i, 1 - j): padded[i : i + 8, j : j + 4] for i in range(5) for j in range(3)}
     shifts = [shift for shift, window in windows.items() if np.array_equal(window, moved)]
     assert len(shifts) == 1
-    found |= set(shifts)
+    found.update(shifts)
   assert len(found) == 15
+  # Uniform: each is drawn 100 times in 1,500, within six standard errors.
+  assert max(abs(num - 100) for num in found.values()) < 6 * np.sqrt(1500 * 1 / 15 * 14 / 15)
+
+
+@pytest.mark.parametrize("side", [8, 12, 20, 28, 32])
+def test_translation_moves_no_farther_than_its_share(side, key):
+  x = jnp.ones((200, side, side, 1))
+  moved = side - augment.translate(0.125)(key, x)[..., 0].max(axis=2).sum(axis=1)
+  assert moved.max() == int(0.125 * side)
 
 
 def test_brightness_and_contrast_follow_their_formula(key, monkeypatch):
@@ -178,6 +190,8 @@ def test_adaptive_strength_zero_is_the_identity_and_one_is_the_chain(key):
 def test_what_is_outside_an_image_is_what_numpy_pads_with(border, mode, key, monkeypatch):
   """A shift by whole pixels and a crop of the padded image, both as far to one side as possible."""
   monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.ones(shape))
+  farthest = lambda key, shape, low, high: jnp.broadcast_to(high - 1, shape)
+  monkeypatch.setattr(jax.random, "randint", farthest)
   x = np.arange(2 * 8 * 6 * 3, dtype=np.float32).reshape(2, 8, 6, 3) / 300
   padded = np.pad(x, ((0, 0), (4, 0), (3, 0), (0, 0)), mode=mode)[:, :8, :6]
   for fn in (augment.affine(shift=0.5, border=border), augment.translate(0.5, border=border)):

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import gc
+import importlib.machinery
 import os
 import shlex
 import signal
@@ -12,6 +13,7 @@ import weakref
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -27,20 +29,20 @@ BAD = [
   ({"image_size": 0}, "--image-size must be at least 1"),
   ({"fit": "pad"}, "--fit pad needs --image-size"),
   ({"num_images": 0}, "--num-images must be at least 1"),
-  ({"folds": 1}, "--folds must be at least 2, as one would leave out every label, or 0"),
+  ({"folds": 1}, "--folds must be at least 2, or 0 for none: a single fold would leave out every label"),
   ({"frechet": True, "adversarial": 0.0}, "--frechet needs a generator"),
   (
     {"dataset": "folder:x", "manual_dir": "y"},
-    "--manual-dir is for datasets of tfds, and folder:x is your own",
+    "--manual-dir is for tfds datasets, but folder:x is your own",
   ),
   ({"hold_out": -1}, "--hold-out must not be negative"),
   ({"checkpoint_every": 0}, "--checkpoint-every must be at least 1"),
   ({"split_seed": -1}, "must not be negative"),
   ({"seed": -1}, "--seed must not be negative"),
   ({"class_balance": (1.0, -1.0)}, "--class-balance must not be negative"),
-  ({"learning_rate": float("nan")}, "--learning-rate must be a finite number, and it is nan"),
-  ({"class_balance": (1.0, float("inf"))}, "--class-balance must be a finite number, and it is inf"),
-  ({"seed": 2**32}, "--seed must be at most 4,294,967,295, and it is 4,294,967,296"),
+  ({"learning_rate": float("nan")}, "--learning-rate must be a finite number, not nan"),
+  ({"class_balance": (1.0, float("inf"))}, "--class-balance must be a finite number, not inf"),
+  ({"seed": 2**32}, "--seed must be at most 4,294,967,295, not 4,294,967,296"),
   ({"split_seed": 2**32}, "--split-seed must be at most 4,294,967,295"),
   ({"steps": 2**31}, "--steps must be at most 2,147,483,647"),
   ({"resume": True}, "--resume needs --workdir"),
@@ -112,14 +114,14 @@ def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
     (("--steps", "x"), "error: --steps: must be {None}|INT, not ['x']"),
     (("--learning-rat", "1"), "--learning-rat, 1; perhaps you meant --learning-rate {None}|FLOAT"),
     (("--network", "x"), "error: invalid choice 'x' for argument '--network'"),
-    (("--dataset", "digits", "--batch-size", "2147483647"), "are free: choose a smaller --batch-size"),
+    (("--dataset", "digits", "--batch-size", "2147483647"), "is free: choose a smaller --batch-size"),
     (("--dataset", "digits", "--image-size", "100000"), "1,797 images of 100000x100000 take 16,735.9 GB"),
     (
       ("--dataset", "digits", "--labels-per-class", "all", "--exclude-labelled"),
-      "--exclude-labelled leaves no image: all 1,198 have labels",
+      "--exclude-labelled leaves no images, as all 1,198 have labels",
     ),
     (("--dataset", "nope"), "error: unknown dataset 'nope'"),
-    (("--dataset", "cifar10"), 'pip install "gan-jax[tf]"'),
+    (("--dataset", "cifar10"), "pip install -e '.[tf]'"),
     (("--dataset", "digits", "--image-size", "4", "--network", "conv"), "images of 4x4 are too small"),
   ],
 )
@@ -151,7 +153,10 @@ def test_the_devices_of_the_flag(tiny):
   recipe = tiny.recipe(batch=BatchSizes(8, 16, 8))
   assert cli.devices(None, recipe) == cli.devices(1, recipe) == []
   assert cli.devices(4, recipe) == jax.devices()[:4]
-  for num, words in ((9, "--devices 9: there are 8; XLA_FLAGS"), (3, "cannot be split over 3 devices")):
+  for num, words in (
+    (9, "--devices 9 is more than the 8 available: .* XLA_FLAGS=.*=9"),
+    (3, "cannot be split evenly over 3 devices"),
+  ):
     with pytest.raises(InputError, match=words):
       cli.devices(num, recipe)
 
@@ -253,6 +258,19 @@ def test_a_damaged_compile_cache_is_made_again(tmp_path):
     compilation_cache.reset_cache()
 
 
+def test_too_little_memory_of_the_device_is_a_sentence(main_of):
+  code, said = main_of(lambda config: jax.block_until_ready(jnp.zeros(2**46)))
+  assert code == 2
+  assert said == "error: the device has too little memory: choose a smaller --batch-size or --image-size\n"
+
+
+def test_help_names_the_module_that_was_started(monkeypatch, capsys):
+  started = importlib.machinery.ModuleSpec("experiments.mnist_ssgan", None)
+  monkeypatch.setattr(sys.modules["__main__"], "__spec__", started)
+  assert run(monkeypatch, "--help") == 0
+  assert capsys.readouterr().out.startswith("usage: python -m experiments.mnist_ssgan [-h]")
+
+
 def test_a_closed_folder_or_a_full_disk_is_a_sentence(monkeypatch, capsys):
   for number, told in ((errno.EACCES, 2), (errno.ENOSPC, 2), (errno.EBADF, None)):
 
@@ -289,7 +307,7 @@ def test_resume_takes_the_stored_flags_and_refuses_others(tmp_path):
   config = parsing.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
   assert (config.labels.labels_per_class, config.run.overwrite) == (5, False)
   parsing.check(config)
-  with pytest.raises(InputError, match="begun with --labels-per-class 5, not 6"):
+  with pytest.raises(InputError, match="started with --labels-per-class 5, not 6"):
     parsing.resumed(
       mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume", "--labels-per-class", "6"]
     )
@@ -323,13 +341,13 @@ def test_what_a_run_starts_from_is_one_of_its_flags(tmp_path):
   parsing.check(config)  # a run that has begun does not need its source
   assert (config.transfer.init_from, config.transfer.freeze_d) == ("source", 2)
   for flag, value in (("--init-from", "elsewhere"), ("--init-parts", "d"), ("--freeze-d", "1")):
-    with pytest.raises(InputError, match=f"begun with {flag} .*, not {value}"):
+    with pytest.raises(InputError, match=f"started with {flag} .*, not {value}"):
       parsing.resumed(mnist_ssgan.Config, tmp_path, ["--resume", flag, value])
 
 
 def test_the_groups_are_frozen_values():
   groups = [value for value in vars(mnist_ssgan.Config()).values() if dataclasses.is_dataclass(value)]
-  assert len(groups) == 9
+  assert len(groups) == 10
   assert len(set(groups)) == len(groups)  # hashable and distinct
 
 

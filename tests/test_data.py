@@ -129,7 +129,7 @@ def test_arrays_alone_are_a_training_set():
 
 
 def test_no_label_is_no_class(tiny):
-  with pytest.raises(InputError, match="y_lab must be classes from 0 on"):
+  with pytest.raises(InputError, match="y_lab must hold classes numbered from 0"):
     data.DeviceData.from_arrays(tiny.dataset.x_train[:2], np.array([0, -1]), tiny.dataset.x_train)
 
 

@@ -79,9 +79,12 @@ def offline(monkeypatch):
       r"must be bytes \(uint8\) .*, not float32 \[4, 8, 8, 1\]",
     ),
     ({"x_train": np.zeros((4, 8, 8), np.uint8)}, r"not uint8 \[4, 8, 8\]"),
-    ({"y_train": np.zeros(3, int)}, "4 training images and 3 labels"),
-    ({"y_train": np.array([0, 1, 2, -1])}, "training labels must be -1 to 1, .* they are -1 to 2"),
-    ({"y_test": np.array([0, -1])}, "test labels must be 0 to 1"),
+    ({"y_train": np.zeros(3, int)}, "4 training images but 3 labels"),
+    (
+      {"y_train": np.array([0, 1, 2, -1])},
+      "training labels must range from -1 to 1 for 2 class names, not from -1 to 2",
+    ),
+    ({"y_test": np.array([0, -1])}, "test labels must range from 0 to 1"),
   ],
 )
 def test_arrays_that_are_no_dataset(changes, words):
@@ -228,11 +231,11 @@ def test_any_prepared_image_classification_dataset(monkeypatch, tmp_path):
   shard = next(folder.glob("*train.array_record*"))
   shard.write_bytes(shard.read_bytes()[:70_000])
   cache.unlink()
-  with pytest.raises(InputError, match=r"pets in .* cannot be read \(.*\): remove that folder"):
+  with pytest.raises(InputError, match=r"pets in .* cannot be read \(.*\): delete that folder"):
     datasets.load("pets", data_dir=str(tmp_path))
   for text in (b"", b"[]", b"\xff"):
     (folder / "dataset_info.json").write_bytes(text)
-    with pytest.raises(InputError, match=r"pets cannot be opened .*prepare it anew"):
+    with pytest.raises(InputError, match=r"pets cannot be opened .*prepare it again"):
       datasets.load("pets", data_dir=str(tmp_path))
 
 
@@ -264,7 +267,7 @@ def test_nothing_is_unpickled(tmp_path):
   with pytest.raises(InputError, match="holds Python objects: save numbers"):
     datasets.load("arrays:evil.npz")
   content = Path("evil.npz").read_bytes()
-  with pytest.raises(InputError, match="is no feature extractor"):
+  with pytest.raises(InputError, match="is not a feature extractor"):
     metrics.read_feature_extractor(Path("evil.npz"), hashlib.sha256(content).hexdigest())
   assert classify._stored_fold(Path("evil.npz"), None) is None  # pyright: ignore
   assert not os.path.exists("unpickled")

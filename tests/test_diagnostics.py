@@ -72,7 +72,7 @@ def on_device(x_train, x_held_out, y_train=None, y_held_out=None):
   return data.DeviceData(255 * x_train, y_train, 255 * x_train, 255 * x_held_out, y_held_out)
 
 
-def diagnose_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
+def diagnose_by_hand(train, held_out, fake, *, shift=0.0, **kwargs):
   """The metrics of images of one row, whose pixels (plus a shift) are the logits."""
   images = [jnp.asarray(x, jnp.float32)[:, None, :, None] for x in (train, held_out, fake)]
   d = NetState(jnp.float32(shift), {}, {})
@@ -80,9 +80,7 @@ def diagnose_by_hand(train, held_out, fake, *, shift=0.0, classify=None):
     jnp.int32(0), jax.random.key(0), NetState({}, {}, {}), d, {"g": {}, "d": jnp.float32(9)}
   )
   g = Images(lambda key, num: images[2][:num])
-  metrics = jax.jit(diagnostics.make_diagnostics(g, Looks(), classify=classify))(
-    state, on_device(*images[:2])
-  )
+  metrics = jax.jit(diagnostics.make_diagnostics(g, Looks(), **kwargs))(state, on_device(*images[:2]))
   assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
   return {name.removeprefix("diagnostics/"): float(value) for name, value in metrics.items()}
 
@@ -104,6 +102,13 @@ def test_metrics_by_hand_with_one_logit():
   }
   assert set(m) == set(expected)  # K = 1: no classes
   np.testing.assert_allclose([m[k] for k in expected], list(expected.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("boundary", "expected"), [(0.5, (75, 75)), (None, ())])
+def test_accuracies_are_those_of_the_losss_boundary(boundary, expected):
+  logits = ([[1.0], [0.8], [0.6], [0.4]], [[0.5], [0.7]], [[0.2], [0.6], [0.3], [0.1]])
+  found = diagnose_by_hand(*logits, boundary=boundary)
+  assert tuple(found[name] for name in ("train_accuracy", "fake_accuracy") if name in found) == expected
 
 
 def test_metrics_by_hand_with_classes():
@@ -253,7 +258,7 @@ def test_d_saturates():
   bright = 0.7 + 0.3 * noise(jax.random.key(2), 6012)
   _, found = d_alone(bright[:6000], bright[6000:])
   assert len(found) == 1
-  assert "the discriminator has saturated: it tells 100.0 %" in found[0]
+  assert "the discriminator has saturated: it recognises 100.0 %" in found[0]
 
 
 def test_dead_units_hold_a_loss_still():
@@ -371,4 +376,7 @@ def test_a_generator_that_draws_one_class_after_the_other_has_not_lost_them_all(
   for i, row in enumerate(rows):
     row[f"diagnostics/share_{i % 20}"] = 1.0
   (found,) = sentences(rows, num_steps=20)
-  assert "draws few of the 20 classes at a time, and others each time: mostly each is at most 0 %" in found
+  assert (
+    "draws only a few of the 20 classes, and different ones each time: mostly each makes up at most 0 %"
+    in found
+  )

@@ -123,15 +123,17 @@ def test_training_that_was_interrupted_warns(digits, small_mlp, monkeypatch):
   x, y = digits[:2]
   fit = train.fit
   monkeypatch.setattr(train, "fit", lambda *a, **k: dataclasses.replace(fit(*a, **k), interrupted=True))
-  with pytest.warns(UserWarning, match="training was interrupted: this is the classifier so far"):
+  with pytest.warns(UserWarning, match="training was interrupted: the classifier is only partly trained"):
     assert SemiSupervisedGAN(network="mlp", num_steps=2).fit(x, y).n_iter_ == 2
 
 
 BAD = [
   ({}, np.full(6, -1), "y has no label"),
   ({}, np.array(["a", "b", "-1", "-1", "-1", "-1"]), "y holds the text -1"),
-  ({"network": "unet"}, np.arange(6), "there is no network unet"),
-  ({"augmentation": "signs"}, np.arange(6), "there is no augmentation signs"),
+  ({}, np.array(["a", "b", "-1", -1, "a", "b"], object), "y holds the text -1"),
+  ({}, np.array(["a", "b", None, -1, "a", "b"], object), "y holds None"),
+  ({"network": "unet"}, np.arange(6), "unknown network unet: choose from auto, "),
+  ({"augmentation": "signs"}, np.arange(6), "unknown augmentation signs: choose from digits, "),
   ({"num_steps": 0}, np.arange(6), "num_steps must be a whole number of at least 1"),
   ({"image_shape": (3, 3)}, np.arange(6), r"does not hold images of shape \(3, 3\)"),
   ({"image_shape": 8}, np.arange(6), "does not hold images of shape 8"),

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from gan_jax import evaluate, steps
+from gan_jax.types import InputError
 
 
 @pytest.fixture
@@ -34,6 +35,15 @@ def test_errors_are_those_of_the_averaged_discriminator(problem):
   assert np.trace(found.confusion) == (~wrong).sum()
   assert list(found.linear) == ["features"]
   assert found.nearest == {}
+
+
+def test_without_test_images_there_is_nothing_to_evaluate_on(problem):
+  tiny, state = problem
+  dataset = dataclasses.replace(
+    tiny.dataset, x_test=tiny.dataset.x_test[:0], y_test=tiny.dataset.y_test[:0]
+  )
+  with pytest.raises(InputError, match="no test images to evaluate on"):
+    evaluate.make_evaluate(tiny.recipe())(dataset, [state], [(tiny.data.x_lab, tiny.data.y_lab)])
 
 
 def test_the_images_to_look_at_are_the_least_certain_and_the_worst_mistakes(problem):
@@ -178,6 +188,8 @@ def test_samples_are_of_the_classes_asked_for(make_tiny):
   seen = []
   tiny.g = tiny.g.clone(activation=lambda h: seen.append(h.shape) or jnp.tanh(h))
   x = evaluate.sample(tiny.recipe(), state, 600, seed=0, y=y)
-  assert len(x) == 600
+  other = np.where(np.arange(600) == 550, (y + 1) % 3, y)
+  changed = (evaluate.sample(tiny.recipe(), state, 600, seed=0, y=other) != x).any(axis=(1, 2, 3))
+  assert np.flatnonzero(changed).tolist() == [550]
   # The statistics, and one program for both batches.
   assert [shape[0] for shape in seen] == [steps.NUM_STATISTICS, 500]

@@ -116,7 +116,7 @@ def made(counts):
 
 def test_class_balance_is_to_the_frequencies_of_the_labels():
   dataset = made((3, 1))
-  config = classify.Config(network="mlp", class_balance=(1.0, 1.0))
+  config = parsing.with_flags(classify.Config(network="mlp"), class_balance=(1.0, 1.0))
   recipe = classify.make_recipe(config, dataset, data.split_labels(dataset.y_train, None, 0))
   term = recipe.objective.d["class_balance"][1]
   outputs = types.SimpleNamespace(unl=types.SimpleNamespace(logits=jnp.log(jnp.array([[4 / 6, 2 / 6]]))))
@@ -213,7 +213,7 @@ def test_mnist_low_data(run, reads):
 def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):
   flags = {"source": "digits", "pretrain_steps": 2, "splits": 1, "image_size": 8, "freeze_d": 1}
   result = run(transfer, **flags)
-  assert "D's head is new: 10 outputs here, 1 outputs there" in capsys.readouterr().err
+  assert "D's head is new: 10 outputs here, 1 output there" in capsys.readouterr().err
   assert len(result["fine_tuned_test_errors"]) == len(result["scratch_test_errors"]) == 1
   assert len(reads) == 2
   part = tmp_path / "run" / "split-0"
@@ -232,8 +232,12 @@ def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):
     (transfer, {"source": "digits", "image_size": 8, "freeze_d": 999}, "999 cannot be frozen"),
     (transfer, {"source": "arrays:wide.npz", "image_size": None}, "images of 8x9x1 and --dataset of 8x8x1"),
     (transfer, {"splits": 2**31 - 1}, "--splits must be at most 1,000"),
-    (mnist_gan, {"num_scored": 2**31 - 1}, "are free: choose a smaller --num-scored"),
-    (mnist_low_data, {"percents": (100.0, 0.01)}, "--percents 0.01 of 1,139 training images are none"),
+    (mnist_gan, {"num_scored": 2**31 - 1}, "is free: choose a smaller --num-scored"),
+    (
+      mnist_low_data,
+      {"percents": (100.0, 0.01)},
+      "--percents 0.01 of 1,139 training images rounds to none",
+    ),
     (mnist_low_data, {"percents": (100.0, 1.0)}, "--percents 1: --labels-per-class"),
   ],
 )

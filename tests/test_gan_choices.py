@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from experiments import mnist_conditional, mnist_gan
-from gan_jax import losses, networks, objectives, parsing, steps
+from gan_jax import augment, losses, networks, objectives, parsing, steps
 from gan_jax.recipes import gan
 from gan_jax.types import Batch, InputError
 
@@ -31,6 +31,23 @@ def test_the_recipe_knows_every_loss():
   assert (len(LOSSES), len(PENALTIES), len(NORMS)) == (6, 5, 4)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_at_the_boundary_an_undecided_discriminator_is_at_rest(loss):
+  """One that gives all images the same logit; elsewhere adaptive augmentation would see overfitting."""
+  pair = gan.LOSSES[loss]
+  whole = lambda r: sum(values.sum() for values in pair.d(r[None], r[None]))
+  if pair.boundary is None:  # its loss is the same for any logit
+    assert float(jax.grad(whole)(jnp.float32(3.0))) == 0
+    with pytest.raises(ValueError, match="needs an adversarial loss with a decision boundary"):
+      steps.make_step(
+        G, None, g_tx=TX, d_tx=TX, objective=objectives.gan(pair), augment=augment.Adaptive(())
+      )
+    return
+  assert float(jax.grad(whole)(jnp.float32(pair.boundary))) == 0
+  for away in (-2.0, 2.0):
+    assert away * jax.grad(whole)(jnp.float32(pair.boundary + away)) > 0
+
+
 def test_what_makes_no_sense_is_refused():
   refused = {c for c in itertools.product(LOSSES, PENALTIES, NORMS) if not accepted(*c)}
   without_lipschitz = {
@@ -48,9 +65,14 @@ def test_what_makes_no_sense_is_refused():
     ({"penalty": "none", "gamma": 1.0}, "--penalty is none"),
     ({"gamma": -1.0}, "--gamma must not be negative"),
     ({"real_label": 0.4}, "above 0.5"),
-    ({"loss": "hinge", "real_label": 0.9}, "is a target, which --loss hinge has not"),
+    ({"loss": "hinge", "real_label": 0.9}, "sets a target, but --loss hinge has none"),
     ({"rotation": -1.0}, "--rotation must not be negative"),
     ({"num_scored": 5}, "at least 256, or 0"),
+    ({"augment": "adaptive", "loss": "relativistic"}, "--loss relativistic does not define"),
+    (
+      {"augment": "adaptive", "loss": "wasserstein", "norm": "spectral"},
+      "--loss wasserstein does not define",
+    ),
   ],
 )
 def test_refusals_are_sentences(flags, sentence):

@@ -69,20 +69,20 @@ def test_the_map_corrects_for_all_of_its_cells():
 @pytest.mark.parametrize(
   ("name", "cell", "words"),
   [
-    ("digits-400", arms([1.0], [2.0]), "is not named"),
-    ("digits-augmentation-800", arms([1.0], [2.0]), "after its lines"),
-    ("mnist-augmentation-400", arms([1.0], [2.0]), "after its lines"),
+    ("digits-400", arms([1.0], [2.0]), "must be named"),
+    ("digits-augmentation-800", arms([1.0], [2.0]), "to match its lines"),
+    ("mnist-augmentation-400", arms([1.0], [2.0]), "to match its lines"),
     (
       "digits-augmentation-400",
       arms([1.0], [2.0])[:2] + arms([1.0, 2.0], [2.0, 2.0])[2:],
       "different splits",
     ),
-    ("digits-augmentation-3", arms([1.0], [2.0], steps=3), "there are 2 lengths of training already"),
+    ("digits-augmentation-3", arms([1.0], [2.0], steps=3), "digits already has 2 lengths of training"),
   ],
 )
 def test_wrong_files_of_the_map_are_a_sentence(name, cell, words):
   files = {}
-  if words.startswith("there are"):
+  if words.startswith("digits already"):
     files = {f"digits-augmentation-{n}": arms([1.0], [2.0], steps=n) for n in (1, 2)}
   with pytest.raises(InputError, match=words):
     _gan_map.table(files | {name: cell})

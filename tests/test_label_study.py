@@ -101,14 +101,14 @@ def test_gan_augmented_starts_with_the_generator_that_was_trained_for_it(tmp_pat
 
 BAD = [
   ({"splits": (99, 100)}, "for tuning: add --tune"),
-  ({"splits": (99, 100), "tune": True}, "seeds from 100 on"),
+  ({"splits": (99, 100), "tune": True}, "--tune needs --splits of 100 or more"),
   ({"splits": ()}, "--splits must name at least one"),
   ({"splits": (-1,)}, "--splits must not be negative"),
-  ({"methods": ("vat", "vat")}, "none twice"),
+  ({"methods": ("vat", "vat")}, "--methods must name at least one, without repetition"),
   ({"budgets": (25,)}, "--budgets 25 is not a multiple of the 10 classes"),
   ({"budgets": (0,)}, "--budgets 0 is not a multiple"),
-  ({"budgets": (20_000,)}, "a class has but"),
-  ({"vat_epsilon": -0.1}, "--vat-epsilon must not be negative, and it is -0.1"),
+  ({"budgets": (20_000,)}, "--budgets 20000 needs 2000 labels per class, but one has"),
+  ({"vat_epsilon": -0.1}, "--vat-epsilon must not be negative, but it is -0.1"),
   ({"class_balance": (1.0, -1.0)}, "--class-balance must not be negative"),
   ({"network": "conv", "image_size": 4}, "4x4 are too small"),
 ]

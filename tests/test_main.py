@@ -112,7 +112,7 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
   assert command("report", tmp_path / "exported") == 2
   assert "is an export, not a run" in capsys.readouterr().err
   assert command("sample", trained, "--num", 2**31 - 1, "--out", tmp_path / "a.npy") == 2
-  assert "memory are free: choose a smaller --num" in capsys.readouterr().err
+  assert "memory is free: choose a smaller --num" in capsys.readouterr().err
   os.mkfifo(tmp_path / "pipe.png")
   assert command("predict", trained, tmp_path / "pipe.png") == 2
   assert "pipe.png is neither a file nor a folder" in capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
     phases.append(phase)
     return fit(*args, phase=phase, **kwargs)
 
-  rows = lambda: report.read_metrics(trained / "metrics.jsonl")
+  rows = lambda: report.read_rows(trained / "metrics.jsonl")
   control = lambda: [row for row in rows() if row["phase"] == "supervised"]
   trained_once = control()
   monkeypatch.setattr(train, "fit", counted)
@@ -141,7 +141,7 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
       (trained / "folds" / "1-of-2.npz").unlink()
       (trained / "folds" / "2-of-2.npz").write_bytes(b"PK")
     assert command("train", "--resume", "--workdir", trained) == 0
-    assert "semi-supervised: going on from step 30" in capsys.readouterr().err
+    assert "semi-supervised: resuming from step 30" in capsys.readouterr().err
     assert phases == ["semi-supervised", "supervised", *(f"fold {i} of 2" for i in again for _ in range(2))]
     phases.clear()
     after = json.loads((trained / "result.json").read_text())
@@ -162,7 +162,7 @@ def test_a_run_is_resumed_where_its_pictures_have_been_moved(trained, command, t
   (tmp_path / "elsewhere" / "pictures").rename(tmp_path / "others")
   capsys.readouterr()
   assert command("train", *flags, "--dataset", f"folder:{tmp_path / 'others'}") == 2
-  assert "was begun with --dataset" in capsys.readouterr().err
+  assert "was started with --dataset" in capsys.readouterr().err
 
 
 def test_a_run_among_its_own_pictures_is_refused(trained, command, tmp_path, monkeypatch, capsys):
@@ -230,7 +230,7 @@ def test_vectors_train_the_mlp(small_mlp, command, capsys, tmp_path):
   names, images = model.read([tmp_path / "vectors.npz"])
   assert len(names) == 60
   assert command("sample", tmp_path / "run") == 2
-  assert "vectors, which are no picture: name a .npy file" in " ".join(capsys.readouterr().err.split())
+  assert "vectors, which cannot be drawn: name a .npy file" in " ".join(capsys.readouterr().err.split())
   assert model.predict(images).shape == (60, 3)
   np.save(tmp_path / "other.npy", x[:, :5])
   with pytest.raises(gan_jax.types.InputError, match=r"vectors must be \[N, 12\]"):
@@ -292,7 +292,7 @@ def test_folds_start_afresh(trained, small_mlp, command, monkeypatch, capsys, tm
   folds = [(derived, start) for phase, derived, start in rest if phase.startswith("fold")]
   assert folds == [([], None), (["supervised_control"], None)] * 2
   said = " ".join(capsys.readouterr().err.split())
-  assert "folds start afresh, not from --init-from" in said
+  assert "folds start from scratch, not from --init-from" in said
   assert "measured on" in said  # the table that wraps its cells
 
 
@@ -321,9 +321,9 @@ def test_what_is_there_is_not_replaced_without_a_word(trained, command, tmp_path
   new, table, grid = tmp_path / "pictures" / "unlabelled", tmp_path / "labels.csv", tmp_path / "a.png"
   table.write_text("file_name,label\nx.png,digit 0\n")
   assert command("predict", trained, new, "--review", 3, "--out", table) == 2
-  assert "is there already and may hold labels" in " ".join(capsys.readouterr().err.split())
+  assert "already exists and may hold labels" in " ".join(capsys.readouterr().err.split())
   assert table.read_text() == "file_name,label\nx.png,digit 0\n"
-  for said in (f"written to {grid}", f"{grid} is replaced"):
+  for said in (f"written to {grid}", f"replaced {grid}"):
     assert command("sample", trained, "--num", 2, "--out", grid) == 0
     assert capsys.readouterr().err.splitlines()[-1] == said
   os.mkfifo(tmp_path / "pipe")
@@ -351,7 +351,7 @@ def test_what_is_there_is_not_replaced_without_a_word(trained, command, tmp_path
 BAD = [
   ((), 0, "usage"),  # requested help goes to standard output
   (("--version",), 0, f"gan_jax {gan_jax.__version__}"),
-  (("paint",), 2, "there is no command paint"),
+  (("paint",), 2, "unknown command paint"),
   (("predict", "nowhere", "x.png"), 2, "nowhere is not the folder of a run"),
   (("sample", "nowhere", "--out", "x.gif"), 2, r"--out x.gif must end in"),
   (("sample", "nowhere", "--num", "0"), 2, "--num must be at least 1"),

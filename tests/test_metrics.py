@@ -12,7 +12,7 @@ import scipy.linalg
 from sklearn.metrics import accuracy_score
 from sklearn.metrics import confusion_matrix as reference
 
-from gan_jax import datasets, metrics
+from gan_jax import datasets, metrics, report
 from gan_jax.metrics import feature_extractor, feature_network
 from gan_jax.types import InputError
 
@@ -114,7 +114,8 @@ def cached(digits, tmp_path_factory):
   folder, said = tmp_path_factory.mktemp("extractors"), []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(feature_network, "default_steps", lambda num_images: 40)
-    trained = metrics.load_feature_extractor(digits, cache_dir=folder, say=said.append)
+    patch.setattr(report, "say", said.append)
+    trained = metrics.load_feature_extractor(digits, cache_dir=folder)
   assert len(said) == 1
   assert "digits" in said[0]
   return trained, folder
@@ -169,7 +170,7 @@ def test_a_damaged_extractor_is_refused(tmp_path):
     metrics.read_feature_extractor(tmp_path / "mnist.npz", feature_extractor.MNIST_SHA256)
   for foreign in (b"no archive", packed(mean=np.ones(3)), packed(dataset=np.array([{}], object))):
     (tmp_path / "mnist.npz").write_bytes(foreign)  # with a matching SHA-256, whoever wrote it
-    with pytest.raises(InputError, match="is no feature extractor"):
+    with pytest.raises(InputError, match="is not a feature extractor"):
       metrics.read_feature_extractor(tmp_path / "mnist.npz", hashlib.sha256(foreign).hexdigest())
   with pytest.raises(InputError, match="cannot be read"):
     metrics.read_feature_extractor(tmp_path / "none.npz", feature_extractor.MNIST_SHA256)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gan_jax import losses, objectives, terms
+from gan_jax import kernels, losses, objectives, terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,20 @@ def test_virtual_adversarial_finds_the_steepest_direction(key):
   np.testing.assert_allclose(value, np.log(np.cosh(0.5 * length / 2)), rtol=1e-3)
   expected = 0.5 * np.tanh(0.5 * length / 2) * 0.5 * across / length  # r and p are constants
   np.testing.assert_allclose(grad, np.stack([expected, -expected], axis=1), atol=1e-3)
+
+
+def test_virtual_adversarial_finds_its_direction_in_bfloat16_too(key):
+  """A trial step that is lost in rounding leaves a random direction, and with it a small divergence."""
+  w = jax.random.normal(key, (784, 3)) / 28
+  x = jax.random.uniform(jax.random.key(1), (20, 28, 28, 1))
+
+  def loss(precision):
+    product = kernels.in_precision(jnp.matmul, precision)
+    d_fn = lambda x, key: (product(2 * x.reshape(20, -1) - 1, w), None)
+    outputs = Outputs(key=key, unl=images(x, [-1] * 20), d_fn=d_fn)
+    return terms.virtual_adversarial(epsilon=3.0)(outputs)
+
+  np.testing.assert_allclose(loss("bfloat16"), loss("float32"), rtol=0.05)
 
 
 def test_the_teacher_is_the_averaged_network_and_a_constant(key):

@@ -49,6 +49,7 @@ def png(tmp_path):
 
 def test_whatever_a_caller_gives_is_text(png, tmp_path):
   result = {"experiment": EVIL, "dataset": EVIL, "note": EVIL, "device": EVIL, "class": EVIL}
+  result["alarms"] = [EVIL]
   section = page.Section(
     EVIL,
     EVIL,
@@ -58,13 +59,12 @@ def test_whatever_a_caller_gives_is_text(png, tmp_path):
     [page.Picture(png.read_bytes(), EVIL)],
     code=EVIL,
   )
-  table = [(EVIL, EVIL), ("alarm", EVIL)]
-  page.write(tmp_path / "p.html", result, table, [(EVIL, png)], sections=[section], command=EVIL)
+  page.write(tmp_path / "p.html", result, [(EVIL, EVIL)], [(EVIL, png)], sections=[section], command=EVIL)
   found = Page(tmp_path / "p.html")
   assert "script" not in found.tags
   # All of it must be visible as text: title and heading 4, note and alarm 2, table 2, picture 1, section 7,
-  # provenance 2, JSON 5.
-  assert sum(text.count(EVIL) for text in found.text) == 23
+  # provenance 2, JSON 6.
+  assert sum(text.count(EVIL) for text in found.text) == 24
   assert not [key for key, _ in found.attributes if key.startswith("on")]
 
 
@@ -96,11 +96,11 @@ def test_the_page_begins_with_the_result_and_ends_with_all_of_it(png, tmp_path):
     "test_error_interval": [0.5, 3.3],
     "num_test_images": 360,
     "interrupted": True,
+    "alarms": ["collapse"],
     "versions": {"jax": "1.2"},
   }
   table = [
     ("test error, own", "1.00 %"),
-    ("alarm", "collapse"),
     ("test error, other", "4.00 %"),
     ("agreement", "99 %"),
   ]
@@ -124,7 +124,7 @@ def test_the_page_begins_with_the_result_and_ends_with_all_of_it(png, tmp_path):
   )
   positions = [text.index(words) for words in expected]
   assert positions == sorted(positions)
-  assert text.count("collapse") == 1
+  assert text.count("Alarm: collapse") == 1
   assert found.values("style") == ["width:25.0%", "width:100.0%"]  # only test errors have bars
   (whole,) = [data for data in found.text if data.startswith("{")]
   assert json.loads(whole) == result
@@ -280,7 +280,9 @@ def test_what_is_no_run_is_a_sentence(tmp_path):
   with pytest.raises(InputError, match="cannot be read"):
     page.compare(out, [tmp_path / "a"])
   (tmp_path / "a" / "result.json").unlink()
-  with pytest.raises(InputError, match=r"is not complete: it has no result\.json; go on with --resume"):
+  with pytest.raises(
+    InputError, match=r"is not complete: it has no result\.json; continue it with --resume"
+  ):
     page.compare(out, [tmp_path / "a"])
   with pytest.raises(InputError, match="at least one run"):
     page.compare(out, [])

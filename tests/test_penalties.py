@@ -46,6 +46,11 @@ def test_interpolates_between_the_two_images_of_a_pair(key):
   share = np.asarray(share / (3 * np.sqrt(np.prod(SHAPE[1:]))))
   assert ((share > 0) & (share < 1)).all()
   assert len(set(share.tolist())) == 5
+  # Uniform on [0, 1], by its first two moments within six standard errors.
+  two = jnp.full((2000, 1, 1, 1), 2.0)
+  share = np.asarray(jnp.sqrt(penalties.wgan_gp(key, critic, two, two + 1)) - 1)
+  assert abs(share.mean() - 1 / 2) < 6 * np.sqrt(1 / 12 / 2000)
+  assert abs((share**2).mean() - 1 / 3) < 6 * np.sqrt(4 / 45 / 2000)
 
 
 @pytest.mark.parametrize("penalty", ["r1", "wgan_gp"])

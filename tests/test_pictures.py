@@ -161,7 +161,7 @@ def test_a_picture_that_cannot_be_read(tmp_path, monkeypatch):
     Reader(1, None).read(tmp_path / "no.png")
   path = save(tmp_path / "a.png")
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
-  with pytest.raises(InputError, match=r"a\.png has more than 60 pixels, the limit: make it smaller"):
+  with pytest.raises(InputError, match=r"a\.png exceeds the limit of 60 pixels: make it smaller"):
     Reader(1, None).read(path)
 
 
@@ -273,7 +273,7 @@ def test_what_is_skipped_is_counted(pets):
   assert len(found.x_train) == 6
   assert "the test set is test, and valid is not read" in found.note
   assert "folders beside train are not read: extra" in found.note
-  assert "skipped, hidden or no pictures: 7 (.DS_Store, README, __MACOSX and 4 more)" in found.note
+  assert "skipped, as hidden or not a picture: 7 (.DS_Store, README, __MACOSX and 4 more)" in found.note
 
 
 def test_few_unreadable_pictures_are_left_out_and_counted(pets):
@@ -322,11 +322,11 @@ def test_16_bit_folders_share_one_white(pets):
   assert found.x_train[:, 0, 0, 0].tolist() == [0, 51, 102, 153, 204, 255]
   assert found.x_test[:, 0, 0, 0].tolist() == [255, 128]
   assert found.reader == Reader(1, None, white=2500)
-  assert "the value 2500, the largest of the training set, becomes 255" in found.note
+  assert "the value 2500, the largest in the training set, becomes 255" in found.note
   write(pets / "train" / "cat" / "0.png", png16(np.full((9, 10, 3), 0x1234)))
   found = pictures.load_folder(pets)
   assert found.x_train[0, 0, 0].tolist() == [0x12]
-  assert "1 pictures hold 16 bits in several channels" in found.note
+  assert "pictures with several 16-bit channels, of which only the high byte is read: 1" in found.note
 
 
 def test_sizes_are_made_one(pets):
@@ -514,10 +514,10 @@ HEAD = "file_name,label\n"
 MALFORMED = {
   "no folder": (shutil.rmtree, "pets is not a folder"),
   "empty": (empty, "holds no labelled pictures: make a folder for each class, or a table"),
-  "flat": (flat, "neither class folders nor a table labels.csv with the columns file_name,label"),
-  "one class": (put("train/dog", shutil.rmtree), "holds one class, cat, and a classifier needs two"),
-  "one folder more": (wrapped, "holds one class, zip.*or name the folder that holds them"),
-  "test alone": (put("train", shutil.rmtree), "holds test and no folder train"),
+  "flat": (flat, "neither class folders nor a table labels.csv with the columns file_name,label: add one"),
+  "one class": (put("train/dog", shutil.rmtree), "holds only one class, cat, but a classifier needs two"),
+  "one folder more": (wrapped, "holds only one class, zip.*or name the folder that contains them"),
+  "test alone": (put("train", shutil.rmtree), "holds test but no folder train"),
   "two trains": (put("training/cat/0.png", save), "holds both train and training: keep one"),
   "two tests": (put("testing/cat/0.png", save), "holds both test and testing: keep one"),
   "empty class": (
@@ -525,8 +525,8 @@ MALFORMED = {
     r"class folder .*bird holds no pictures: fill or remove it",
   ),
   "new class in test": (put("test/bird/0.png", save), "classes without training pictures: bird"),
-  "loose in train": (put("train/0.png", save), r"outside of the class folders \(0.png\).*unlabelled"),
-  "loose beside train": (put("0.png", save), r"outside of the class folders \(0.png\)"),
+  "loose in train": (put("train/0.png", save), r"outside the class folders \(0.png\).*unlabelled"),
+  "loose beside train": (put("0.png", save), r"outside the class folders \(0.png\)"),
   "unlabelled in test": (put("test/unsup/0.png", save), "test pictures need labels.*test/unsup/0.png"),
   "all unlabelled": (
     lambda root: (rename("train/cat", "train/unlabelled")(root), shutil.rmtree(root / "train" / "dog")),
@@ -559,35 +559,35 @@ MALFORMED = {
   ),
   "unreadable in test": (
     put("test/cat/9.png", lambda path: write(path, "hello")),
-    "1 of the test pictures of .* cannot be read, mend or remove them: test/cat/9.png is not a picture",
+    "1 of the test pictures of .* cannot be read; repair or remove them: test/cat/9.png is not a picture",
   ),
   "floats": (
     put("train/cat/0.tif", lambda path: save(path, np.ones((9, 10), np.float32))),
-    "0.tif holds floating-point values: save it with 8 or 16 bits",
+    "0.tif holds floating-point values: convert it to 8 or 16 bits",
   ),
   "32 bits": (
     put("train/cat/0.tif", lambda path: save(path, np.full((9, 10), 70000, np.int32))),
-    "0.tif holds values of 32 bits",
+    "0.tif holds 32-bit values: convert it to 8 or 16 bits",
   ),
   "bomb": (
     put("train/cat/0.png", lambda path: save(path, noise(size=(40, 30)))),
-    "0.png has more than 1,000 pixels, the limit: make it smaller",
+    "0.png exceeds the limit of 1,000 pixels: make it smaller",
   ),
   "big bomb": (
     put("train/cat/0.png", lambda path: save(path, noise(size=(60, 60)))),
-    "0.png has more than 1,000 pixels",
+    "0.png exceeds the limit of 1,000 pixels",
   ),
   "link out": (
     link("train/cat/x.png", lambda root: save(root.parent / "x.png")),
-    r"x.png is a link that leaves the folder .*pets: put what it points to in its place",
+    r"x.png is a link that leads out of the folder .*pets: replace it with what it points to",
   ),
   "folder link out": (
     link("train/bird", lambda root: root.parent),
-    "bird is a link that leaves the folder",
+    "bird is a link that leads out of the folder",
   ),
   "link to itself": (
     link("train/cat/in", lambda root: root / "train"),
-    "leads back to a folder that holds it",
+    "leads back to a folder that contains it",
   ),
   "dead link": (link("train/cat/x.png", lambda root: root / "gone.png"), "train/cat/x.png does not exist"),
   "table beside train": (put("labels.csv", lambda path: write(path, HEAD)), "labels.csv lies beside train"),
@@ -597,30 +597,30 @@ MALFORMED = {
   ),
   "other columns": (
     table("name;class\n0.png;a\n"),
-    "labels.csv needs the columns file_name and label, parted by commas, and its first line is name;class",
+    "needs the columns file_name and label, separated by commas, but its first line is name;class",
   ),
-  "empty table": (table(""), "and its first line is empty"),
+  "empty table": (table(""), "but its first line is empty"),
   "table without labels": (table(HEAD + "0.png,\n"), "holds no labelled pictures"),
   "table with latin-1": (table((HEAD + "0.png,ä\n").encode("latin-1")), "not encoded as UTF-8"),
   "table of what is not there": (
     table(HEAD + "0.png,a\n1.png,b\n" + "".join(f"x{i}.png,a\n" for i in range(5))),
-    "lists what is no picture in .*: x0.png, x1.png, x2.png and 2 more",
+    "lists files that are not pictures in .*: x0.png, x1.png, x2.png and 2 more",
   ),
   "listed twice": (
     table(HEAD + "0.png,a\n./0.png,b\n"),
-    "line 3 of .*labels.csv lists ./0.png for the second",
+    "line 3 of .*labels.csv lists ./0.png a second time",
   ),
   "listed outside": (table(HEAD + "0.png,a\n../1.png,b\n"), "line 3 .* names ../1.png, which is not in"),
   "listed from the root": (table(HEAD + "/etc/0.png,a\n"), "line 2 .* names /etc/0.png, which is not in"),
   "comma": (table(HEAD + "0,5.png,a\n"), "line 2 .* has more columns than the first: quote"),
-  "no name": (table(HEAD + ",a\n"), "line 2 .* names no file"),
+  "no name": (table(HEAD + ",a\n"), "line 2 .* has no file_name"),
   "table against folders": (
     table(HEAD + "cat/0.png,dog\ndog/1.png,cat\n", "cat/0.png", "dog/1.png"),
-    "cat/0.png lies in a folder of class cat, and .* says dog: label by folders or by the table",
+    "cat/0.png lies in a folder of class cat, but .* says dog: label by folders or by the table",
   ),
   "table for some of the folders": (
     table(HEAD + "cat/0.png,cat\ndog/1.png,dog\n", "cat/0.png", "dog/1.png", "dog/2.png"),
-    "dog/2.png lies in a folder of class dog, and .* says nothing",
+    "dog/2.png lies in a folder of class dog, but .* says nothing",
   ),
   "test table without labels": (
     lambda root: (save(root / "test/0.png"), write(root / "test" / "labels.csv", HEAD + "cat/9.png,cat\n")),
@@ -684,14 +684,14 @@ def test_names_that_are_no_text(tmp_path):
 @pytest.mark.parametrize("at", ["cat/pipe.png", "labels.csv"])
 def test_a_pipe_is_skipped_and_not_waited_for(at, pets):
   os.mkfifo(pets / "train" / at)
-  assert f"no pictures: 1 (train/{at})" in pictures.load_folder(pets).note
+  assert f"not a picture: 1 (train/{at})" in pictures.load_folder(pets).note
 
 
 def test_a_class_folder_of_pictures_that_pillow_cannot_read(pets):
   (pets / "train" / "fish").mkdir()
   (pets / "train" / "fish" / "IMG_1.HEIC").write_bytes(b"ftypheic")
   with pytest.raises(
-    InputError, match=r"but train/fish/IMG_1.HEIC: convert them to JPEG or PNG, or remove"
+    InputError, match=r"only train/fish/IMG_1.HEIC: convert them to JPEG or PNG, or remove"
   ):
     pictures.load_folder(pets)
 
@@ -785,4 +785,4 @@ def test_photographs():
   found = pictures.load_folder(SIGNS, image_size=16)
   assert (found.x_train.shape, found.num_classes) == ((2062, 16, 16, 3), 10)
   assert np.bincount(found.y_train).tolist() == [205, 206, 206, 206, 207, 207, 207, 206, 208, 204]
-  assert "skipped, hidden or no pictures: 2 (LICENSE, README.md)" in found.note
+  assert "skipped, as hidden or not a picture: 2 (LICENSE, README.md)" in found.note

@@ -10,7 +10,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import checkpoint, data, datasets, networks, probe, recipes, steps, train
+from gan_jax import checkpoint, data, datasets, networks, parsing, probe, recipes, steps, train
 from gan_jax.recipes import gan, policies, ssgan, study
 from gan_jax.types import InputError
 
@@ -55,13 +55,13 @@ def test_a_description_of_another_version_is_a_sentence():
     {"hparams": {**stored["hparams"], "temperature": 1.0}},
     {"derived": [["with_wings", {}]]},
   ):
-    with pytest.raises(InputError, match="of another version of gan_jax"):
+    with pytest.raises(InputError, match="from another version of gan_jax"):
       recipes.rebuild({**stored, **change})
 
 
 @pytest.mark.parametrize("tuned", [lambda name: ssgan.tuned(name, 500), gan.tuned])
 def test_a_network_that_was_not_tuned_has_no_tuned_recipe(tuned):
-  with pytest.raises(InputError, match="nothing was tuned for the network conv_small"):
+  with pytest.raises(InputError, match="no tuned recipe for the network conv_small"):
     tuned("conv_small")
 
 
@@ -82,7 +82,7 @@ def test_more_layers_than_d_has_cannot_be_frozen():
   recipe = FAMILIES["ssgan"]()
   assert recipes.with_frozen(recipe, 0) is recipe
   recipes.with_frozen(recipe, 3)
-  with pytest.raises(InputError, match="D has 3 layers before its head: 4 cannot be frozen"):
+  with pytest.raises(InputError, match="D has only 3 layers before its head: 4 cannot be frozen"):
     recipes.with_frozen(recipe, 4)
 
 
@@ -140,7 +140,7 @@ def test_each_method_of_the_study_is_another_objective_over_the_same_batches():
   assert {"consistency", "class_balance"} < set(first.objective.d)
   assert first.g == methods["gan_augmented"].g
   assert all(study.generator_of(methods[name]) is None for name in methods if name != "gan_augmented")
-  off = dataclasses.replace(config, consistency=0.0, class_balance=(0.0, 0.0))
+  off = parsing.with_flags(config, consistency=0.0, class_balance=(0.0, 0.0))
   assert list(label_study.make_recipe(off, dataset, "fixmatch_ema").objective.d) == ["supervised"]
 
 

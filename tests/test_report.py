@@ -43,17 +43,17 @@ def test_a_name_is_said_as_it_is(capsys):
 
 def test_metrics_without_a_cut_off_line(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  assert report.read_metrics(path) == []
+  assert report.read_rows(path) == []
   path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-  assert report.read_metrics(path) == [{"step": 1}, {"step": 2}]
+  assert report.read_rows(path) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("line", [b"not json", b"5", b'{"step": 1}', b"\xff\x00"])
 def test_a_corrupt_line_of_metrics_is_a_sentence(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b'{"step": 1, "phase": "gan"}\n' + line + b"\n")
-  with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is no row of metrics"):
-    report.read_metrics(path, ("step", "phase"))
+  with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is not a row of metrics: repair"):
+    report.read_rows(path, ("step", "phase"))
 
 
 def test_sample_grid_puts_images_in_rows(tmp_path):

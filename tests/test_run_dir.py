@@ -64,11 +64,11 @@ def test_a_run_of_another_experiment_is_not_replaced(open_run):
 
 def test_a_run_is_resumed_with_its_own_split_and_recipe(open_run, tiny):
   run = opened(open_run(workdir="here"))
-  opened(open_run(workdir="here", resume=True, note="skipped, hidden or no pictures: .DS_Store"))
-  with pytest.raises(InputError, match="not the split"):
+  opened(open_run(workdir="here", resume=True, note="skipped, as hidden or not a picture: .DS_Store"))
+  with pytest.raises(InputError, match="does not hold the split"):
     opened(open_run(tiny.split._replace(seed=3), workdir="here", resume=True))
   other = recipes.ssgan.Hparams(threshold=0.9)
-  with pytest.raises(InputError, match="begun with another recipe"):
+  with pytest.raises(InputError, match="started with another recipe"):
     opened(open_run(hparams=other, workdir="here", resume=True))
   (run.path / "labels.json").write_text('{"sha')
   with pytest.raises(InputError, match="cannot be read"):

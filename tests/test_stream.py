@@ -59,18 +59,18 @@ def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monke
 
   def fail(n):
     if n >= 6:
-      raise InputError("cat/3.png cannot be decoded (broken): mend it")
+      raise InputError("cat/3.png cannot be decoded (broken): repair or replace it")
 
   tiny, there = Tiny(network="mlp"), tmp_path / "stream"
   in_memory = data.to_device(tiny.dataset, tiny.split, exclude_labelled=True)
   expected = fit(tiny, in_memory, workdir=tmp_path, checkpoint_every=None, steps_per_dispatch=1)
   begin = tiny.recipe().init_state(jax.random.key(0), in_memory)
   monkeypatch.setattr(stream, "DISPATCH_BYTES", 3 * 16 * 64)  # three steps
-  monkeypatch.setattr(data, "NUM_SEEN", 5)  # the others can only come from the source
+  monkeypatch.setattr(data, "NUM_SPACED", 5)  # the others can only come from the source
   images = streamed(tiny, Source(tiny.dataset.x_train, fail), workers=2)
   assert len(images.x_lab) == len(images.x_unl) == 5 < len(in_memory.x_lab) == len(images.y_lab)
   with pytest.raises(
-    InputError, match=r"^cat/3.png .*mend it; step \d is saved, and --resume goes"
+    InputError, match=r"^cat/3.png .*repair or replace it; step \d is saved, and --resume continues"
   ) as error:
     fit(tiny, images, workdir=there, start=lambda _: begin)
   assert no_threads()
@@ -82,8 +82,8 @@ def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monke
   last = fit(tiny, images, workdir=there, resume=True)
   assert all(leaves_equal(last.state, expected.state))
   assert images.stream.source.reads == 9 - step  # what was drawn before is not read again
-  losses = {row["step"]: row["d/loss"] for row in report.read_metrics(tmp_path / "metrics.jsonl")}
-  rows, before = report.read_metrics(there / "metrics.jsonl"), 0
+  losses = {row["step"]: row["d/loss"] for row in report.read_rows(tmp_path / "metrics.jsonl")}
+  rows, before = report.read_rows(there / "metrics.jsonl"), 0
   for row in rows:
     mean = np.mean([losses[i] for i in range(before + 1, row["step"] + 1)])
     np.testing.assert_allclose(row["d/loss"], mean, rtol=1e-6)
@@ -120,7 +120,7 @@ def test_ctrl_c_while_images_are_awaited_ends_the_threads(tiny):
 )
 def test_devices_share_streamed_images(sizes, first, read, tiny, monkeypatch):
   """Few labelled images are on the devices, many are streamed, also alone and as a whole set."""
-  monkeypatch.setattr(data, "NUM_SEEN", first)
+  monkeypatch.setattr(data, "NUM_SPACED", first)
   images, sizes = streamed(tiny, tiny.dataset.x_train, workers=1), BatchSizes(*sizes)
   devices = jax.devices()[:2]
   given = stream.Dispatches(images, sizes, START, num_steps=3, max_steps=3, devices=devices)
@@ -161,11 +161,11 @@ def test_a_folder_streamed_is_the_folder_in_memory(tmp_path, image_size):
   assert splits[0] == splits[1]
   broken = root / "train" / "cat" / "0.png"
   broken.write_bytes(broken.read_bytes()[:60])
-  with pytest.raises(InputError, match=r"cat/0.png cannot be decoded .*: mend it"):
+  with pytest.raises(InputError, match=r"cat/0.png cannot be decoded .*: repair or replace it"):
     found.x_train[np.array([0])]
   Image.fromarray(np.zeros((9, 8), np.uint8)).save(broken)
   if image_size is None:
-    with pytest.raises(InputError, match=r"cat/0.png is 9x8x1 and the others are 8x8x1"):
+    with pytest.raises(InputError, match=r"cat/0.png is 9x8x1, but the others are 8x8x1"):
       found.x_train[np.array([0])]
 
 
@@ -195,6 +195,6 @@ def test_auto_streams_what_does_not_fit_and_says_so(monkeypatch, capsys):
   assert datasets.load("digits", stream="auto").workers is None
   free(3 * 1198 * 64 - 4)
   assert datasets.load("digits", stream="auto").workers == 2
-  said = "1,198 training images take 0.0 GB, more than 25% of the free memory, 0.0 GB: they are read while"
+  said = "1,198 training images take 0.0 GB, more than 25% of the free memory (0.0 GB): they are read"
   assert capsys.readouterr().err.startswith(said)
   assert datasets.load("digits", stream="no").workers is None

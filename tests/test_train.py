@@ -28,7 +28,7 @@ def test_two_and_two_steps_are_four_bit_for_bit(tiny, tmp_path):
   refuse = lambda state: pytest.fail("a resumed run is not started")
   second = fit(tiny, 4, workdir=tmp_path, resume=True, start=refuse)
   assert all(leaves_equal(second.state, straight.state))
-  assert [row["step"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+  assert [row["step"] for row in report.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
 
 
 def test_a_directory_that_holds_training_is_not_overwritten(tiny, tmp_path):
@@ -57,7 +57,7 @@ def test_the_log_has_every_metric_and_means_over_the_dispatch(tiny, tmp_path):
   rows, means = {}, {}
   for size in (3, 1):
     fit(tiny, 7, workdir=tmp_path / str(size), steps_per_dispatch=size, checkpoint_every=None)
-    rows[size] = report.read_metrics(tmp_path / str(size) / "metrics.jsonl")
+    rows[size] = report.read_rows(tmp_path / str(size) / "metrics.jsonl")
   assert [row["step"] for row in rows[3]] == [1, 3, 6, 7]
   assert {"phase", "step", "seconds", "d/loss", "g/loss", "d/error"} <= rows[3][0].keys()
   assert len(rows[1]) == 7
@@ -102,9 +102,9 @@ def test_a_rollback_halves_the_learning_rates(tiny, tmp_path, monkeypatch, capsy
   result = fit(tiny, 4, workdir=tmp_path, on_nonfinite="rollback")
   said = capsys.readouterr().err
   assert f"{found}: back to the last checkpoint, at half the learning rates (rollback 1 of 3)" in said
-  assert "going on from step 2" in said.split("rollback 1")[1]
+  assert "resuming from step 2" in said.split("rollback 1")[1]
   assert (int(result.state.step), result.rollbacks, factors) == (4, (found,), [0.5])
-  assert [row["step"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+  assert [row["step"] for row in report.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
   assert fit(tiny, 4, workdir=tmp_path, resume=True).rollbacks == (found,)
   assert factors == [0.5, 0.5]
 
@@ -257,7 +257,7 @@ def test_what_ends_another_process_ends_this_one(signum, failed, error):
     return end()
   with pytest.raises(error) as raised:
     end()
-  words = "another process could not read an image: see what it said; step 3 is saved"
+  words = "another process could not read an image: check its output; step 3 is saved"
   assert error is Stopped or str(raised.value).startswith(words)
 
 
@@ -274,7 +274,7 @@ def test_diagnostics_are_logged_and_alarms_reach_the_result(tiny, tmp_path, monk
   monkeypatch.setattr(diagnostics, "make_diagnostics", lambda *_, **__: diagnose)
   kwargs = {"workdir": tmp_path, "diagnose": True, "class_names": tiny.dataset.class_names}
   result = fit(tiny, 20, **kwargs)
-  rows = report.read_metrics(tmp_path / "metrics.jsonl")
+  rows = report.read_rows(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in rows if "diagnostics/variance_ratio" in row] == list(range(1, 21))
   (alarm,) = result.alarms
   assert "has lost 2 of 3 classes (b, c)" in alarm
@@ -285,6 +285,6 @@ def test_diagnostics_are_logged_and_alarms_reach_the_result(tiny, tmp_path, monk
 def test_diagnostics_see_every_kind_of_image(tiny, tmp_path):
   tiny.data = tiny.data.replace(x_held_out=tiny.data.x_unl[:7], y_held_out=jnp.full(7, -1))
   fit(tiny, 1, workdir=tmp_path, diagnose=True)
-  (row,) = report.read_metrics(tmp_path / "metrics.jsonl")
+  (row,) = report.read_rows(tmp_path / "metrics.jsonl")
   names = {"real_logit_gap", "share_2", "variance_ratio"}
   assert {f"diagnostics/{name}" for name in names} <= row.keys()

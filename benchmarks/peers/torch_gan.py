@@ -412,7 +412,7 @@ class Gan:
     if ranges is None:
       return x
     if len(ranges) > 4:
-      raise NotImplementedError(f"the peer has affine maps with a black border alone, not {ranges}")
+      raise NotImplementedError(f"the peer supports only affine maps with a black border, not {ranges}")
     return affine(x, ranges, torch.rand(6, len(x), device=x.device) * 2 - 1)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,19 +61,17 @@ class FeatureExtractor:
     return _predict(self.num_classes, self.params, x)
 
 
-def load_feature_extractor(
-  dataset: Dataset, *, cache_dir: str | Path | None = None, say: Callable[[str], None] = print
-) -> FeatureExtractor:
+def load_feature_extractor(dataset: Dataset, *, cache_dir: str | Path | None = None) -> FeatureExtractor:
   """The feature extractor of a dataset: the bundled one for MNIST, else one trained once and cached.
 
-  A dataset is identified by its content, so its name and the order of its images do not matter.
+  A dataset is identified by its content, so its name and the order of its images do not matter. Training
+  takes up to a few minutes and is announced.
 
   Args:
     dataset: source of the real images.
     cache_dir: where trained extractors are kept (default: `gan_jax/feature_extractors` in
       `$XDG_CACHE_HOME`, else in `~/.cache`). A damaged file there is rebuilt, and a folder that cannot be
       written is not an error.
-    say: gets one sentence when training begins, which takes up to a few minutes.
 
   Raises:
     InputError: the images are too small or too few, or the bundled file is damaged.
@@ -86,7 +83,7 @@ def load_feature_extractor(
   for path in sorted(folder.glob(f"{known_as}-*.npz")):
     with contextlib.suppress(InputError):
       return read_feature_extractor(path, path.stem.removeprefix(f"{known_as}-"))
-  say(f"training a feature extractor for {dataset.name}, once: it is kept in {folder}")
+  report.say(f"training a feature extractor for {dataset.name}, once: it is kept in {folder}")
   content = train_feature_extractor(dataset)
   with contextlib.suppress(OSError):
     report.write_bytes(folder / f"{known_as}-{_sha256(content)}.npz", content)
@@ -98,13 +95,13 @@ def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
   try:
     content = path.read_bytes()
   except OSError as error:
-    raise InputError(f"{path} cannot be read ({error.strerror}): install gan-jax again") from error
+    raise InputError(f"{path} cannot be read ({error.strerror}): reinstall gan-jax") from error
   if _sha256(content) != sha256:
-    raise InputError(f"{path} is damaged, its SHA-256 is not {sha256[:8]}...: install gan-jax again")
+    raise InputError(f"{path} is damaged (its SHA-256 is not {sha256[:8]}...): reinstall gan-jax")
   try:
     return _decode(content)
   except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-    raise InputError(f"{path} is no feature extractor: install gan-jax again") from error
+    raise InputError(f"{path} is not a feature extractor: reinstall gan-jax") from error
 
 
 def train_feature_extractor(dataset: Dataset) -> bytes:
@@ -172,5 +169,6 @@ def _predict(num_classes: int, params: Params, x: UInt8[np.ndarray, "n h w c"]):
 
 
 @partial(jax.jit, static_argnums=0)
+@jax.default_matmul_precision("highest")  # on all devices the features that the moments are of
 def _apply(num_classes: int, params: Params, x: Float[Array, "b h w c"]):
   return feature_network.FeatureNetwork(num_classes).apply({"params": params}, x)

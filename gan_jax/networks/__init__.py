@@ -5,19 +5,12 @@ Outside a network, images are float32 in [0, 1], NHWC. The contracts of generato
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from gan_jax.kernels import Precision
 from gan_jax.networks.conv import ConvDiscriminator, ConvGenerator
-from gan_jax.networks.layers import (
-  BatchNormShift,
-  Block,
-  Linear,
-  Norm,
-  check_image_shape,
-  depth_to_space,
-  leaky_relu,
-)
+from gan_jax.networks.layers import Linear, Norm, check_image_shape, depth_to_space, leaky_relu
 from gan_jax.networks.mlp import MLPDiscriminator, MLPGenerator
 from gan_jax.networks.resnet import ResNetDiscriminator, ResNetGenerator
 from gan_jax.types import Discriminator, Generator
@@ -67,20 +60,10 @@ def _conv(image_shape: ImageShape, num_logits: int, num_classes: int, *, scale: 
   return g, ConvDiscriminator(num_logits, width=32 // scale, num_features=256 // scale)
 
 
-def _conv_small(image_shape: ImageShape, num_logits: int, num_classes: int):
-  return _conv(image_shape, num_logits, num_classes, scale=2)
-
-
-def _conv_fine(image_shape: ImageShape, num_logits: int, num_classes: int):
+def _fine(image_shape: ImageShape, num_logits: int, num_classes: int, *, width: int = 64, depth: int = 1):
   check_image_shape(image_shape)
-  g = ConvGenerator(image_shape, width=32, norm="layer", num_classes=num_classes, fine=True)
-  return g, ConvDiscriminator(num_logits)
-
-
-def _vgg(image_shape: ImageShape, num_logits: int, num_classes: int):
-  check_image_shape(image_shape)
-  g = ConvGenerator(image_shape, norm="layer", num_classes=num_classes, fine=True)
-  return g, ConvDiscriminator(num_logits, depth=2)
+  g = ConvGenerator(image_shape, width, norm="layer", num_classes=num_classes, fine=True)
+  return g, ConvDiscriminator(num_logits, depth=depth)
 
 
 def _resnet(image_shape: ImageShape, num_logits: int, num_classes: int):
@@ -89,8 +72,7 @@ def _resnet(image_shape: ImageShape, num_logits: int, num_classes: int):
 
 
 def _mlp(image_shape: ImageShape, num_logits: int, num_classes: int):
-  norm = "batch" if num_classes else "shift"
-  return MLPGenerator(image_shape, norm=norm, num_classes=num_classes), MLPDiscriminator(num_logits)
+  return MLPGenerator(image_shape, num_classes=num_classes), MLPDiscriminator(num_logits)
 
 
 def _article(image_shape: ImageShape, num_logits: int, num_classes: int):
@@ -118,9 +100,9 @@ def suited(image_shape: ImageShape) -> Literal["conv", "vgg", "mlp"]:
 
 PAIRS: dict[str, Callable] = {
   "conv": _conv,
-  "conv_small": _conv_small,
-  "conv_fine": _conv_fine,
-  "vgg": _vgg,
+  "conv_small": partial(_conv, scale=2),
+  "conv_fine": partial(_fine, width=32),
+  "vgg": partial(_fine, depth=2),
   "resnet": _resnet,
   "mlp": _mlp,
   "article": _article,
@@ -129,8 +111,6 @@ PAIRS: dict[str, Callable] = {
 
 __all__ = [
   "PAIRS",
-  "BatchNormShift",
-  "Block",
   "ConvDiscriminator",
   "ConvGenerator",
   "Linear",

@@ -91,7 +91,7 @@ class ConvGenerator(nn.Module):
   latent: Literal["uniform", "normal"] = "normal"
   norm: Norm = "shift"
   num_classes: int = 0
-  """Number of classes if class-conditional, with any `norm` except "shift"; 0: unconditional."""
+  """Number of classes if class-conditional; 0: unconditional."""
   fine: bool = False
   precision: Precision = "float32"
   """Precision of all products and convolutions."""

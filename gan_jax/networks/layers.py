@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from gan_jax import kernels
 from gan_jax.types import ClassLatents, InputError, Latents
 
-Norm = Literal["none", "weight", "spectral", "layer", "group", "batch", "shift"]
+Norm = Literal["none", "weight", "spectral", "layer", "group", "shift"]
 """How a layer is normalised: its weights (`weight`, `spectral`) or its outputs. See `Block`."""
 
 
@@ -133,8 +133,7 @@ class Block(nn.Module):
   """A linear layer, normalisation, then `activation`: the building block of the networks without residuals.
 
   Normalisation of the outputs: `layer` over the channels of each position, `group` over all positions of
-  each group of 16 channels, `batch` with running averages for evaluation, `shift` as in
-  `BatchNormShift`. Discriminators reject `batch` and `shift`, see `heads`.
+  each group of 16 channels, `shift` as in `BatchNormShift`, which discriminators reject, see `heads`.
   """
 
   features: int
@@ -172,8 +171,6 @@ def normalise(y: Array, norm: Norm, train: bool, axis_name: str | None = None) -
     return nn.LayerNorm()(y)
   if norm == "group":
     return nn.GroupNorm(None, math.gcd(16, y.shape[-1]))(y)
-  if norm == "batch":
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=axis_name)(y)
   return BatchNormShift(axis_name)(y) if norm == "shift" else y
 
 
@@ -199,10 +196,10 @@ def heads(d: Any, h: Float[Array, "b h"], features: Float[Array, "b f"], train: 
     train: as in the network.
 
   Raises:
-    InputError: `norm="batch"` or "shift". D's update passes real and generated images together and G's
-      passes them separately, so with batch statistics the two updates would use different discriminators.
+    InputError: `norm="shift"`. D's update passes real and generated images together and G's passes them
+      separately, so with batch statistics the two updates would use different discriminators.
   """
-  if d.norm in ("batch", "shift"):
+  if d.norm == "shift":
     raise InputError("batch normalisation mixes the real and the generated images of D: use norm='layer'")
 
   def head(num: int, name: str) -> Array:
@@ -229,9 +226,6 @@ def embed(g: Any, z: Latents) -> Float[Array, "n zy"]:
   """The latents as one vector: z and the class as a one-hot code with about the norm of z."""
   if not isinstance(z, ClassLatents):
     return z
-  if g.norm == "shift":
-    # In a batch of a single class the code is constant, and subtracting the batch mean removes it.
-    raise InputError("norm='shift' hides the class from a class-conditional generator; use norm='batch'")
   code = jax.nn.one_hot(z.y, g.num_classes) * jnp.sqrt(z.z.shape[-1])
   return jnp.concatenate([z.z, code], axis=-1)
 

@@ -22,7 +22,7 @@ class MLPDiscriminator(nn.Module):
   The features are the last hidden layer before its noise.
 
   References:
-    Salimans et al., 2016, https://arxiv.org/abs/1606.03498, section 5.1, and the authors' code.
+    Salimans et al., 2016, https://arxiv.org/abs/1606.03498, section 6.1, and the authors' code.
   """
 
   num_classes: int
@@ -78,7 +78,7 @@ class MLPGenerator(nn.Module):
   norm: Norm = "shift"
   activation: Callable[[Array], Array] = nn.softplus
   num_classes: int = 0
-  """Number of classes if class-conditional, with any `norm` except "shift"; 0: unconditional."""
+  """Number of classes if class-conditional; 0: unconditional."""
   precision: kernels.Precision = "float32"
   """Precision of all products."""
   axis_name: str | None = None

@@ -48,7 +48,7 @@ class Scaling:
     if x.ndim != 2 or x.shape[1] != len(low):
       raise InputError(f"vectors must be [N, {len(low)}], not {_shape(x)}")
     if not np.isfinite(x).all():
-      raise InputError("vectors must be finite, and these hold values that are not")
+      raise InputError("vectors must be finite, but these hold NaN or infinite values")
     return scaled(x, low, high)[:, None, :, None]
 
 
@@ -84,14 +84,14 @@ def load_arrays(path: str | Path) -> Dataset:
     constant = sum(low >= high for low, high in zip(scaling.low, scaling.high, strict=True))
     if constant:
       notes.append(
-        f"{constant:,} of {x.shape[2]:,} features are constant from their 0.1 % to their 99.9 %"
-        " quantile and become 0"
+        f"{constant:,} of {x.shape[2]:,} features are constant between their 0.1 % and 99.9 %"
+        " quantiles and become 0"
       )
   else:
     if is_uint16(x):
       white = int(x.max()) or 1
       notes.append(
-        f"the value {white}, the largest of x, becomes 255, and larger ones of x_test are clipped"
+        f"the value {white}, the largest in x, becomes 255, and larger values in x_test are clipped"
       )
     x, x_test = (_as_bytes(a, white) for a in (x, x_test))
     reader = Reader(channels=x.shape[-1], size=None, white=white)
@@ -117,28 +117,30 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as opened:
       file = np.load(opened, allow_pickle=False)
       if isinstance(file, np.ndarray):
-        raise InputError(f"{path} holds one array: save x and y together with numpy.savez")
+        raise InputError(f"{path} holds a single array: save x and y together with numpy.savez")
       return {key: file[key] for key in file}
   except InputError:
     raise
   except ValueError as error:
     if "pickle" in str(error) and zipfile.is_zipfile(path):
-      raise InputError(f"{path} holds Python objects: save numbers, and names as text arrays") from error
-    raise InputError(f"{path} is not an .npz file of numpy.savez") from error
+      raise InputError(
+        f"{path} holds Python objects: save numbers as numeric arrays, names as text"
+      ) from error
+    raise InputError(f"{path} is not an .npz file from numpy.savez") from error
   except Exception as error:  # zip files break in many ways
-    raise InputError(f"{path} is not a whole .npz file of numpy.savez ({error})") from error
+    raise InputError(f"{path} is not a complete .npz file from numpy.savez ({error})") from error
 
 
 def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
   """Problems, one sentence each; later checks run as far as earlier problems allow."""
   unknown = [key for key in arrays if key not in _KEYS]
   if unknown:
-    yield f"there is no use for {listed(unknown)}: the arrays are {', '.join(_KEYS)}"
+    yield f"unexpected {listed(unknown)}: the arrays must be named {', '.join(_KEYS)}"
   missing = [key for key in ("x", "y") if key not in arrays]
   if missing:
-    yield f"{' and '.join(missing)} must be there: x are the images or vectors, y their classes"
+    yield f"missing {' and '.join(missing)}: save the images or vectors as x and their classes as y"
   if ("x_test" in arrays) != ("y_test" in arrays):
-    yield "x_test and y_test go together, and only one is there"
+    yield "x_test and y_test must be saved together, but only one is there"
   for key in ("x", "x_test"):
     if key in arrays:
       yield from _image_problems(key, arrays[key])
@@ -147,8 +149,8 @@ def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
     alike = x.dtype.kind == x_test.dtype.kind and is_uint16(x) == is_uint16(x_test)
     if x.shape[1:] != x_test.shape[1:] or not alike:
       yield (
-        f"x_test must be like x, {_shape(x)} of {x.dtype}, but for the first number, and it is"
-        f" {_shape(x_test)} of {x_test.dtype}"
+        f"x_test is {_shape(x_test)} of {x_test.dtype}, but must match x, {_shape(x)} of {x.dtype}, except"
+        " in its first number"
       )
   whole = True
   for key in ("y", "y_test"):
@@ -159,19 +161,19 @@ def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
     classes = arrays["classes"]
     if classes.ndim != 1 or classes.dtype.kind != "U" or len({*classes.tolist(), ""}) != len(classes) + 1:
       whole = False
-      yield "classes must be a text array of different names"
+      yield "classes must be a text array of distinct, non-empty names"
   if whole and "y" in arrays:
     yield from _class_problems(arrays)
 
 
 def _image_problems(key: str, x: np.ndarray) -> Iterator[str]:
   if x.ndim not in (2, 3, 4):
-    yield f"{key} must be images [N, H, W] or [N, H, W, C] or vectors [N, F], not {_shape(x)}"
+    yield f"{key} must be images [N, H, W] or [N, H, W, C], or vectors [N, F], not {_shape(x)}"
   elif x.ndim == 4 and x.shape[-1] not in (1, 3):
     hint = ": put the channels last" if x.shape[1] in (1, 3) else ""
-    yield f"images in {key} must have 1 or 3 channels, [N, H, W, C], and they are {_shape(x)}{hint}"
+    yield f"images in {key} must be [N, H, W, C] with 1 or 3 channels, not {_shape(x)}{hint}"
   elif 0 in x.shape[1:] or (len(x) == 0 and key == "x"):
-    yield f"{key} is empty: it is {_shape(x)}"
+    yield f"{key} is empty: its shape is {_shape(x)}"
   elif x.ndim == 2 and x.dtype.kind not in "buif":
     yield f"vectors in {key} must be real numbers, not {x.dtype}"
   elif x.ndim > 2 and x.dtype != np.uint8 and not is_uint16(x) and x.dtype.kind != "f":
@@ -179,9 +181,9 @@ def _image_problems(key: str, x: np.ndarray) -> Iterator[str]:
   elif len(x) and x.dtype.kind == "f":
     low, high = float(x.min()), float(x.max())
     if not np.isfinite([low, high]).all() or max(-low, high) > _LARGEST:
-      yield f"{key} holds values that are not finite, or beyond {_LARGEST:g}"
+      yield f"{key} holds values that are not finite, or beyond +-{_LARGEST:g}: replace them"
     elif x.ndim > 2 and not 0 <= low <= high <= 1:
-      yield f"floats in {key} must be in [0, 1], and they go from {low:g} to {high:g}: scale them"
+      yield f"floats in {key} must be in [0, 1], but they range from {low:g} to {high:g}: scale them"
 
 
 def _label_problems(key: str, arrays: dict[str, np.ndarray]) -> Iterator[str]:
@@ -189,16 +191,16 @@ def _label_problems(key: str, arrays: dict[str, np.ndarray]) -> Iterator[str]:
     return
   y, x = arrays[key], arrays.get(key.replace("y", "x"))
   if y.ndim != 1:
-    yield f"{key} must be [N], a class for each image, not {_shape(y)}"
+    yield f"{key} must be [N], one class per image, not {_shape(y)}"
   elif y.dtype.kind not in "iuU":
     yield f"{key} must be integers or names, not {y.dtype}"
   else:
     if x is not None and x.ndim and len(x) != len(y):
       yield f"{key} has {len(y):,} labels for {len(x):,} images: it needs one for each"
     if y.dtype.kind != "U" and len(y) and y.min() < -1:
-      yield f"{key} holds {y.min()}: classes count from 0, and -1 is no label"
+      yield f"{key} holds {y.min()}: classes are numbered from 0, and -1 means no label"
     elif key == "y_test" and ((y == "") if y.dtype.kind == "U" else (y == -1)).any():
-      yield "y_test must not hold images without labels"
+      yield "y_test must label every image: leave out those without a label"
     if key == "y_test" and "y" in arrays and (arrays["y"].dtype.kind == "U") != (y.dtype.kind == "U"):
       yield "y and y_test must both be integers, or both names"
 
@@ -218,9 +220,9 @@ def _class_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
     known, num = {*names} if text else range(len(names)), len(names)
   unknown = sorted(label for label in given if label not in known)
   if unknown:
-    yield f"y holds {listed(map(str, unknown))}, for which classes, {num} names, has none"
+    yield f"y holds {listed(map(str, unknown))}, which the {num} names in classes do not cover"
   if num < 2:
-    yield f"there is one class, {next(iter(known))}, and a classifier needs two"
+    yield f"there is only one class, {next(iter(known))}, but a classifier needs two"
   empty = num - sum(label in known for label in given)
   if empty:
     first = next(label for label in (names if text and names else known) if label not in given)

@@ -65,7 +65,7 @@ def load_folder(
   number: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
   notes = [*found.notes, *read.notes]
   if found.skipped:
-    notes.append(f"skipped, hidden or no pictures: {len(found.skipped):,} ({listed(found.skipped)})")
+    notes.append(f"skipped, as hidden or not a picture: {len(found.skipped):,} ({listed(found.skipped)})")
   name = f"folder:{found.root.name}"
   return Dataset(
     name=name if image_size is None else f"{name}@{image_size}",
@@ -112,17 +112,17 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice)
   deep = [paths[i] for i, header in known.items() if i < len(paths) and header.bits == "16"]
   if deep:
     largest = for_all(
-      lambda path: int(np.asarray(open_upright(path)).max()), deep, "16 bits: how bright is white?"
+      lambda path: int(np.asarray(open_upright(path)).max()), deep, "finding the largest 16-bit value"
     )
     white = max([value for value in largest if isinstance(value, int)], default=65535) or 1
     notes.append(
-      f"of 16-bit pictures the value {white}, the largest of the training set, becomes 255, and"
-      " larger ones of the test set are clipped"
+      f"in 16-bit pictures the value {white}, the largest in the training set, becomes 255, and"
+      " larger values in the test set are clipped"
     )
   high_bytes = sum(header.bits == "16, read as 8" for header in known.values())
   if high_bytes:
     notes.append(
-      f"{high_bytes:,} pictures hold 16 bits in several channels, of which the high byte is read"
+      f"pictures with several 16-bit channels, of which only the high byte is read: {high_bytes:,}"
     )
   reader = Reader(
     channels=1 if all(header.mode in GREY for header in mine) else 3,
@@ -168,7 +168,7 @@ def _read_all(
   def read(i: int) -> None:
     pixels = reader._pixels(open_upright(paths[i]))
     if pixels.shape != shape:
-      raise InputError("is not of the size that it declares")
+      raise InputError("does not have the size that its header declares")
     x[i] = pixels
 
   results = for_all(read, range(len(paths)), f"reading {len(paths):,} pictures")
@@ -207,8 +207,8 @@ def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
   of_train, of_test = [i for i in reasons if i < num], [i for i in reasons if i >= num]
   if 100 * len(of_train) > num:
     problems.append(
-      f"{len(of_train):,} of the {num:,} training pictures of {found.root}, more than 1 %, cannot be read,"
-      f" mend or remove them: {told(of_train)}"
+      f"{len(of_train):,} of the {num:,} training pictures of {found.root}, more than 1 %, cannot be read;"
+      f" repair or remove them: {told(of_train)}"
     )
   left = {label for i, (_, label) in enumerate(found.train) if i not in reasons}
   gone = [name for name in found.classes if name not in left]
@@ -216,7 +216,7 @@ def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
     problems.append(f"{found.root} holds no picture of {listed(gone)} that can be read")
   if of_test:
     problems.append(
-      f"{len(of_test):,} of the test pictures of {found.root} cannot be read, mend or remove them:"
+      f"{len(of_test):,} of the test pictures of {found.root} cannot be read; repair or remove them:"
       f" {told(of_test)}"
     )
   return problems

@@ -68,7 +68,7 @@ class Found:
         self.skipped.append(self.name(path))
       elif is_link and not Path(os.path.realpath(path)).is_relative_to(real):
         self.problems.append(
-          f"{path} is a link that leaves the folder {self.root}: put what it points to in its place"
+          f"{path} is a link that leads out of the folder {self.root}: replace it with what it points to"
         )
       elif there.is_dir():
         level.folders.append(path)
@@ -86,7 +86,7 @@ class Found:
     """All pictures in a folder and its subfolders."""
     real, level = os.path.realpath(folder), self.level(folder)
     if real in above:
-      self.problems.append(f"{folder} leads back to a folder that holds it: remove the link")
+      self.problems.append(f"{folder} leads back to a folder that contains it: remove the link")
       return []
     return level.pictures + [p for sub in level.folders for p in self.below(sub, (*above, real))]
 
@@ -168,7 +168,9 @@ def scan(root: Path) -> Found:
     if others:
       found.notes.append(f"folders beside {train[0].name} are not read: {listed(others)}")
   elif parts[1]:
-    found.problems.append(f"{root} holds {parts[1][0].name} and no folder train with the training pictures")
+    found.problems.append(
+      f"{root} holds {parts[1][0].name} but no folder train: add one with the training pictures"
+    )
   else:
     found.train = _part(found, root)
   if parts[1]:
@@ -177,7 +179,7 @@ def scan(root: Path) -> Found:
   used = {table for path in (root, *train, *parts[1]) for table in found.level(path).tables}
   tables = [table for level in found.levels.values() for table in level.tables if table not in used]
   found.problems += [
-    f"{table} labels pictures of an unlabelled folder: move them into class folders, and the table away"
+    f"{table} labels pictures in an unlabelled folder: move them into class folders and remove the table"
     for table in tables
     if table.name.lower() == "labels.csv" and table.parent.name.casefold() in _UNLABELLED
   ]
@@ -204,19 +206,19 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
         others = [name for name in found.skipped if name.startswith(f"{found.name(sub)}/")]
         mend = ": fill"
         if others:  # such as HEIC or camera raw files
-          mend = f" that can be read, but {listed(others)}: convert them to JPEG or PNG,"
+          mend = f" that can be read, only {listed(others)}: convert them to JPEG or PNG,"
         found.problems.append(f"the class folder {sub} holds no pictures{mend} or remove it")
       examples += [(path, label) for path in pictures]
     if level.pictures and not level.folders:
       found.problems.append(
-        f"{folder} holds pictures and neither class folders nor a table labels.csv with the columns"
-        " file_name,label"
+        f"{folder} holds pictures but neither class folders nor a table labels.csv with the columns"
+        " file_name,label: add one of them"
       )
     else:
       _no_loose(found, folder, level.pictures, folder)
   if labelled and any(label is None for _, label in examples):
     names = listed(found.name(path) for path, label in examples if label is None)
-    found.problems.append(f"test pictures need labels, and these have none: {names}")
+    found.problems.append(f"test pictures need labels, but these have none: {names}")
     examples = [example for example in examples if example[1] is not None]
   return examples
 
@@ -224,7 +226,7 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
 def _no_loose(found: Found, folder: Path, pictures: list[Path], train: Path) -> None:
   if pictures:
     found.problems.append(
-      f"pictures in {folder} lie outside of the class folders ({listed(p.name for p in pictures)}):"
+      f"pictures in {folder} lie outside the class folders ({listed(p.name for p in pictures)}):"
       f" move them into one, or into {train / 'unlabelled'}"
     )
 
@@ -239,8 +241,8 @@ def _check_classes(found: Found) -> None:
     )
   elif len(found.classes) == 1:
     found.problems.append(
-      f"{found.root} holds one class, {found.classes[0]}, and a classifier needs two: make a folder for"
-      " each, or name the folder that holds them"
+      f"{found.root} holds only one class, {found.classes[0]}, but a classifier needs two: make a folder"
+      " for each, or name the folder that contains them"
     )
   unknown = sorted({label for _, label in found.test if label is not None} - {*found.classes})
   if unknown:
@@ -261,14 +263,14 @@ def _by_table(found: Found, folder: Path, tables: list[Path]) -> list[_Example]:
   pictures = {_below(path, folder): path for path in found.below(folder)}
   missing = [name for name in labels if name not in pictures]
   if missing:
-    found.problems.append(f"{tables[0]} lists what is no picture in {folder}: {listed(missing)}")
+    found.problems.append(f"{tables[0]} lists files that are not pictures in {folder}: {listed(missing)}")
   classes = {label for label in labels.values() if label}
   for name in pictures:
     place, label = name.partition("/")[0], labels.get(name, "")
     if "/" in name and place in classes and place != label:
       found.problems.append(
-        f"{name} lies in a folder of class {place}, and {tables[0]} says {label or 'nothing'}: label by"
-        " folders or by the table, not by both"
+        f"{name} lies in a folder of class {place}, but {tables[0]} says {label or 'nothing'}: label by"
+        " folders or by the table, not both"
       )
       break
   return [(path, labels.get(name) or None) for name, path in pictures.items()]
@@ -281,16 +283,16 @@ def _read_table(found: Found, table: Path) -> dict[str, str]:
     columns = rows.fieldnames or []
     if not {"file_name", "label"} <= {*columns}:
       found.problems.append(
-        f"{table} needs the columns file_name and label, parted by commas, and its first line is"
+        f"{table} needs the columns file_name and label, separated by commas, but its first line is"
         f" {','.join(columns) or 'empty'}"
       )
       return {}
     lines = [(rows.line_num, row) for row in rows]
   except UnicodeDecodeError:
-    found.problems.append(f"{table} is not encoded as UTF-8: save it as such")
+    found.problems.append(f"{table} is not encoded as UTF-8: save it in that encoding")
     return {}
   except (OSError, csv.Error) as error:
-    found.problems.append(f"{table} is not a table that can be read ({error})")
+    found.problems.append(f"{table} cannot be read as a table ({error})")
     return {}
   labels = {}
   for number, row in lines:
@@ -299,13 +301,13 @@ def _read_table(found: Found, table: Path) -> dict[str, str]:
     path = posixpath.normpath(name)
     wrong = None
     if None in row:
-      wrong = "has more columns than the first: quote what holds a comma"
+      wrong = "has more columns than the first: quote values that contain a comma"
     elif not name:
-      wrong = "names no file"
+      wrong = "has no file_name"
     elif path.startswith("/") or path.split("/")[0] == "..":
       wrong = f"names {name}, which is not in the folder of the table"
     elif path in labels:
-      wrong = f"lists {name} for the second time"
+      wrong = f"lists {name} a second time"
     if wrong:
       found.problems.append(f"line {number} of {table} {wrong}")
     else:

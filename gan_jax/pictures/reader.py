@@ -106,8 +106,8 @@ def check_memory(num: int, image_shape: tuple[int, int, int], hint: str, *, num_
   if needed > free:
     height, width, _ = image_shape
     raise InputError(
-      f"{num:,} images of {height}x{width} take {needed / 2**30:,.1f} GB, and {free / 2**30:,.1f} GB of"
-      f" memory are free: {hint}"
+      f"{num:,} images of {height}x{width} take {needed / 2**30:,.1f} GB, but only {free / 2**30:,.1f} GB"
+      f" of memory is free: {hint}"
     )
 
 
@@ -115,12 +115,12 @@ def open_upright(path: str | Path) -> Image.Image:
   """An upright picture in mode L, RGB, or, for 16-bit values, F."""
   with Image.open(path) as file:
     if file.mode == "F":
-      raise InputError("holds floating-point values: save it with 8 or 16 bits")
+      raise InputError("holds floating-point values: convert it to 8 or 16 bits")
     picture = ImageOps.exif_transpose(file)
     if bits_of(file) == "16":
       values = np.asarray(picture)
       if values.min() < 0 or values.max() > 65535:
-        raise InputError("holds values of 32 bits: save it with 8 or 16 bits")
+        raise InputError("holds 32-bit values: convert it to 8 or 16 bits")
       return Image.fromarray(values.astype(np.float32))
     if picture.has_transparency_data:
       picture = picture.convert("RGBA")
@@ -153,7 +153,7 @@ class Pictures:
       try:
         pixels = self._reader.read(self._paths[row])
       except InputError as error:
-        raise InputError(f"{error}: mend it") from error
+        raise InputError(f"{error}: repair or replace it") from error
       check_shape(pixels, self.shape[1:], str(self._paths[row]))
       found[i] = pixels
     return found
@@ -163,7 +163,7 @@ def check_shape(image: np.ndarray, shape: tuple[int, ...], name: str) -> None:
   """Raises `InputError` if the image of this name is not of the shape of the others."""
   if image.shape != shape:
     found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
-    raise InputError(f"{name} is {found} and the others are {others}: resize them first")
+    raise InputError(f"{name} is {found}, but the others are {others}: resize them first")
 
 
 class Header(NamedTuple):
@@ -205,7 +205,7 @@ def reason_of(error: Exception) -> str:
   if isinstance(error, FileNotFoundError):
     return "does not exist"
   if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-    return f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit: make it smaller"
+    return f"exceeds the limit of {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"
   if isinstance(error, UnidentifiedImageError):
     return "is not a picture that Pillow can read"
   return f"cannot be decoded ({str(error) or type(error).__name__})"

@@ -34,7 +34,7 @@ def check(path: str | Path) -> Json:
   single = [name for name, numbers in found["classes"].items() if numbers["train"] == 1]
   if single and not found["test"]:
     found["notes"].append(
-      f"no error can be estimated: there are no test images, and one label alone of class {listed(single)}"
+      f"no error can be estimated: there are no test images, and only one label of class {listed(single)}"
     )
   return found
 
@@ -86,7 +86,7 @@ def print_check(found: Json) -> None:
     console.print(f"suggested: --image-size {found['image_size']}")
   if not found["problems"]:
     console.print(
-      "nothing here would be refused" + (" with --image-size" if len(found["sizes"]) > 1 else "")
+      "this data can be used for training" + (" with --image-size" if len(found["sizes"]) > 1 else "")
     )
 
 

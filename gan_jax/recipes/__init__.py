@@ -18,7 +18,6 @@ from gan_jax.recipes.recipe import (
   DERIVATIONS,
   Hparams,
   Recipe,
-  adam,
   learning_rate,
   supervised_control,
   with_flops_of,
@@ -29,7 +28,7 @@ from gan_jax.recipes.recipe import (
   without_augmentation,
   without_generator,
 )
-from gan_jax.types import BatchSizes, InputError, Json
+from gan_jax.types import InputError, Json
 
 FAMILIES: dict[str, tuple[type[Hparams], Callable[..., Recipe]]] = {
   "ssgan": (ssgan.Hparams, ssgan.build),
@@ -65,7 +64,7 @@ def rebuild(description: Json) -> Recipe:
   except (KeyError, TypeError, ValueError) as error:
     if isinstance(error, InputError):
       raise
-    raise InputError(f"this recipe is of another version of gan_jax: {error}") from error
+    raise InputError(f"this recipe is from another version of gan_jax: {error}") from error
   return recipe
 
 
@@ -75,10 +74,7 @@ def _as_tuple(value: Any) -> Any:
 
 __all__ = [
   "FAMILIES",
-  "BatchSizes",
-  "Hparams",
   "Recipe",
-  "adam",
   "describe",
   "gan",
   "learning_rate",

@@ -105,7 +105,7 @@ def tuned(network: Tuned, penalty: Penalty | None = None) -> Hparams:
       hparams = dataclasses.replace(hparams, norm=norm, **smaller)
   else:
     raise InputError(
-      f"nothing was tuned for the network {network}: start from {', '.join(get_args(Tuned))}"
+      f"there is no tuned recipe for the network {network}: start from {', '.join(get_args(Tuned))}"
     )
   if penalty is None:
     return hparams
@@ -134,14 +134,19 @@ def check(hparams: Hparams) -> None:
   if h.loss == "wasserstein" and h.penalty != "wgan_gp" and h.norm != "spectral":
     raise InputError("--loss wasserstein needs a Lipschitz D: add --penalty wgan_gp or --norm spectral")
   if not 0.5 < h.real_label <= 1:
-    raise InputError(f"--real-label must be above 0.5 and at most 1, and it is {h.real_label}")
+    raise InputError(f"--real-label must be above 0.5 and at most 1, not {h.real_label}")
   if h.real_label < 1 and h.loss not in ("min_max", "non_saturating", "least_squares"):
-    raise InputError(f"--real-label is a target, which --loss {h.loss} has not: leave it at 1")
+    raise InputError(f"--real-label sets a target, but --loss {h.loss} has none: leave it at 1")
   if h.labels == "few" and h.batch_size < 4:
-    raise InputError("--batch-size must be at least 4: a quarter of it are labelled images")
+    raise InputError("--batch-size must be at least 4, as a quarter of each batch is labelled")
+  if h.augmentation == "adaptive" and LOSSES[h.loss].boundary is None:
+    raise InputError(
+      f"--augment adaptive counts the images that D takes for real, which --loss {h.loss} does not define:"
+      " choose another loss, or --augment fixed"
+    )
   if h.labels != "none" and h.loss == "relativistic":
     raise InputError(
-      "--loss relativistic compares images pair by pair, of whatever classes: choose another"
+      "--loss relativistic compares images pair by pair, whatever their classes: choose another loss"
     )
 
 
@@ -155,7 +160,7 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
   check(h)
   if h.rotation and image_shape[0] != image_shape[1]:
     raise InputError(
-      f"--rotation turns images by 90 degrees, and these are {image_shape[0]}x{image_shape[1]}: use 0"
+      f"--rotation needs square images, but these are {image_shape[0]}x{image_shape[1]}: use --rotation 0"
     )
   conditional = h.labels != "none"
   g, d = networks.make_pair(

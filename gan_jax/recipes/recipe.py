@@ -89,7 +89,7 @@ class Recipe:
 
   def init_state(self, key: Key[Array, ""], images: data.DeviceData) -> TrainState:
     """A fresh state; consumes the key. Weight-normalised layers are initialised from 500 of the images."""
-    x_init = data.to_float(data.seen(images.x_unl if len(images.x_unl) else images.x_lab))
+    x_init = data.to_float(data.evenly_spaced(images.x_unl if len(images.x_unl) else images.x_lab))
     aux = self.augment.init() if isinstance(self.augment, augment.Adaptive) else None
     return steps.init_state(key, self.g, self.d, g_tx=self.g_tx, d_tx=self.d_tx, x_init=x_init, aux=aux)
 
@@ -110,11 +110,13 @@ class Recipe:
     return jax.eval_shape(self.init_state, jax.random.key(0), self._one_image())
 
   def flops(self) -> float:
-    """Floating-point operations of one step, as counted for the compiled program; compiles the step."""
+    """Floating-point operations of one step by XLA's count: on CPU for the compiled program, elsewhere for
+    the program as written, because compiled ones hide products and convolutions in library calls."""
     sample_batch = data.make_sample_batch(self.batch)
     batch = jax.eval_shape(sample_batch, jax.random.key(0), self._one_image())
-    compiled: Any = jax.jit(self.make_step()).lower(self.abstract_state(), batch).compile()
-    return compiled.cost_analysis()["flops"]
+    lowered: Any = jax.jit(self.make_step()).lower(self.abstract_state(), batch)
+    counted = lowered.compile() if jax.default_backend() == "cpu" else lowered
+    return counted.cost_analysis()["flops"]
 
   def _one_image(self) -> data.DeviceData:
     x = np.zeros((1, *self.image_shape), np.uint8)
@@ -136,7 +138,7 @@ def learning_rate(schedule: Schedule, num_steps: int, peak: float) -> float | op
   zero over the second half.
 
   References:
-    Sohn et al., 2020, https://arxiv.org/abs/2001.07685, section 2.3 (cosine).
+    Sohn et al., 2020, https://arxiv.org/abs/2001.07685, section 2.4 (cosine).
   """
   if schedule == "constant":
     return peak
@@ -234,7 +236,7 @@ def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
     return recipe
   layers = recipe.d.layers(recipe.image_shape)
   if num_layers > len(layers):
-    raise InputError(f"D has {len(layers)} layers before its head: {num_layers} cannot be frozen")
+    raise InputError(f"D has only {len(layers)} layers before its head: {num_layers} cannot be frozen")
   return dataclasses.replace(
     recipe,
     d_tx=steps.freeze_layers(recipe.d_tx, layers[:num_layers]),

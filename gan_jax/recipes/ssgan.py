@@ -83,7 +83,9 @@ def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) 
     small = {"num_steps": 1000, "class_balance": (1.0, 0.0), "ema_decay": 0.99}
     return with_policy(Hparams(network=network, **(small if small_data else {})), policy or "digits")
   if network != "mlp":
-    raise InputError(f"nothing was tuned for the network {network}: start from conv, vgg, resnet or mlp")
+    raise InputError(
+      f"there is no tuned recipe for the network {network}: start from conv, vgg, resnet or mlp"
+    )
   hparams = Hparams(
     network="mlp",
     num_steps=4000 if small_data else 12_000,
