@@ -150,9 +150,10 @@ def _all(files: Mapping[str, _runs.Rows]) -> _runs.Rows:
 # --- The study
 
 
-def study(rows: _runs.Rows) -> str:
-  """Errors of every method and budget, then their differences to each reference."""
-  tables = _study_tables.overviews(_study_tables.summarise(rows), f"mean +- std{_runs.mark(*rows)}")
+def study(rows: _runs.Rows, references: Sequence[str] | None = None) -> str:
+  """Errors of every method and budget, then their differences to these references (default: all)."""
+  title = f"mean +- std{_runs.mark(*rows)}"
+  tables = _study_tables.overviews(_study_tables.summarise(rows), title, references)
   train, compiling = (sum(row.get(key, 0) for row in rows) for key in ("seconds_train", "seconds_compile"))
   note = [f"Splits {_runs.listed(rows[0]['splits'])}.", _study_tables.VERDICTS, _study_tables.WITHIN_TABLE]
   note.append(f"Training took {train:,.0f} s, compilation {compiling:,.0f} s.")
@@ -355,7 +356,9 @@ TABLES: dict[str, Callable[[], str]] = {
   "photographs-conv": lambda: study(_lines("sign_digits-100.jsonl")),
   "photographs-tuning": lambda: photographs_tuning(_lines("tuning/sign_digits.jsonl")),
   "bfloat16": lambda: study(_lines("bfloat16-digits.jsonl")),
-  "digits": lambda: study(_lines("label_study-digits.jsonl")),
+  "digits": lambda: study(
+    _lines("label_study-digits.jsonl"), ("supervised_augmented", "fixmatch_ema@matched")
+  ),
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
   "generators": lambda: generators.table(_lines("generators.jsonl"), _lines("article-2-cores.json")),
   "few-images": lambda: few_images(*_lines("mnist_low_data.json")),

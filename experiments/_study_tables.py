@@ -97,10 +97,12 @@ WITHIN_TABLE = (
 )
 
 
-def overviews(cells: Sequence[Json], title: str = "mean +- std") -> list[str]:
-  """Lines of Markdown: the mean errors, then the differences to each reference that was trained."""
+def overviews(
+  cells: Sequence[Json], title: str = "mean +- std", references: Sequence[str] | None = None
+) -> list[str]:
+  """Lines of Markdown: the mean errors, then the differences to these references (default: all trained)."""
   lines = [*table(overview(cells, title, mean)), ""]
-  for name in _references(cells):
+  for name in references or _references(cells):
     less = overview(cells, f"less {name}", lambda c, name=name: difference(c["against"].get(name)))
     lines += [*table(less), ""]
   return lines

@@ -142,13 +142,13 @@ def main(config: Config) -> Json:
     cells = _study_tables.summarise(rows)
     tables = _study_tables.markdown(cells, dataset)
     report.write_bytes(run.path / "study.md", tables.encode())
-    curves: dict[str, dict[int, list[float]]] = {}
+    errors: dict[str, dict[int, list[float]]] = {}
     for cell in cells:
       if cell["reading"] == _study_tables.CLASSIFIER:  # the probes would hide the rest
-        curves.setdefault(cell["method"], {})[cell["num_labels"]] = cell["errors"]
+        errors.setdefault(cell["method"], {})[cell["num_labels"]] = cell["errors"]
     half_an_image = 50 / len(dataset.x_test)
     where = "held-out error" if config.tune else "test error"
-    figures.label_curves(run.path / "study.png", curves, smallest=half_an_image, ylabel=f"{where}, %")
+    figures.errors_of_methods(run.path / "study.png", errors, smallest=half_an_image, xlabel=f"{where}, %")
     result = {
       "interrupted": False,
       "network": network(config, dataset),
@@ -160,7 +160,7 @@ def main(config: Config) -> Json:
       "cells": cells,
     }
     table = _study_tables.overview(cells, f"{where}, %", _study_tables.mean)  # study.md has the rest
-    return run_dir.finish(run, result, table=table, pictures=[("Errors over labels", "study.png")])
+    return run_dir.finish(run, result, table=table, pictures=[("Errors of each split", "study.png")])
 
 
 def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:

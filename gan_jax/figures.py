@@ -140,50 +140,43 @@ def reliability_diagram(path: Path, found: Reliability) -> None:
   _figure(path, (4.8, 4.8), draw)
 
 
-def label_curves(
-  path: Path, cells: Mapping[str, Mapping[int, Sequence[float]]], *, smallest: float, ylabel: str
+def errors_of_methods(
+  path: Path, cells: Mapping[str, Mapping[int, Sequence[float]]], *, smallest: float, xlabel: str
 ) -> None:
-  """Plots errors over the number of labels on logarithmic axes: one colour per method, one point per split.
+  """Plots the errors of methods on a logarithmic axis: one panel per number of labels, one row per method.
 
-  Lines connect the medians. At each number of labels the methods are drawn side by side, so that no point
-  hides another.
+  Each point is a split, the bar their median.
 
   Args:
     path: path of the PNG.
     cells: method -> number of labels -> errors in percent.
     smallest: errors below this value are drawn at it, because a logarithmic axis has no zero.
-    ylabel: label of the error axis.
+    xlabel: label of the error axes.
   """
+  numbers = sorted({n for budgets in cells.values() for n in budgets})
 
   def draw(figure):
-    from matplotlib import colormaps
     from matplotlib.ticker import NullFormatter
 
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for i, (name, budgets) in enumerate(cells.items()):
-      colour = colormaps["tab10"](i % 10)
-      aside = 1.035 ** (i - (len(cells) - 1) / 2)
-      drawn = {n * aside: np.maximum(errors, smallest) for n, errors in sorted(budgets.items())}
-      for x, errors in drawn.items():
-        axes.plot([x] * len(errors), errors, "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
-      medians = [float(np.median(errors)) for errors in drawn.values()]
-      axes.plot(list(drawn), medians, "-", color=colour, linewidth=1.2, label=name)
-    numbers = sorted({n for budgets in cells.values() for n in budgets})
-    axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", which="minor", bottom=False)
-    low, high = axes.get_ylim()
-    ticks = [m * 10.0**k for k in range(-3, 3) for m in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(axis="y", which="both", color="0.92", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("labels")
-    axes.set_ylabel(ylabel)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    panels = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
+    for axes, n in zip(panels, numbers, strict=True):
+      for row, budgets in enumerate(cells.values()):
+        errors = np.maximum(budgets.get(n, ()), smallest)
+        axes.plot(errors, [row] * len(errors), "o", color="tab:blue", markersize=4, alpha=0.4, mew=0)
+        if len(errors):
+          axes.plot(np.median(errors), row, "|", color="black", markersize=10, mew=1.5)
+      axes.set_xscale("log")
+      low, high = axes.get_xlim()
+      ticks = [m * 10.0**k for k in range(-3, 3) for m in (1, 2, 5)]
+      ticks = [tick for tick in ticks if low <= tick <= high]
+      axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+      axes.xaxis.set_minor_formatter(NullFormatter())
+      axes.grid(color="0.92", linewidth=0.5)
+      axes.set_axisbelow(True)
+      axes.spines[["top", "right"]].set_visible(False)
+      axes.set_title(f"{n:,} labels", fontsize=9)
+    panels[0].set_yticks(range(len(cells)), list(cells), fontsize=8)
+    panels[0].invert_yaxis()
+    figure.supxlabel(xlabel, fontsize=9)
 
-  _figure(path, (9, 5), draw)
+  _figure(path, (2.5 + 2.2 * len(numbers), 1.2 + 0.22 * len(cells)), draw)

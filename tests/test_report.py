@@ -109,3 +109,14 @@ def test_every_kind_of_curve_has_a_panel(figure, tmp_path):
   assert [axes.get_title() for axes in figure.axes] == ["losses of D", "error on the labelled batch, %"]
   (line,) = figure.axes[0].lines
   assert list(line.get_ydata()) == [1.0, 0.5]
+
+
+def test_every_split_of_every_method_is_a_point(figure, tmp_path):
+  cells = {"a": {20: [3.0, 1.0, 2.0], 50: [0.0]}, "b": {20: [4.0]}}
+  figures.errors_of_methods(tmp_path / "errors.png", cells, smallest=0.1, xlabel="error")
+  few, more = figure.axes
+  assert (few.get_title(), more.get_title()) == ("20 labels", "50 labels")
+  drawn = lambda axes: [(line.get_xdata().tolist(), list(line.get_ydata())) for line in axes.lines]
+  assert drawn(few) == [([3, 1, 2], [0] * 3), ([2], [0]), ([4], [1]), ([4], [1])]
+  assert drawn(more)[:2] == [([0.1], [0]), ([0.1], [0])]
+  assert [label.get_text() for label in few.get_yticklabels()] == ["a", "b"]
