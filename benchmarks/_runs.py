@@ -103,10 +103,7 @@ def _today(row: Json) -> Json:
   if row.get("strategy") == "loop":
     row["strategy"] = "sequential"
   if "method" in row and "reading" not in row:
-    method, _, reading = row["method"].replace("pseudo_label", "fixmatch_ema").partition(", ")
-    layer = re.fullmatch(r"(.*), layer (\d+)", reading)
-    row["method"] = method
-    row["reading"] = f"{layer[1]}, Block_{int(layer[2]) - 1}" if layer else "classifier"
+    row["reading"] = "classifier"
   return row
 
 

@@ -7,13 +7,13 @@
 
 All methods share the discriminator, the optimizer, the batches, the number of steps and, for each split,
 the initial parameters and the batch keys. All except `supervised` share the augmentation, and those that
-use unlabelled images share class balance or, in AdaMatch, distribution alignment. The rest of the objective
-differs, see `gan_jax.recipes.study`. Arms named `@matched` are methods without a generator at matched
-compute: they get more unlabelled images per step, so that a step costs as much as one of `gan_consistency`
-by XLA's operation counts, which are listed beside the errors. Arms named `@bfloat16`, none by default,
-compute products and convolutions in bfloat16, and are compared with themselves in float32. `gan_augmented`
-first trains its generator, for the same number of steps, on all images. `label_spreading` and
-`self_training` are scikit-learn's, on pixels.
+use unlabelled images share class balance or, in AdaMatch, distribution alignment. The rest of the
+objective differs, see `gan_jax.recipes.study`. Arms named `@matched` are methods without a generator at
+matched compute: they get more unlabelled images per step (VAT fewer), so that a step costs as much as one
+of `gan_consistency` by XLA's operation counts, which are listed beside the errors. Arms named
+`@bfloat16`, none by default, compute products and convolutions in bfloat16, and are compared with
+themselves in float32. `gan_augmented` first trains its generator, for the same number of steps, on all
+images. `label_spreading` and `self_training` are scikit-learn's, on pixels.
 
 All splits of one method and budget are trained together in one compiled program. The unlabelled images
 are all training images, including the labelled ones. The averaged parameters of the last step are
@@ -86,8 +86,8 @@ class Config:
   the same class under D's own noise, of which the mlp has much and the others none (None: photos or
   objects for colour, digits for grey images)."""
   objective: cli.ObjectiveFlags = cli.ObjectiveFlags()
-  """For the methods that have the term; --adversarial not for bad_generator and gan_augmented, and
-  --class-balance not for AdaMatch."""
+  """The terms are those of the methods that have them. --consistency also weighs AdaMatch; --adversarial is
+  not for bad_generator and gan_augmented, --class-balance not for AdaMatch."""
   weights: study.Weights = study.Weights()
   vat_epsilon: float = 0.4
   """Norm of the virtual adversarial perturbation, relative to the mean norm of the images."""
@@ -199,7 +199,7 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method, **change
 
 def _mean_norm(dataset: Dataset) -> float:
   """Mean Euclidean norm of the training images in [0, 1]."""
-  norms = [np.linalg.norm(image.ravel() / np.float32(255)) for image in np.asarray(dataset.x_train)]
+  norms = [np.linalg.norm(image.ravel() / 255) for image in np.asarray(dataset.x_train)]
   return float(np.mean(norms))
 
 

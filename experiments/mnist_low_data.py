@@ -41,7 +41,8 @@ class Config:
 
   def check(self) -> None:
     cli.not_negative(self, "hold_out")
-    gan.check(mnist_gan.make_hparams(self.gan_flags, self.train))
+    for kind in self.augments:
+      gan.check(mnist_gan.make_hparams(self.gan_flags, self.train, augmentation=kind))
     if not self.percents or not all(0 < share <= 100 for share in self.percents):
       raise InputError("--percents must name at least one value, each above 0 and at most 100")
     if not self.augments:

@@ -78,10 +78,11 @@ def over_devices(recipe: "Recipe", devices: Sequence[Any]) -> "Recipe":
   """
   sizes = {name: num for name, num in recipe.batch._asdict().items() if num % len(devices)}
   if sizes:
-    name, num = next(iter(sizes.items()))
+    (name, num), fitting = next(iter(sizes.items())), most_devices(recipe.batch, len(devices))
+    instead = "fewer processes" if fitting % jax.process_count() else f"--devices {fitting}"
     raise InputError(
       f"{num} {name} images per step cannot be split evenly over {len(devices)} devices: choose a multiple"
-      f" of {len(devices)}, or --devices {most_devices(recipe.batch, len(devices))}"
+      f" of {len(devices)}, or {instead}"
     )
   mesh = _batch_mesh(devices)
   return dataclasses.replace(recipe, g=_Split(recipe.g, mesh), d=_Split(recipe.d, mesh))

@@ -97,8 +97,9 @@ def run(
   started = sys.modules["__main__"].__spec__
   name = name or (f"python -m {started.name}" if started else None)
   about = {"description": description or sys.modules[main.__module__].__doc__ or "", "prog": name}
+  config: Any = None
   try:
-    config: Any = parsing.parse(config_cls, flags, **about)
+    config = parsing.parse(config_cls, flags, **about)
     _quiet()
     enable_compilation_cache()
     if hasattr(config, "processes"):
@@ -122,7 +123,9 @@ def run(
     _leave(2)
   except Exception as error:
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-      say("error: the device has too little memory: choose a smaller --batch-size or --image-size")
+      console.quiet = False
+      hint = ": choose a smaller --batch-size or --image-size" if hasattr(config, "train") else ""
+      say(f"error: the device has too little memory{hint}")
       _leave(2)
     if not jax.distributed.is_initialized():
       raise

@@ -72,7 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Json]:
-  """The rows of a `metrics.jsonl`; a truncated last line is ignored.
+  """The rows of a file of JSON lines; a truncated last line is ignored.
 
   Raises:
     InputError: a whole line is not JSON, or not a row with these keys.
@@ -86,5 +86,5 @@ def read_rows(path: Path, keys: Sequence[str] = ()) -> list[Json]:
         row = json.loads(line)
         rows.append({**row, **{key: row[key] for key in keys}})
       except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"line {i + 1} of {path} is not a row of metrics: repair or remove it") from error
+        raise InputError(f"line {i + 1} of {path} is not a complete row: repair or remove it") from error
   return rows

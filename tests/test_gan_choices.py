@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import mnist_conditional, mnist_gan
+from experiments import mnist_conditional, mnist_gan, mnist_low_data
 from gan_jax import augment, losses, networks, objectives, parsing, steps
 from gan_jax.recipes import gan
 from gan_jax.types import Batch, InputError
@@ -68,16 +68,23 @@ def test_what_makes_no_sense_is_refused():
     ({"loss": "hinge", "real_label": 0.9}, "sets a target, but --loss hinge has none"),
     ({"rotation": -1.0}, "--rotation must not be negative"),
     ({"num_scored": 5}, "at least 256, or 0"),
-    ({"augment": "adaptive", "loss": "relativistic"}, "--loss relativistic does not define"),
+    ({"augment": "adaptive", "loss": "relativistic"}, "which --loss relativistic does not have"),
     (
       {"augment": "adaptive", "loss": "wasserstein", "norm": "spectral"},
-      "--loss wasserstein does not define",
+      "--loss wasserstein does not have",
     ),
   ],
 )
 def test_refusals_are_sentences(flags, sentence):
   with pytest.raises(InputError, match=sentence):
     parsing.check(parsing.with_flags(mnist_gan.Config(), **flags))
+
+
+def test_adaptive_augmentation_is_refused_before_the_other_kinds_are_trained():
+  config = parsing.with_flags(mnist_low_data.Config(), loss="relativistic")
+  with pytest.raises(InputError, match="relativistic"):
+    parsing.check(config)
+  parsing.check(parsing.with_flags(config, augments=("none", "fixed")))
 
 
 def test_few_labels_need_room_in_the_batch():

@@ -52,7 +52,7 @@ def test_metrics_without_a_cut_off_line(tmp_path):
 def test_a_corrupt_line_of_metrics_is_a_sentence(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b'{"step": 1, "phase": "gan"}\n' + line + b"\n")
-  with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is not a row of metrics: repair"):
+  with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is not a complete row: repair"):
     report.read_rows(path, ("step", "phase"))
 
 

@@ -11,7 +11,19 @@ import optax
 import pytest
 from conftest import Tiny, leaves_equal
 
-from gan_jax import augment, checkpoint, data, kernels, losses, networks, objectives, steps, terms, types
+from gan_jax import (
+  augment,
+  checkpoint,
+  data,
+  kernels,
+  losses,
+  networks,
+  objectives,
+  parallel,
+  steps,
+  terms,
+  types,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "steps.json"
 WEAK = augment.affine(shift=0.05)
@@ -414,6 +426,39 @@ def test_an_image_depends_on_its_latent_alone(pair, num_classes, key):
     given = given.replace(ema={"g": jax.tree.map(lambda p: p + 1, params)})
     kept = steps.generator_variables(g, given)
     assert all(leaves_equal(kept["statistics"], variables["statistics"]))
+
+
+class Normalised(nn.Module):
+  """A generator whose running averages change in training."""
+
+  @staticmethod
+  def latents(key, num):
+    return jax.random.normal(key, (num, 4))
+
+  @nn.compact
+  def __call__(self, z, *, train):
+    h = nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Dense(64)(z))
+    return nn.sigmoid(h).reshape(-1, 8, 8, 1)
+
+
+def test_other_variables_of_g_change_in_its_own_update_alone(make_tiny):
+  """Not when D's update draws images; and on several devices as on one."""
+  tiny = make_tiny()
+  tiny.g = Normalised()
+  state, batch = tiny.state(), tiny.batch()
+  after, _ = jax.jit(tiny.step())(state, batch)
+  key_g = jax.random.split(steps.step_keys(state.key, state.step)[1])[1]
+  z = tiny.g.latents(jax.random.split(key_g, 6)[0], batch.num_generated)
+  variables = {"params": state.g.params, **state.g.model_state}
+  _, expected = tiny.g.apply(variables, z, train=True, mutable=["batch_stats"])
+  found = after.g.model_state
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, found, dict(expected))
+  assert not any(leaves_equal(found, state.g.model_state))
+  split = parallel.over_devices(tiny.recipe(), jax.devices()[:2])
+  there = parallel.replicated((state, batch), jax.devices()[:2])
+  elsewhere, _ = jax.jit(split.make_step())(*there)
+  jax.tree.map(close, elsewhere.g.model_state, found)
 
 
 # --- Inputs of the terms

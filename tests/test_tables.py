@@ -118,16 +118,14 @@ def test_older_lines_have_todays_names(tmp_path, monkeypatch):
   monkeypatch.setattr(_runs, "RESULTS", tmp_path)
   old = [
     {"update": "conv_ssgan", "updates_per_second": 2.0, "how": "loop"},
-    {"method": "pseudo_label"},
-    {"method": "gan_consistency, linear probe, layer 2"},
-    {"method": "vat@matched", "reading": "classifier"},
+    {"method": "vat"},
+    {"method": "gan_consistency", "reading": "linear probe, Block_1"},
   ]
   (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
   assert _runs.read("a.jsonl") == [
     {"recipe": "conv_ssgan", "steps_per_second": 2.0, "strategy": "sequential"},
-    {"method": "fixmatch_ema", "reading": "classifier"},
+    {"method": "vat", "reading": "classifier"},
     {"method": "gan_consistency", "reading": "linear probe, Block_1"},
-    {"method": "vat@matched", "reading": "classifier"},
   ]
   with pytest.raises(InputError, match=r"b\.jsonl does not exist"):
     _runs.read("b.jsonl")

@@ -110,7 +110,7 @@ class ConvGenerator(nn.Module):
     block = partial(Block, self.width, norm=self.norm, **shared)
     linear = partial(Linear, precision=self.precision)
     h = linear(math.prod(base) * self.width, use_bias=self.norm == "none")(embed(self, z), train=train)
-    h = nn.relu(normalise(h.reshape(-1, *base, self.width), self.norm, train, self.axis_name))
+    h = nn.relu(normalise(h.reshape(-1, *base, self.width), self.norm, self.axis_name))
     for _ in range(doublings):
       h = block(3, depth_to_space=2)(h, train=train)
     h = block(3)(h, train=train)

@@ -163,10 +163,10 @@ class Block(nn.Module):
     y = linear(x, train=train)
     if self.depth_to_space > 1:
       y = depth_to_space(y, self.depth_to_space)
-    return self.activation(normalise(y, self.norm, train, self.axis_name))
+    return self.activation(normalise(y, self.norm, self.axis_name))
 
 
-def normalise(y: Array, norm: Norm, train: bool, axis_name: str | None = None) -> Array:
+def normalise(y: Array, norm: Norm, axis_name: str | None = None) -> Array:
   if norm == "layer":
     return nn.LayerNorm()(y)
   if norm == "group":

@@ -41,11 +41,11 @@ class ResidualBlock(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b oh ow f"]:
     norm: Norm = self.norm if self.norm in ("weight", "spectral") else "none"
     linear = partial(Linear, precision=self.precision)
-    h = self.activation(normalise(x, self.norm, train, self.axis_name))
+    h = self.activation(normalise(x, self.norm, self.axis_name))
     if self.upsample:
       h, x = (jnp.repeat(jnp.repeat(a, 2, axis=1), 2, axis=2) for a in (h, x))
     h = linear(self.features, 3, self.strides, norm)(h, train=train)
-    h = self.activation(normalise(h, self.norm, train, self.axis_name))
+    h = self.activation(normalise(h, self.norm, self.axis_name))
     h = linear(self.features, 3, norm=norm)(h, train=train)
     if x.shape != h.shape:
       x = linear(self.features, 1, self.strides, norm, use_bias=False)(x, train=train)
@@ -59,7 +59,7 @@ class Pool(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b c"]:
-    return leaky_relu(normalise(x, self.norm, train)).mean(axis=(1, 2))
+    return leaky_relu(normalise(x, self.norm)).mean(axis=(1, 2))
 
 
 class ResNetDiscriminator(nn.Module):
@@ -144,5 +144,5 @@ class ResNetGenerator(nn.Module):
     h = h.reshape(-1, *base, features[0])
     for num in features[1:]:
       h = block(num, upsample=True, norm=self.norm, activation=nn.relu)(h, train=train)
-    x = linear(channels, 3)(nn.relu(normalise(h, self.norm, train, self.axis_name)), train=train)
+    x = linear(channels, 3)(nn.relu(normalise(h, self.norm, self.axis_name)), train=train)
     return nn.sigmoid(x[:, :height, :width])

@@ -141,8 +141,8 @@ def check(hparams: Hparams) -> None:
     raise InputError("--batch-size must be at least 4, as a quarter of each batch is labelled")
   if h.augmentation == "adaptive" and LOSSES[h.loss].boundary is None:
     raise InputError(
-      f"--augment adaptive counts the images that D takes for real, which --loss {h.loss} does not define:"
-      " choose another loss, or --augment fixed"
+      "adaptive augmentation needs a boundary between real and generated images, which"
+      f" --loss {h.loss} does not have: choose another loss, or fixed augmentation"
     )
   if h.labels != "none" and h.loss == "relativistic":
     raise InputError(
