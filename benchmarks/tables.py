@@ -340,6 +340,10 @@ TABLES: dict[str, Callable[[], str]] = {
     [
       ("mnist", 10_000, 20),
       ("mnist", 1500, 100),
+      ("mnist, no augmentation", 1500, 20),
+      ("mnist, no augmentation", 1500, 50),
+      ("mnist, no augmentation", 1500, 100),
+      ("mnist, no augmentation", 1500, 200),
       ("digits", 1600, 50),
       ("digits, no augmentation", 1600, 50),
       ("digits, no augmentation", 1600, 200),
@@ -349,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
+  "mnist-plain": lambda: study(_lines("map/mnist-no-augmentation-1500.jsonl"), ("fixmatch_ema@matched",)),
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
   "weights": lambda: weights(_lines("tuning/digits.jsonl", "tuning/digits-weights.jsonl")),
   "foreign": lambda: novelty.table(_lines("novelty.jsonl")),

@@ -102,7 +102,7 @@ def overviews(
 ) -> list[str]:
   """Lines of Markdown: the mean errors, then the differences to these references (default: all trained)."""
   lines = [*table(overview(cells, title, mean)), ""]
-  for name in references or _references(cells):
+  for name in _references(cells) if references is None else references:
     less = overview(cells, f"less {name}", lambda c, name=name: difference(c["against"].get(name)))
     lines += [*table(less), ""]
   return lines
