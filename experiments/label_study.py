@@ -199,8 +199,9 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method, **change
 
 def _mean_norm(dataset: Dataset) -> float:
   """Mean Euclidean norm of the training images in [0, 1]."""
-  norms = [np.linalg.norm(image.ravel() / 255) for image in np.asarray(dataset.x_train)]
-  return float(np.mean(norms))
+  x = np.asarray(dataset.x_train).reshape(len(dataset.x_train), -1)
+  norms = [np.linalg.norm(x[i : i + 1000] / 255, axis=-1) for i in range(0, len(x), 1000)]
+  return float(np.concatenate(norms).mean())
 
 
 def network(config: Config, dataset: Dataset) -> ssgan.Tuned:
