@@ -41,7 +41,9 @@ class Config:
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    gan.check(self.hparams())
+    hparams = self.hparams()
+    gan.check(hparams)
+    gan.check_adaptive(hparams)
     run_dir.check_source(self.run, self.transfer)
 
   def hparams(self, dataset: Dataset | None = None) -> gan.Hparams:

@@ -88,7 +88,9 @@ class Config:
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    gan.check(make_hparams(self.gan_flags, self.train, augmentation=self.augment))
+    hparams = make_hparams(self.gan_flags, self.train, augmentation=self.augment)
+    gan.check(hparams)
+    gan.check_adaptive(hparams)
     run_dir.check_source(self.run, self.transfer)
 
 

@@ -42,7 +42,9 @@ class Config:
   def check(self) -> None:
     cli.not_negative(self, "hold_out")
     for kind in self.augments:
-      gan.check(mnist_gan.make_hparams(self.gan_flags, self.train, augmentation=kind))
+      hparams = mnist_gan.make_hparams(self.gan_flags, self.train, augmentation=kind)
+      gan.check(hparams)
+      gan.check_adaptive(hparams)
     if not self.percents or not all(0 < share <= 100 for share in self.percents):
       raise InputError("--percents must name at least one value, each above 0 and at most 100")
     if not self.augments:

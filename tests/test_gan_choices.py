@@ -1,5 +1,6 @@
 """Every loss x penalty x normalisation that the command line accepts, and what it refuses."""
 
+import dataclasses
 import itertools
 from functools import cache
 from typing import get_args
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 from experiments import mnist_conditional, mnist_gan, mnist_low_data
-from gan_jax import augment, losses, networks, objectives, parsing, steps
+from gan_jax import augment, losses, networks, objectives, parsing, recipes, steps
 from gan_jax.recipes import gan
 from gan_jax.types import Batch, InputError
 
@@ -85,6 +86,15 @@ def test_adaptive_augmentation_is_refused_before_the_other_kinds_are_trained():
   with pytest.raises(InputError, match="relativistic"):
     parsing.check(config)
   parsing.check(parsing.with_flags(config, augments=("none", "fixed")))
+
+
+@pytest.mark.parametrize("loss", ["relativistic", "wasserstein"])
+def test_a_run_that_was_trained_with_what_is_refused_now_can_be_opened(loss):
+  hparams = dataclasses.replace(gan.tuned("article"), loss=loss, norm="spectral", augmentation="adaptive")
+  recipe = gan.build(hparams, (8, 8, 1), 10)
+  assert recipes.rebuild(recipes.describe(recipe)).g == recipe.g
+  with pytest.raises(ValueError, match="decision boundary"):
+    recipe.make_step()
 
 
 def test_few_labels_need_room_in_the_batch():

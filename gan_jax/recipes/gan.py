@@ -139,14 +139,21 @@ def check(hparams: Hparams) -> None:
     raise InputError(f"--real-label sets a target, but --loss {h.loss} has none: leave it at 1")
   if h.labels == "few" and h.batch_size < 4:
     raise InputError("--batch-size must be at least 4, as a quarter of each batch is labelled")
-  if h.augmentation == "adaptive" and LOSSES[h.loss].boundary is None:
-    raise InputError(
-      "adaptive augmentation needs a boundary between real and generated images, which"
-      f" --loss {h.loss} does not have: choose another loss, or fixed augmentation"
-    )
   if h.labels != "none" and h.loss == "relativistic":
     raise InputError(
       "--loss relativistic compares images pair by pair, whatever their classes: choose another loss"
+    )
+
+
+def check_adaptive(hparams: Hparams) -> None:
+  """Raises `InputError` for adaptive augmentation with a loss that `steps.make_step` would refuse it with.
+
+  Not a part of `check`: a run that was trained so can still be opened.
+  """
+  if hparams.augmentation == "adaptive" and LOSSES[hparams.loss].boundary is None:
+    raise InputError(
+      "adaptive augmentation needs a boundary between real and generated images, which"
+      f" --loss {hparams.loss} does not have: choose another loss, or fixed augmentation"
     )
 
 
