@@ -243,14 +243,18 @@ def _last_part(word: str) -> str:
 
 
 def _card(model: Model, config: Json) -> str:
-  from jinja2 import Environment, StrictUndefined
+  from jinja2 import Environment, PackageLoader, StrictUndefined
 
   environment = Environment(
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+    loader=PackageLoader("gan_jax"),
   )
   result: Json = dict.fromkeys(_MEASURED) | config.get("result", {})
   environment.filters["cell"] = lambda value: str(value).replace("|", "/").replace("\n", " ")
-  return environment.from_string(_CARD).render(
+  return environment.get_template("model_card.md").render(
     model=model,
     network=model.recipe.hparams.network,
     shape="x".join(map(str, model.recipe.image_shape)),
@@ -259,110 +263,3 @@ def _card(model: Model, config: Json) -> str:
     result=result,
     in_folds=result["error_from"] not in (None, "test images"),
   )
-
-
-_CARD = """\
-# {{ config.dataset or "A model" }}, {{ network }}
-
-{{ "An image classifier" if model.has_classifier else "A discriminator without classes" }} and a generator \
-of one run of gan_jax.
-
-| | |
-|---|---|
-{% if model.scaling is none %}
-| images | {{ shape }} (height, width, channels), bytes or floats in [0, 1] |
-{% else %}
-| vectors | [N, {{ model.recipe.image_shape[1] }}], on the scale of those of the training |
-{% endif %}
-{% if model.has_classifier %}
-| classes | {{ model.classes | length }}: {{ model.classes[:20] | join(", ") | cell }}\
-{{ ", ..." if model.classes | length > 20 }} |
-{% endif %}
-| parameters | discriminator {{ "{:,}".format(model.num_parameters.d) }}, \
-generator {{ "{:,}".format(model.num_parameters.g) }} |
-| steps | {{ "{:,}".format(step) }}{{ ", then interrupted" if result.interrupted }} |
-{% if config.dataset %}
-| data | {{ config.dataset | cell }} |
-{% endif %}
-{% if config.note %}
-| note | {{ config.note | cell }} |
-{% endif %}
-{% if result.num_images %}
-| training images | {{ "{:,}".format(result.num_images) }} |
-{% endif %}
-{% if result.num_labels is not none %}
-| labelled images | {{ "{:,}".format(result.num_labels) }} |
-{% endif %}
-{% if result.label_split_sha256 %}
-| label split | seed {{ result.split_seed }}, SHA-256 {{ result.label_split_sha256 }} |
-{% endif %}
-{% if result.seed is not none %}
-| seed | {{ result.seed }} |
-{% endif %}
-{% if result.seconds_train is not none and config.device %}
-| training | {{ result.seconds_train }} s on {{ config.device | cell }} |
-{% endif %}
-{% if in_folds %}
-| errors | cross-validated: {{ result.error_from }} |
-{% endif %}
-{% if result.test_error is not none %}
-| test error | {{ "%.2f" | format(result.test_error) }} % |
-{% endif %}
-{% if result.supervised_test_error is not none %}
-| test error of the supervised control | {{ "%.2f" | format(result.supervised_test_error) }} % |
-{% endif %}
-{% if result.probe_test_error is not none %}
-| test error of a linear probe on the features | {{ "%.2f" | format(result.probe_test_error) }} % |
-{% endif %}
-{% if config.versions %}
-| versions | {% for name, version in config.versions.items() %}{{ name }} {{ version }}\
-{{ ", " if not loop.last }}{% endfor %} |
-{% endif %}
-{% if config.commit %}
-| commit | {{ config.commit }} |
-{% endif %}
-{% if config.command %}
-| command | `{{ config.command | cell }}` |
-{% endif %}
-
-```python
-import gan_jax
-
-model = gan_jax.load("this folder")
-{% if model.has_classifier %}
-probabilities = model.predict(images)
-{% endif %}
-{% if model.has_classifier and model.recipe.has_generator %}
-novelty = 1 - probabilities.max(axis=1)
-{% else %}
-novelty = -model.real_logit(images)
-{% endif %}
-{% if model.recipe.has_generator %}
-samples = model.sample(16, seed=0)
-{% endif %}
-```
-
-## Limits
-
-- It takes {{ "images of " ~ shape if model.scaling is none else "vectors of this length" }} alone; others
-  are refused, not resized.
-{% if model.has_classifier %}
-- Every image gets one of the classes, whatever it shows. The highest probability and `real_logit` are meant
-  to be lower for images that are unlike the training images; no threshold for them comes with the model.
-- The probabilities are a softmax, without calibration.
-{% endif %}
-{% if result.test_error is none and result.probe_test_error is none %}
-- No error is stored for these parameters.
-{% elif in_folds %}
-- The errors were estimated with other classifiers, each trained without some of the labels; this one has
-  seen all of them, and nothing was measured for it.
-{% else %}
-- The errors are those of one run: one seed, one label split, test images of the same dataset. Other seeds,
-  splits and images give other errors.
-{% endif %}
-{% if model.recipe.has_generator %}
-- Generated images may repeat training images, and kinds of image may be missing among them.
-{% else %}
-- The run did not train the generator.
-{% endif %}
-"""
