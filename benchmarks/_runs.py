@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gan_jax import report
 from gan_jax.types import InputError, Json
@@ -27,12 +28,25 @@ NAMES = {
 """Keys of older lines -> current keys, as far as the tables use them; README.md lists them all."""
 
 
+class Parser(argparse.ArgumentParser):
+  """Refuses to replace an existing file of results, before anything is measured, without `--overwrite`."""
+
+  def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+    found = super().parse_args(*args, **kwargs)
+    path = RESULTS / f"{found.name}.jsonl"
+    if path.exists() and not found.overwrite:
+      self.error(f"{path} exists: choose another --name, or pass --overwrite to replace it")
+    return found
+
+
 def parser(doc: str | None, name: str | None) -> argparse.ArgumentParser:
   """A parser with `--name`, the results file, which is required if there is no default."""
-  parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+  of = "of the file of results"
   parser.add_argument(
-    "--name", default=name, required=name is None, help=f"of the file of results ({name})"
+    "--name", default=name, required=name is None, help=of if name is None else f"{of} ({name})"
   )
+  parser.add_argument("--overwrite", action="store_true", help="replace an existing file of results")
   return parser
 
 
@@ -79,7 +93,7 @@ def run(experiment: str, flags: Sequence[str], workdir: Path, env: Mapping[str, 
     if process.returncode:
       sys.exit(process.returncode)
     report.write_json(asked, [experiment, *flags])
-  elif asked.exists() and json.loads(asked.read_text()) != [experiment, *flags]:
+  elif not asked.exists() or json.loads(asked.read_text()) != [experiment, *flags]:
     raise InputError(
       f"{workdir} holds a run with other flags: remove it, or name another folder with --runs"
     )

@@ -50,7 +50,8 @@ class Ours:
     if state.step.ndim:
       multi_step = parallel.replicate(multi_step, strategy=strategy)
     begin = time.perf_counter()
-    self.compiled = jax.jit(multi_step, donate_argnums=0).lower(state, images, np.int32(0)).compile()
+    self.lowered = jax.jit(multi_step, donate_argnums=0).lower(state, images, np.int32(0))
+    self.compiled = self.lowered.compile()
     self.seconds_compile = time.perf_counter() - begin
 
   def run(self, num: int) -> None:
@@ -169,10 +170,10 @@ def matmul_rate() -> float:
 def cost(recipe: Recipe, dataset: Dataset) -> Json:
   """XLA's operation count for the program of a single step, outside of the loop.
 
-  It counts the operations of the optimised program: two per multiply-add of a product or convolution
-  (inside the image, not in its padding) and one per elementwise result, but none for exponentials and the
-  like. Integer operations count as well: a normal random number takes about 90. A penalty that is applied
-  every k steps, which XLA counts in every step, is weighted by 1 / k.
+  It counts two operations per multiply-add of a product or convolution (inside the image, not in its
+  padding) and one per elementwise result, but none for exponentials and the like. Integer operations count
+  as well: a normal random number takes about 90. A penalty that is applied every k steps, which XLA counts
+  in every step, is weighted by 1 / k.
   """
   found, every = _counted(recipe, dataset), _recipes.penalty_every(recipe)
   if every > 1:
@@ -190,7 +191,7 @@ def _counted(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     key_batch, _ = steps.step_keys(state.key, state.step)
     return step(state, sample_batch(key_batch, images))
 
-  found: Any = jax.jit(one).lower(state, images).compile().cost_analysis()
+  found = provenance.cost(jax.jit(one).lower(state, images))
   return {"flops_per_step": found["flops"], "bytes_per_step": found["bytes accessed"]}
 
 

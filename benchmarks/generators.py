@@ -1,14 +1,13 @@
 """Every kind of generator and its Frechet distance: the table of docs/generators.md.
 
 python -m benchmarks.generators
-python -m benchmarks.generators --only article conditional -- --manual-dir FOLDER
+python -m benchmarks.generators --only article conditional --name two -- --manual-dir FOLDER
 
 Everything after the bare `--` is passed to every run. Rows run one after the other, each in its own
-process; finished rows become lines of `benchmarks/results/generators.jsonl`. A row whose run directory
-already holds a result is not run again.
+process; the rows become lines of `benchmarks/results/<name>.jsonl`. A row whose run directory already holds
+a result is not run again.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ ROWS = {
 }
 """Row -> experiment, name in the table, flags."""
 FRECHET = "frechet_mnist-5e89338e_n10000"
-"""Key of the distance, which names its extractor and number of images."""
+"""Key of the distance in older lines; today it is `frechet`."""
 REPLAYED = "frechet_replayed_training_set"
 
 
@@ -41,11 +40,11 @@ def main() -> None:
   parser.add_argument("--runs", type=Path, default=Path("runs/generators"), help="where the runs go")
   _runs.add_run_flags(parser)
   args = parser.parse_args()
+  results = []
   for row in args.only:
     experiment, _, own = ROWS[row]
-    _runs.run(experiment, ["--dataset", "mnist", *own.split(), *args.flags], args.runs / row)
-  paths = {row: args.runs / row / "result.json" for row in ROWS}
-  results = [{"row": row, **json.loads(path.read_text())} for row, path in paths.items() if path.exists()]
+    flags = ["--dataset", "mnist", *own.split(), *args.flags]
+    results.append({"row": row, **_runs.run(experiment, flags, args.runs / row)})
   _runs.finish(args.name, results, table)
 
 
@@ -54,7 +53,9 @@ def table(results: Sequence[Json], two_cores: Sequence[Json] = ()) -> str:
   lines = []
   for row in (*results, *two_cores):
     name = ROWS[row["row"]][1] if "row" in row else "article's GAN, non-saturating loss, two cores"
-    lines.append([f"{name}{_runs.mark(row)}", f"{row[FRECHET]:.2f}", row["classes_covered"]])
+    lines.append(
+      [f"{name}{_runs.mark(row)}", f"{row.get('frechet', row.get(FRECHET)):.2f}", row["classes_covered"]]
+    )
     for key in ("class_agreement", "probe_test_error", "test_error"):
       value = row.get(key)
       lines[-1].append("" if value is None else f"{value:.2f} %")

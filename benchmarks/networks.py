@@ -76,8 +76,8 @@ def forward_flops(recipe: Recipe) -> dict[str, float]:
   found = {}
   for name, network, net, given in (("d", recipe.d, state.d, x), ("g", recipe.g, state.g, z)):
     apply = lambda variables, given, network=network: network.apply(variables, given, train=False)
-    program: Any = jax.jit(apply).lower({"params": net.params, **net.model_state}, given).compile()
-    found[name] = program.cost_analysis()["flops"] / BATCH
+    program = jax.jit(apply).lower({"params": net.params, **net.model_state}, given)
+    found[name] = provenance.cost(program)["flops"] / BATCH
   return found
 
 
@@ -90,7 +90,8 @@ def table(results: Sequence[dict]) -> str:
       rows[-1].append(f"{line[f'{name}_parameters'] / 1e6:.2f} M, {line[f'{name}_mflop']:.0f}")
     rows[-1] += [f"{line['steps_per_second']:.3g}", f"{line['state_mb']:.0f} MB, {line['step_mb']:,.0f} MB"]
   head = "pair", "pictures", "D: parameters, MFLOP an image", "G: the same", "steps/s", "state, one step"
-  note = f"Steps of {'/'.join(map(str, results[0]['rows']))} labelled/unlabelled/generated images."
+  sizes = dict.fromkeys("/".join(map(str, line["rows"])) for line in results)
+  note = f"Steps of {_runs.listed([*sizes])} labelled/unlabelled/generated images."
   return _runs.with_environment(_runs.markdown(head, rows), results, note)
 
 

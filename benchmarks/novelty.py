@@ -2,10 +2,11 @@
 
 python -m benchmarks.novelty --foreign folder:sign_digits mnist --name foreign -- --steps 800
 
-Methods of the study on the digits, with 50 labels. Two scores should be higher for test images than for OOD
-images: the real logit, `logsumexp(l)`, and the highest class probability. OOD images (`--foreign`) are the
-test images of other datasets, in grey and resized to the digits, and noise: every pixel comes from another
-test image, so that single pixels carry no information. One line per method and split.
+Methods of the study with 50 labels of the digits, all of them in every step. Two scores should be higher
+for test images than for OOD images: the real logit, `logsumexp(l)`, and the highest class probability.
+OOD images (`--foreign`) are the test images of other datasets, in grey and resized to the digits, and
+noise: every pixel comes from another test image, so that single pixels carry no information. One line per
+method and split.
 
 Everything after the bare `--` is passed to the study.
 """
@@ -72,6 +73,9 @@ def main() -> None:
       rows = {name: areas(own, read(x)[0]) for name, x in foreign.items()}
       results.append(
         {
+          "dataset": digits.name,
+          "num_labels": len(split.indices),
+          "flags": parsing.flags_of_recipe(config),
           "method": method,
           "split_seed": seed,
           "label_split_sha256": split.sha256,

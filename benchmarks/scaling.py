@@ -79,6 +79,7 @@ def main() -> None:
     parser.error(
       f"--classes must be at most {IMAGES // LABELS}: each has {LABELS} labels out of {IMAGES:,} images"
     )
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the accelerator
   shared = {"benchmark": "scaling", "recipe": args.recipe, **provenance.environment()}
   results = []
   with tempfile.TemporaryDirectory() as folder:
@@ -204,18 +205,19 @@ def training(
       "read_mb": meter.read_mb,
     }
     if workers is None:
-      found |= counts(_worker.Ours(recipe, *jax.eval_shape(lambda: (fit.state, images))).compiled)
+      ours = _worker.Ours(recipe, *jax.eval_shape(lambda: (fit.state, images)))
+      found |= counts(ours.lowered, ours.compiled)
       found["matrix_share"] = found["mflop"] * 1e6 / found["seconds_per_step"] / _worker.matmul_rate()
   return found
 
 
-def counts(compiled: Any) -> Json:
+def counts(lowered: Any, compiled: Any) -> Json:
   """The compiler's counts for the program of a step; a loop's body counts once."""
   memory = compiled.memory_analysis()
   return {
     "state_mb": memory.argument_size_in_bytes / 2**20,
     "step_mb": memory.temp_size_in_bytes / 2**20,
-    "mflop": compiled.cost_analysis()["flops"] / 1e6,
+    "mflop": provenance.cost(lowered, compiled)["flops"] / 1e6,
   }
 
 
@@ -234,7 +236,7 @@ def evaluation(name: str, path: Path, num: int, num_classes: int) -> Json:
   evaluate.describe(found, dataset.class_names)
   seconds, seconds_compile = meter.seconds, sum(compiling)
   one = jax.ShapeDtypeStruct((1, *x.shape[1:]), np.float32)
-  cost: Any = jax.jit(steps.make_classifier(recipe.d)).lower(state, one).compile().cost_analysis()
+  cost = provenance.cost(jax.jit(steps.make_classifier(recipe.d)).lower(state, one))
   share = num * cost["flops"] / (seconds - seconds_compile) / _worker.matmul_rate()
   return {"seconds": seconds, "seconds_compile": seconds_compile, "matrix_share": share}
 
@@ -269,7 +271,8 @@ def memory(name: str, side: int, batch_size: int) -> Json:
   dataset = _recipes.random_images(side)
   recipe = _recipes.make(name, dataset, batch_size)
   state, images = jax.eval_shape(lambda: _recipes.start(recipe, dataset, [0]))
-  return {"rows": list(recipe.batch), **counts(_worker.Ours(recipe, state, images).compiled)}
+  ours = _worker.Ours(recipe, state, images)
+  return {"rows": list(recipe.batch), **counts(ours.lowered, ours.compiled)}
 
 
 def shared_step(name: str, num: int, multiple: int) -> Json:
@@ -286,8 +289,8 @@ def shared_step(name: str, num: int, multiple: int) -> Json:
   sizes = BatchSizes(*(-(-size // multiple) * multiple for size in recipe.batch))
   recipe = parallel.over_devices(dataclasses.replace(recipe, batch=sizes), devices[:num])
   arguments = parallel.replicated(_recipes.start(recipe, dataset, [0]), devices[:num])
-  compiled = jax.jit(recipe.make_multi_step(1)).lower(*arguments, np.int32(0)).compile()
-  return {"rows": list(sizes), **counts(compiled)}
+  lowered = jax.jit(recipe.make_multi_step(1)).lower(*arguments, np.int32(0))
+  return {"rows": list(sizes), **counts(lowered, lowered.compile())}
 
 
 def rate(name: str, num: int, seconds: float) -> Json:

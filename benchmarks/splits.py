@@ -47,12 +47,12 @@ def table(results: Sequence[dict]) -> str:
   header = ["test error, %", "mean", "std", *(f"split {result['split_seed']}" for result in results)]
   seconds = [result["seconds_train"] for result in results]
   steps = "/".join(str(count) for count in sorted({result["steps"] for result in results}))
-  return (
-    f"{_runs.markdown(header, rows)}\n\nn = {len(results)} splits, {results[0]['num_labels']} labels,"
-    f" {steps} steps, {min(seconds):.0f} to {max(seconds):.0f} s of training a split"
-    f" ({_runs.environment(results[0])}),"
-    f" at most {max(result['peak_memory_mb'] for result in results)} MB"
+  note = (
+    f"n = {len(results)} splits, {results[0]['num_labels']} labels, {steps} steps,"
+    f" {min(seconds):.0f} to {max(seconds):.0f} s of training a split,"
+    f" at most {max(result['peak_memory_mb'] for result in results)} MB."
   )
+  return _runs.with_environment(_runs.markdown(header, rows), results, note)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Seconds from the start of the process to the first step, twice.
 
 python -m benchmarks.startup
-python -m benchmarks.startup --networks mlp --repeats 5 -- --dataset digits
+python -m benchmarks.startup --networks mlp --repeats 5 --name digits -- --dataset digits
 
 First: with an empty compilation cache. Second: with the cache that the first start filled. Everything after
 the bare `--` is passed to `python -m experiments.mnist_ssgan`.
@@ -36,16 +36,16 @@ def main() -> None:
 
 def table(results: Sequence[dict]) -> str:
   """Markdown: one row per network and time."""
-  rows, n = [], 0
+  rows = []
   for network, time in dict.fromkeys((result["network"], result["time"]) for result in results):
     starts = [result for result in results if (result["network"], result["time"]) == (network, time)]
     rows.append([network, time])
     for key in ("seconds_to_first_step", "seconds_compile"):
       values = [start[key] for start in starts]
       rows[-1].append(f"{statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
-    n = len(starts)
   header = "network", "time", "to the first step", "of that, compiling"
-  return f"{_runs.markdown(header, rows)}\n\nn = {n}, {_runs.environment(results[0])}"
+  note = f"Medians of {len(results) // len(rows)}."
+  return _runs.with_environment(_runs.markdown(header, rows), results, note)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import _recipes, _runs
+from gan_jax import provenance
 
 CONTENDERS = ("ours", "plain_jax", "torch_eager", "torch_compile")
 
@@ -218,7 +219,7 @@ def result(
   line: dict[str, Any] = {"benchmark": "step_time", "recipe": name, "batch_size": batch_size}
   line |= {"contender": entry.contender, "replicates": entry.replicates, "strategy": strategy}
   if entry.not_run is not None:
-    return line | {"not_run": entry.not_run}
+    return line | {"not_run": entry.not_run, **provenance.environment()}
   line |= {key: found[key] for key in ("rows", "dataset", "note", "seconds_first")}
   line |= {"steps_per_second": quartiles(entry.rates), "rounds": entry.rates}
   rate = line["steps_per_second"]["median"]

@@ -58,7 +58,6 @@ def main() -> None:
       "benchmark": "streaming",
       "num_images": len(dataset.x_train),
       "decoded_mb": round(len(dataset.x_train) * np.prod(SHAPE) / 2**20),
-      "budget_mb": args.budget_mb,
       **provenance.environment(),
     }
     jobs: list[Callable[[], list[dict]]] = [functools.partial(memory, dataset, args.widths[-1])]
@@ -146,7 +145,7 @@ def fit(width: int, images: data.DeviceData, num_steps: int, **kwargs: Any) -> d
 def memory(dataset: Dataset, width: int) -> list[dict]:
   """Memory over ten epochs: reads ten times the number of training images."""
   process, held, most = psutil.Process(), [], [0]
-  num_steps = EPOCHS * (len(dataset.x_train) // READ // 10 * 10)
+  num_steps = EPOCHS * max(10, len(dataset.x_train) // READ // 10 * 10)
   images, over = on_device(dataset), threading.Event()
   before = process.memory_info().rss
 

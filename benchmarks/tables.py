@@ -263,11 +263,8 @@ def peers(rows: _runs.Rows) -> str:
     lines.append([f"{name} ({'/'.join(map(str, ours['rows']))}){_runs.mark(*found.values())}"])
     lines[-1].append(f"{ours['steps_per_second']['median']:.4g}")
     for row in (found[peer] for peer in PEERS):
-      if "not_run" in row:
-        lines[-1].append("not run")
-        continue
-      rate, ratio = row["steps_per_second"]["median"], row["ours_is_faster_by"]["median"]
-      lines[-1].append(f"{rate:.4g} ({ratio:.2f})")
+      rate = None if "not_run" in row else row["steps_per_second"]["median"]
+      lines[-1].append(_speedup(row) if rate is None else f"{rate:.4g} ({_speedup(row)})")
     lines[-1].append(f"{100 * ours['fraction_of_matmul_rate']:.0f} %")
   head = "step (labelled/unlabelled/generated images)", "ours", *PEERS.values(), "of the matrix rate"
   note = f"Medians of {len(rows[0]['rounds'])} rounds."
@@ -280,23 +277,23 @@ def batch_sizes(rows: _runs.Rows) -> str:
   lines = []
   for size in dict.fromkeys(row["batch_size"] for row in rows):
     peers = [found[size, peer] for peer in PEERS]
-    lines.append(
-      [f"{size:,}{_runs.mark(*peers)}", *(f"{row['ours_is_faster_by']['median']:.2f}" for row in peers)]
-    )
+    lines.append([f"{size:,}{_runs.mark(*peers)}", *map(_speedup, peers)])
   note = f"Medians of {len(rows[0]['rounds'])} rounds."
   return _runs.with_environment(_runs.markdown(("batch size", *PEERS.values()), lines), rows, note)
+
+
+def _speedup(row: Json) -> str:
+  return "not run" if "not_run" in row else f"{row['ours_is_faster_by']['median']:.2f}"
 
 
 def other_figures(accuracy: _runs.Rows, starts: _runs.Rows, replicates: _runs.Rows) -> str:
   """One row per figure."""
   lines = []
   for row in accuracy:
-    name = (
-      f"training to {row['target']:g} % test error, {row['recipe']}, MNIST, {row['num_labels']} labels,"
-    )
+    name = f"training to {row['target']:g} % test error, {row['recipe']}, {row['dataset']},"
     end = "" if row["reached"] else f", not reached: {row['test_error']:.2f} %"
     end += f", after {row['seconds_compile']:.0f} s of compilation" if row["seconds_compile"] else ""
-    lines.append([f"{name} split {row['split_seed']}{_runs.mark(row)}"])
+    lines.append([f"{name} {row['num_labels']} labels, split {row['split_seed']}{_runs.mark(row)}"])
     lines[-1].append(f"{row['seconds']:.0f} s, {row['steps']:,} steps{end}")
   for network in dict.fromkeys(row["network"] for row in starts):
     used = [row for row in starts if row["network"] == network]

@@ -130,12 +130,12 @@ def main(config: Config) -> Json:
       shared = {"budget": budget, "method": method, "network": network(config, dataset), **run.environment}
       found = [shared | row for row in train.cell(method, used.get(method), splits[budget])]
       rows += found
-      with open(path, "ab") as file:
-        file.write(_lines(found))  # the classifier's line comes last: it completes the cell
-      if config.tune and TUNING.is_dir():
+      if config.tune and TUNING.is_dir():  # first: no tuning stays unrecorded
         with open(TUNING / f"{dataset.name.replace('/', '_')}.jsonl", "ab") as file:
           about = {"flags": parsing.flags_of_recipe(config), "note": dataset.note}
           file.write(_lines([about | found[-1]]))
+      with open(path, "ab") as file:
+        file.write(_lines(found))  # the classifier's line comes last: it completes the cell
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 

@@ -18,7 +18,7 @@ _MODULES = {"Model": "model", "SemiSupervisedGAN": "estimator", "load": "model"}
 
 
 def __getattr__(name: str) -> Any:
-  """Imports modules on first access, so that --help does not wait for JAX."""
+  """Imports modules on first access, so that `gan-jax --help` does not wait for JAX."""
   if name in _MODULES:
     return getattr(importlib.import_module(f"gan_jax.{_MODULES[name]}"), name)
   try:

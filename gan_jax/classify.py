@@ -54,9 +54,9 @@ class Config:
   residual pair. mlp: the pair of Improved GAN. (None: vgg for colour pictures of at least 32x32, conv
   for other images, mlp for vectors.)"""
   augment: policies.Name | None = None
-  """Augmentation of D's inputs. digits: affine maps with a black border. photos: crops, colour changes and
-  cutout. objects: the same with mirroring, if mirror images keep their class. (None: photos or objects
-  for colour, digits for grey images, none for mlp.)"""
+  """Augmentation of D's inputs. digits: affine maps with a black border. photos: wider ones that mirror the
+  picture beyond its edge, colour changes and cutout. objects: that with mirror images, if they keep their
+  class. (None: photos or objects for colour, digits for grey images, none for mlp.)"""
   objective: cli.ObjectiveFlags = cli.ObjectiveFlags()
   folds: int = 5
   """Without test images: number of folds of the cross-validation over the labels that estimates the error,

@@ -1,4 +1,4 @@
-"""Provenance of results: device, library versions, commit."""
+"""Provenance of results: device, library versions, commit, cost."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -33,6 +34,21 @@ def environment() -> Json:
     },
     "commit": commit or None,
   }
+
+
+def cost(lowered: Any, compiled: Any = None) -> dict[str, float]:
+  """XLA's count of a program's operations, `flops`, and of its memory traffic, `bytes accessed`.
+
+  It is of the compiled program on CPU, and elsewhere of the program as written, because compiled programs
+  hide products and convolutions in library calls there.
+
+  Args:
+    lowered: `jax.jit(f).lower(...)`.
+    compiled: `lowered.compile()`, if it is there already.
+  """
+  if jax.default_backend() != "cpu":
+    return lowered.cost_analysis()
+  return (compiled or lowered.compile()).cost_analysis()
 
 
 def num_cores() -> int:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import _recipes, step_time
+from benchmarks import _recipes, step_time, tables
 from benchmarks.peers import plain_jax
 from gan_jax import data
 from gan_jax.types import BatchSizes
@@ -66,6 +66,9 @@ def test_ratios_are_of_the_same_round_and_a_failure_is_a_line():
   assert lines[2]["not_run"] == "no compiler"
   assert "steps_per_second" not in lines[2]
   assert "| torch_compile | not run: no compiler |" in step_time.table(lines)
+  lines += [{**lines[1], "contender": "plain_jax"}]
+  row = tables.batch_sizes([line | {"batch_size": 64} for line in lines]).splitlines()[2]
+  assert row.strip("†| ").split(" | ")[1:] == ["3.00", "not run", "3.00"]
 
 
 @pytest.mark.parametrize("flags", [["--rounds", "0"], ["--seconds", "nan"], ["--recipes", "nothing"]])
@@ -73,6 +76,14 @@ def test_a_bad_flag_is_one_sentence(flags, capsys):
   with pytest.raises(SystemExit, match="2"):
     step_time.parse(flags)
   assert f"error: argument {flags[0]}: " in capsys.readouterr().err
+
+
+def test_stored_results_are_not_replaced_unasked(capsys):
+  with pytest.raises(SystemExit, match="2"):
+    step_time.parse([])
+  assert "step_time.jsonl exists: choose another --name" in capsys.readouterr().err
+  assert step_time.parse(["--contenders", "ours", "--overwrite"]).name == "step_time"
+  assert step_time.parse(["--contenders", "ours", "--name", "new"]).name == "new"
 
 
 def test_a_worker_that_fails_says_why():

@@ -186,6 +186,9 @@ def test_a_run_that_is_there_is_used_again_with_the_same_flags_alone(tmp_path, m
   assert ran == [["experiments.mnist_ssgan", "--steps"]] * 2
   with pytest.raises(InputError, match="a run with other flags"):
     _runs.run("mnist_ssgan", ["--steps", "90"], tmp_path / "a")
+  (tmp_path / "a" / "benchmark.json").unlink()  # by hand, or killed in between
+  with pytest.raises(InputError, match="a run with other flags"):
+    _runs.run("mnist_ssgan", ["--steps", "60"], tmp_path / "a")
 
 
 def test_a_contender_that_failed_is_a_row():

@@ -65,7 +65,7 @@ def load_feature_extractor(dataset: Dataset, *, cache_dir: str | Path | None = N
   """The feature extractor of a dataset: the bundled one for MNIST, else one trained once and cached.
 
   A dataset is identified by its content, so its name and the order of its images do not matter. Training
-  takes up to a few minutes and is announced.
+  takes minutes, longer for larger images, and is announced.
 
   Args:
     dataset: source of the real images.

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Key
 
-from gan_jax import augment, data, objectives, steps
+from gan_jax import augment, data, objectives, provenance, steps
 from gan_jax.networks import Pair, Precision
 from gan_jax.objectives import Objective
 from gan_jax.terms import Term
@@ -110,13 +110,10 @@ class Recipe:
     return jax.eval_shape(self.init_state, jax.random.key(0), self._one_image())
 
   def flops(self) -> float:
-    """Floating-point operations of one step by XLA's count: on CPU for the compiled program, elsewhere for
-    the program as written, because compiled ones hide products and convolutions in library calls."""
+    """Floating-point operations of one step by XLA's count, see `provenance.cost`."""
     sample_batch = data.make_sample_batch(self.batch)
     batch = jax.eval_shape(sample_batch, jax.random.key(0), self._one_image())
-    lowered: Any = jax.jit(self.make_step()).lower(self.abstract_state(), batch)
-    counted = lowered.compile() if jax.default_backend() == "cpu" else lowered
-    return counted.cost_analysis()["flops"]
+    return provenance.cost(jax.jit(self.make_step()).lower(self.abstract_state(), batch))["flops"]
 
   def _one_image(self) -> data.DeviceData:
     x = np.zeros((1, *self.image_shape), np.uint8)
