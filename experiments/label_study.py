@@ -141,7 +141,7 @@ def main(config: Config) -> Json:
 
     cells = _study_tables.summarise(rows)
     tables = _study_tables.markdown(cells, dataset)
-    report.write_bytes(run.path / "study.md", tables.encode())
+    report.write_text(run.path / "study.md", tables)
     errors: dict[str, dict[int, list[float]]] = {}
     for cell in cells:
       if cell["reading"] == _study_tables.CLASSIFIER:  # the probes would hide the rest

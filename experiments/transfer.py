@@ -40,7 +40,12 @@ class Config:
 
   def check(self) -> None:
     cli.at_least_one(self, "splits", "pretrain_steps")
+    last = max(self.labels.split_seed, self.train.seed) + self.splits - 1
+    if last >= 2**32:
+      raise InputError(f"the last of the --splits would have the seed {last:,}: choose a smaller first one")
     cli.not_negative(self, "freeze_d")
+    if self.labels.exclude_labelled:
+      raise InputError("--exclude-labelled changes nothing here, where D learns from labelled images alone")
     if self.splits > 1000:
       raise InputError(f"--splits must be at most 1,000, not {self.splits:,}: each takes two trainings")
 

@@ -147,10 +147,8 @@ class Checkpoints:
   def metadata(self, step: int) -> Any:
     """A state as nested dicts whose leaves have a shape."""
     beside = self._beside(step)
-    try:
+    with _reading(self.directory):
       found = _orbax().metadata(self.directory / str(step), checkpointable_name="state").metadata
-    except Exception as error:  # Orbax and its storage may raise anything
-      raise _DamagedError from error
     if not _leaves(found) or _leaves(found).keys() != beside["checksums"].keys():
       raise _DamagedError
     return found
@@ -158,10 +156,8 @@ class Checkpoints:
   def load(self, step: int, abstract: Any) -> Any:
     """A state without the leaves that are `...`; it must match the checksums that were saved with it."""
     beside = self._beside(step)
-    try:
+    with _reading(self.directory):
       loaded = _orbax().load(self.directory / str(step), abstract, checkpointable_name="state")
-    except Exception as error:
-      raise _DamagedError from error
     found = _checksums({path: leaf for path, leaf in _leaves(loaded).items() if leaf is not ...})
     if not found.items() <= beside["checksums"].items():
       raise _DamagedError
@@ -169,13 +165,11 @@ class Checkpoints:
 
   def _beside(self, step: int) -> Json:
     """The metadata that `save` stored with the state."""
-    try:
+    with _reading(self.directory):
       # Read directly: Orbax would hide that it is damaged.
       file = self.directory / str(step) / "_CHECKPOINT_METADATA"
       beside = json.loads(file.read_text())["custom_metadata"]
       return {"checksums": {**beside["checksums"]}, "extra": {**beside["extra"]}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise _DamagedError from error
 
   def _steps(self) -> list[int]:
     paths = self.directory.iterdir() if self.directory.exists() else ()
@@ -192,6 +186,19 @@ class Checkpoints:
 
 class _DamagedError(Exception):
   """A checkpoint whose files cannot be read, or do not hold the values that were saved."""
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+  """Any error of Orbax or its storage means damage, except those that another attempt may not meet."""
+  try:
+    yield
+  except PermissionError as error:
+    raise InputError(f"{directory} cannot be read: {error.strerror}") from error
+  except Exception as error:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+      raise
+    raise _DamagedError from error
 
 
 @contextlib.contextmanager

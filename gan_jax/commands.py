@@ -245,12 +245,12 @@ def check(config: Check) -> Json:
 
 def _write(path: str | None, content: str | bytes) -> None:
   """Writes atomically to a file, or to standard output."""
+  content = content.encode(errors="replace") if isinstance(content, str) else content
   if path is None:
-    sys.stdout.write(content if isinstance(content, str) else content.decode())
+    sys.stdout.write(content.decode())
     return
-  file, content = Path(path), content.encode() if isinstance(content, str) else content
-  there = file.is_file()
-  report.write_bytes(file, content)
+  there = Path(path).is_file()
+  report.write_bytes(Path(path), content)
   say(_written(path, there))
 
 

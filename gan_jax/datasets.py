@@ -116,8 +116,12 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
     name=f"{dataset.name}@{side}",
     x_train=resize(x) if isinstance(x, np.ndarray) else Resized(x, side, resize),
     x_test=resize(dataset.x_test),
-    reader=dataset.reader and replace(dataset.reader, size=(side, side), fit=fit),
+    reader=replace(dataset.reader or _reader(x), size=(side, side), fit=fit),
   )
+
+
+def _reader(x: ImageSource) -> pictures.Reader:
+  return pictures.Reader(channels=x.shape[-1], size=None)  # pyright: ignore[reportArgumentType]
 
 
 class Resized:

@@ -27,7 +27,7 @@ MEMORISED = 0.5
 MEMORISED_ACCURACY = 80.0
 """Percent. ADA's target for its overfitting signal, `E[sign D(train)] = 0.6`, is 80 % right, 20 % wrong."""
 MISSING = 0.1
-"""Share of a class relative to an equal share. The rarest of 10 classes had 0.2 or more in healthy runs."""
+"""Share of a class relative to its frequency. The rarest of 10 classes had 0.2 or more in healthy runs."""
 IDENTICAL = 0.2
 """Of `diagnostics/variance_ratio`, which is 1 if samples vary like the data; healthy runs: 0.8 and 1.0."""
 MIN_ROWS = 8
@@ -128,18 +128,24 @@ def make_diagnostics(
   return diagnose
 
 
-def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] = ()) -> dict[str, str]:
+def alarms(
+  rows: Sequence[Json],
+  *,
+  num_steps: int,
+  class_names: Sequence[str] = (),
+  class_prior: Sequence[float] | None = None,
+) -> dict[str, str]:
   """Current problems: kind -> one sentence with the problem, the evidence, and what to try.
 
   Only the latest part of training counts, so problems that it recovered from are dropped; the first tenth
-  never counts. No alarm means that none of these problems was seen, not that the samples are good. The
-  classes are assumed to be about equally frequent in the data.
+  never counts. No alarm means that none of these problems was seen, not that the samples are good.
 
   Args:
     rows: the rows of one phase in `metrics.jsonl`, oldest first: `step`, `d/loss`, `g/loss` if G is
       trained, and in some of them the metrics of `make_diagnostics`.
     num_steps: steps of the whole phase, including those to come.
     class_names: names of the K classes; class numbers are used if there are none.
+    class_prior: frequencies of the K classes in the data; None: equal. A class below 2 % cannot be missed.
   """
   rows = [row for row in rows if row["step"] > WARM_UP * num_steps]
   stuck = {name: text for name in ("d/loss", "g/loss") if (text := _stuck(rows, name))}
@@ -149,7 +155,7 @@ def alarms(rows: Sequence[Json], *, num_steps: int, class_names: Sequence[str] =
   d_loss = [row["d/loss"] for row in rows if "d/loss" in row][-NUM_OBSERVATIONS:]
   found = {
     "memorisation": _memorises(seen),
-    "lost classes": _lost_classes(seen, class_names),
+    "lost classes": _lost_classes(seen, class_names, class_prior),
     "same image": _same_image(seen),
     "saturated": _saturated(seen, d_loss, g_is_stuck="g/loss" in stuck),
   }
@@ -174,10 +180,18 @@ def _memorises(seen: Sequence[Json]) -> str | None:
   )
 
 
-def _lost_classes(seen: Sequence[Json], class_names: Sequence[str]) -> str | None:
+def _lost_classes(
+  seen: Sequence[Json], class_names: Sequence[str], class_prior: Sequence[float] | None
+) -> str | None:
   num_classes = sum(name.startswith("diagnostics/share_") for name in seen[-1])
   shares = [_median(seen, f"share_{k}") for k in range(num_classes)]
-  missing = [k for k, share in enumerate(shares) if share < MISSING / num_classes]
+  expected = class_prior or [1 / num_classes for _ in shares]
+  missing = [
+    k
+    for k, share in enumerate(shares)
+    if share < MISSING * expected[k]
+    and expected[k] * MOST_CLASSES > 0.999  # rarer ones are absent by chance
+  ]
   if not missing:
     return None
   names = [class_names[k] if class_names else str(k) for k in missing]
@@ -187,9 +201,9 @@ def _lost_classes(seen: Sequence[Json], class_names: Sequence[str]) -> str | Non
     what = f"draws only a few of the {num_classes} classes, and different ones each time: mostly"
   most = 100 * max(shares[k] for k in missing)
   return (
-    f"the generator {what} each makes up at"
-    f" most {most:.2g} % of its images, where an equal share is {100 / num_classes:.2g} %; try feature"
-    " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
+    f"the generator {what} each makes up at most {most:.2g} % of its images, and at least"
+    f" {100 * min(expected[k] for k in missing):.2g} % of the data; try feature matching, a lower learning"
+    " rate of the generator, larger batches, or class-conditional training"
   )
 
 

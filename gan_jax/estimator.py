@@ -79,6 +79,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       ValueError: there is no label, -1 is text, a label is None, the network does not take images of this
         shape, training diverged, or scikit-learn refuses the input.
     """
+    vars(self).pop("_averages", None)  # if this fit fails, no earlier one may answer
     X, y = validate_data(self, X, y, allow_nd=True, ensure_min_samples=2)
     values = y.tolist()
     if any(isinstance(value, str | bytes) and value in ("-1", b"-1") for value in values):
@@ -121,14 +122,14 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
 
   def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
     """Generated images or vectors, in the shape and on the scale of `X`, `[n_samples, ...]`."""
-    check_is_fitted(self)
+    check_is_fitted(self, "_averages")
     seed = check_random_state(random_state).randint(2**31)
     x = self.model_.sample(n_samples, seed=seed).reshape(n_samples, *self._row_shape)
     return (self._low + x * (self._high - self._low)).astype(x.dtype)
 
   @property
   def model_(self) -> Model:
-    check_is_fitted(self)
+    check_is_fitted(self, "_averages")
     return Model(recipes.rebuild(self._described), self._averages, tuple(map(str, self.classes_)))
 
   def __sklearn_tags__(self):
@@ -149,10 +150,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
 
   def _to_images(self, X: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
     """Images as bytes; vectors become images of one row."""
-    if (
-      X.dtype != np.uint8 or np.any(self._low != 0) or np.any(self._high != 255)
-    ):  # otherwise scaling changes nothing
-      X = scaled(X, self._low, self._high)
+    X = scaled(X, self._low, self._high)
     shape = self.image_shape
     if shape is None:
       shape = self._row_shape if X.ndim > 2 else (1, X.shape[1])
@@ -161,7 +159,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     return X.reshape(len(X), *shape, *([1] if len(shape) == 2 else []))
 
   def _checked(self, X: Any) -> UInt8[np.ndarray, "n h w c"]:
-    check_is_fitted(self)
+    check_is_fitted(self, "_averages")
     X = validate_data(self, X, allow_nd=True, reset=False)
     if X.shape[1:] != self._row_shape:
       raise ValueError(f"X has rows of shape {X.shape[1:]}, but those in training had {self._row_shape}")

@@ -219,7 +219,7 @@ def _write_safetensors(model: Model, folder: Path, run: Path | None) -> None:
   }
   checkpoint.save_averages(folder, steps.with_statistics(model.recipe.g, model.state))
   report.write_json(folder / "config.json", config)
-  report.write_bytes(folder / "MODEL_CARD.md", _card(model, config).encode())
+  report.write_text(folder / "MODEL_CARD.md", _card(model, config))
 
 
 def _facts(run: Path, step: int) -> Json:

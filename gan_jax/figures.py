@@ -29,7 +29,7 @@ def grid_png(x: Float[np.ndarray, "n h w c"], columns: int) -> bytes:
   grid = grid.reshape(rows * (height + 2), columns * (width + 2), channels)
   pixels = np.round(255 * np.clip(grid, 0, 1)).astype(np.uint8)
   picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-  factor = max(1, 64 // height)
+  factor = max(1, 64 // max(height, width))
   picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
   buffer = io.BytesIO()
   picture.save(buffer, "png")
@@ -37,11 +37,9 @@ def grid_png(x: Float[np.ndarray, "n h w c"], columns: int) -> bytes:
 
 
 def _figure(path: Path, size: tuple[float, float], draw: Callable) -> None:
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=size, layout="constrained")
-  FigureCanvasAgg(figure)
   draw(figure)
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=110)
@@ -86,10 +84,18 @@ def learning_curves(path: Path, rows: Sequence[Json]) -> None:
 def confusion(path: Path, counts: Int[np.ndarray, "k k"], class_names: Sequence[str]) -> None:
   """Plots the confusion matrix, with the diagonal left uncoloured so that mistakes stand out.
 
-  Numbers are drawn for up to 20 classes, names for up to 100.
+  Numbers are drawn for up to 20 classes, names for up to 100. A name with letters that the font lacks, such
+  as Chinese ones, is replaced by the class number.
   """
+  from matplotlib import font_manager
+
+  font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
   many = len(counts) > 10
   names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
+  names = [
+    name if all(font.get_char_index(ord(letter)) for letter in name) else str(k)
+    for k, name in enumerate(names)
+  ]
 
   def draw(figure):
     axes = figure.subplots()

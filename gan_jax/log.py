@@ -1,6 +1,7 @@
 """Reports during training: rows of metrics, alarms, TensorBoard, a progress bar."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ class MetricsLog:
     num_steps: int,
     *,
     class_names: Sequence[str] = (),
+    class_prior: Sequence[float] | None = None,
     tensorboard: bool = False,
     rollbacks: Sequence[str] = (),
     show: Callable[[Json], None] | None = None,
@@ -50,7 +52,8 @@ class MetricsLog:
       phase: the name of its rows; rows of other phases are kept.
       first: the step that the run starts or resumes from; later rows of this phase are dropped.
       num_steps: the last step of the run, for the alarms.
-      class_names: class names, for the alarms.
+      class_names: class names, for the alarms, as is `class_prior`: see `diagnostics.alarms`.
+      class_prior: class frequencies.
       tensorboard: whether to also log for TensorBoard.
       rollbacks: earlier rollbacks of the run, for the message of a `NonFiniteError`.
       show: called with every row.
@@ -64,10 +67,13 @@ class MetricsLog:
       self._file = open(path, "a", buffering=1)  # noqa: SIM115
       if tensorboard:
         self._tensorboard = _tensorboard(workdir / "tensorboard" / phase)
-    self._phase, self._num_steps, self._class_names = phase, num_steps, class_names
+    self._phase = phase
+    self._find = functools.partial(
+      diagnostics.alarms, num_steps=num_steps, class_names=class_names, class_prior=class_prior
+    )
     self._rows = [row for row in rows if row["phase"] == phase]
-    found = diagnostics.alarms(self._rows, num_steps=num_steps, class_names=class_names)
-    self.alarms = tuple(found.values())
+    diagnosed = [i for i, row in enumerate(self._rows) if _is_diagnosed(row)]
+    self.alarms = tuple(self._find(self._rows[: diagnosed[-1] + 1]).values()) if diagnosed else ()
     self._said: set[str] = set()
     self._rollbacks, self._show = rollbacks, show
     self._pending: tuple[int, int, dict[str, Array]] | None = None
@@ -114,7 +120,7 @@ class MetricsLog:
     if self._file is not None:
       self._file.write(json.dumps(row) + "\n")
     self._rows.append(row)
-    if any(name.startswith("diagnostics/") for name in row):
+    if _is_diagnosed(row):
       self._raise_alarms()
     if self._tensorboard is not None:
       for name, value in means.items():
@@ -124,11 +130,15 @@ class MetricsLog:
 
   def _raise_alarms(self) -> None:
     """Prints each kind of alarm when it first appears."""
-    found = diagnostics.alarms(self._rows, num_steps=self._num_steps, class_names=self._class_names)
+    found = self._find(self._rows)
     self.alarms = tuple(found.values())
     for kind in set(found) - self._said:
       console.print(f"alarm: {found[kind]}", style="yellow", markup=False, soft_wrap=True)
     self._said |= set(found)
+
+
+def _is_diagnosed(row: Json) -> bool:
+  return any(name.startswith("diagnostics/") for name in row)
 
 
 def _tensorboard(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from gan_jax import checkpoint, data, evaluate, losses, objectives, pictures, probe, recipes, report, steps
-from gan_jax.pictures import Reader, Scaling, below, for_all
+from gan_jax.pictures import Reader, Scaling, below, for_all, listed
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
 
@@ -143,7 +144,9 @@ class Model:
           f"{path} is not an array: this model was trained on vectors, so name .npy or .npz files"
         )
       else:
-        files = below(path) if path.is_dir() else {"": path}
+        files, skipped = below(path) if path.is_dir() else ({"": path}, [])
+        if skipped:
+          report.say(f"skipped, as hidden or not a picture: {len(skipped):,} ({listed(skipped)})")
         alone = len(paths) == 1 and path.is_dir()
         read = _read_pictures(reader, files if alone else {str(file): file for file in files.values()})
         names += read
@@ -164,7 +167,7 @@ class Model:
         x = file["x"]
     except TypeError:  # an .npy file is one array
       x = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
       raise InputError(
         f"{path} holds no readable array: save one with numpy.save, or as x with numpy.savez"
       ) from error
@@ -223,9 +226,11 @@ def load(run: str | Path) -> Model:
     classes = tuple(stored["class_names"])
     reader, scaling = stored.get("reader"), stored.get("scaling")
     read_alike = reader and Reader(**reader), scaling and Scaling(**scaling)
-  except FileNotFoundError as error:
+  except (FileNotFoundError, NotADirectoryError) as error:
     raise InputError(f"{path} is not the folder of a run: it has no config.json") from error
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+  except OSError as error:
+    raise InputError(f"{path / 'config.json'} cannot be read: {error.strerror}") from error
+  except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
     raise InputError(f"{path} holds no model: its config.json contains no recipe") from error
   recipe = recipes.rebuild(described)
   like = recipe.abstract_state()

@@ -380,7 +380,7 @@ def _render(
     table=_with_bars(table),
     sections=[_encoded(section) for section in sections],
   )
-  report.write_bytes(path, html.encode())
+  report.write_text(path, html)
 
 
 def _with_bars(table: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str], float | None]]:

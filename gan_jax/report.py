@@ -50,6 +50,11 @@ def replacing(path: Path) -> Iterator[Path]:
     raise
 
 
+def write_text(path: Path, text: str) -> None:
+  """Writes text atomically; file names in it that are not UTF-8 get question marks."""
+  write_bytes(path, text.encode(errors="replace"))
+
+
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes a file atomically. Pipes and devices are written to directly."""
   if path.exists() and not path.is_file():

@@ -126,8 +126,8 @@ def open_run(
     complete = False
     try:
       if not flags.resume:
+        report.write_json(path / "config.json", described)  # first: it marks the folder as that of a run
         report.write_json(path / "labels.json", labels)
-        report.write_json(path / "config.json", described)
       processes.wait("open")
       yield run
       complete = True
@@ -242,7 +242,13 @@ def _check_folder(path: Path) -> None:
   if path.exists() and not path.is_dir():
     raise InputError(f"--workdir {path} is not a folder")
   names = set(os.listdir(path)) if path.exists() else set()
-  if names - {".lock"} and not names & {"config.json", _REPLACED, _REPLACING}:
+  names = {name for name in names if name != ".lock" and not name.startswith(".config.json.")}  # of a kill
+  if names & {_REPLACED, _REPLACING}:
+    return
+  foreign = checkpoint.SAFETENSORS["d"] in names  # an export
+  with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged file is that of a run
+    foreign |= "experiment" not in json.loads((path / "config.json").read_text())
+  if names and (foreign or "config.json" not in names):
     raise InputError(f"--workdir {path} holds other files: name an empty or a new folder")
 
 
@@ -283,6 +289,9 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
     raise InputError(f"{path / 'labels.json'} does not hold the split that this run would use")
   if stored["config.json"].get("recipes") != described["recipes"]:
     raise InputError(f"{path} was started with another recipe, perhaps by another version of gan_jax")
+  for key in ("class_names", "reader", "scaling"):
+    if stored["config.json"].get(key) != described[key]:
+      raise InputError(f"{path} was started on other data: its {key.replace('_', ' ')} differ")
 
 
 def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) -> Json:
@@ -292,7 +301,7 @@ def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) ->
     The part's result; the stored one if it was already complete.
   """
   folder = run.path / name
-  resume = run.flags.resume and (folder / "config.json").exists()
+  resume = run.flags.resume and (folder / "labels.json").exists()  # written after config.json
   if resume:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # else it is absent or damaged
       result = json.loads((folder / "result.json").read_text())

@@ -154,6 +154,7 @@ def fit(
           done,
           num_steps,
           class_names=class_names,
+          class_prior=getattr(recipe.hparams, "class_prior", None),
           tensorboard=tensorboard,
           rollbacks=rollbacks,
           show=stack.enter_context(log.progress(phase, done, num_steps)) if verbose else None,

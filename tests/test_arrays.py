@@ -137,6 +137,8 @@ BAD_ARRAYS = {
     "y holds b, which the 2 names in classes do not cover",
   ),
   "the same name twice": ({"classes": np.array(["a", "b", "a"])}, "must be a text array of distinct, non"),
+  "no class": ({"classes": np.array([], str)}, "classes must be a text array of distinct, non"),
+  "-1 among names": ({"y": np.array(["a", "b", "c", "-1"] * 2)}, 'y holds the text -1: among names, ""'),
   "numbers as names": ({"classes": np.arange(3)}, "classes must be a text array of distinct, non"),
   "test without labels": ({"y_test": np.array([0, -1, 1])}, "y_test must label every image"),
   "new class in test": ({"y_test": np.array([0, 5, 1])}, "y_test holds classes that y does not: 5"),

@@ -157,6 +157,28 @@ def test_without_a_whole_checkpoint_there_is_a_sentence(two, tiny, tmp_path):
   assert os.listdir(tmp_path / "checkpoints") == ["20"]
 
 
+@pytest.mark.parametrize(
+  ("error", "kind", "words"),
+  [
+    (PermissionError(13, "Permission denied"), InputError, "checkpoints cannot be read: Permission denied"),
+    (MemoryError("no memory"), MemoryError, "no memory"),
+    (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), RuntimeError, "RESOURCE_EXHAUSTED"),
+  ],
+)
+def test_what_another_attempt_may_not_meet_is_not_damage(
+  two, error, kind, words, tiny, tmp_path, monkeypatch
+):
+  """No checkpoint is set aside, and nobody is told to start anew."""
+
+  def fail(*_, **__):
+    raise error
+
+  monkeypatch.setattr(checkpoint._orbax(), "load", fail)
+  with pytest.raises(kind, match=words):
+    checkpoint.Checkpoints(tmp_path / "checkpoints").restore(tiny.state())
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "20"]
+
+
 # --- Starting from another run
 
 

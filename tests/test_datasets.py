@@ -59,6 +59,8 @@ def test_resizing_keeps_the_aspect_of_any_dataset(fit):
   dataset = datasets.Dataset("wide", x, np.arange(2), x[:0], np.arange(0), ("a", "b"))
   found = datasets._resized(dataset, 20, fit)
   assert (found.name, found.x_test.shape) == ("wide@20", (0, 20, 20, 2))
+  assert found.reader is not None  # a run's predictions read pictures in the same way
+  assert (found.reader.fit, found.reader.size) == (fit, (20, 20))
   rows, columns = (found.x_train[0, ..., 1] > 100).any(axis=1), (found.x_train[0, ..., 1] > 100).any(axis=0)
   assert rows.sum() == columns.sum() == {"crop": 8, "pad": 4}[fit]
 

@@ -371,6 +371,19 @@ def test_many_missing_classes_are_cut_short():
   assert "lost 19 of 20 classes (1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 9 more)" in found
 
 
+def test_a_rare_class_is_lost_only_relative_to_its_frequency():
+  """A class below 2 % is absent from 500 images by chance."""
+  shares = (0.958, 0.042, *[0.0] * 18)
+  rows = made_up((20, {f"diagnostics/share_{k}": share for k, share in enumerate(shares)}))
+  (found,) = sentences(rows, num_steps=20)
+  assert "lost 18 of 20 classes (2, 3, " in found
+  assert sentences(rows, num_steps=20, class_prior=(0.95, 0.04, 0.01, *[0.0] * 17)) == []
+  (found,) = sentences(rows, num_steps=20, class_prior=(0.45, 0.45, 0.1, *[0.0] * 17))
+  assert (
+    "lost 2 of 20 classes (1, 2): each makes up at most 4.2 % of its images, and at least 10 %" in found
+  )
+
+
 def test_a_generator_that_draws_one_class_after_the_other_has_not_lost_them_all():
   rows = made_up((20, {f"diagnostics/share_{k}": 0.0 for k in range(20)}))
   for i, row in enumerate(rows):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -125,6 +126,15 @@ def test_training_that_was_interrupted_warns(digits, small_mlp, monkeypatch):
   monkeypatch.setattr(train, "fit", lambda *a, **k: dataclasses.replace(fit(*a, **k), interrupted=True))
   with pytest.warns(UserWarning, match="training was interrupted: the classifier is only partly trained"):
     assert SemiSupervisedGAN(network="mlp", num_steps=2).fit(x, y).n_iter_ == 2
+
+
+def test_after_a_fit_that_failed_no_earlier_one_answers(digits, small_mlp):
+  x, y = digits[:2]
+  gan = SemiSupervisedGAN(network="mlp", num_steps=2).fit(x, y)
+  with pytest.raises(ValueError, match="y has no label"):
+    gan.fit(x, np.full(len(x), -1))
+  with pytest.raises(NotFittedError):
+    gan.predict(x)
 
 
 BAD = [

@@ -232,6 +232,8 @@ def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):
     (transfer, {"source": "digits", "image_size": 8, "freeze_d": 999}, "999 cannot be frozen"),
     (transfer, {"source": "arrays:wide.npz", "image_size": None}, "images of 8x9x1 and --dataset of 8x8x1"),
     (transfer, {"splits": 2**31 - 1}, "--splits must be at most 1,000"),
+    (transfer, {"seed": 2**32 - 1, "splits": 2}, "the last of the --splits would have the seed"),
+    (transfer, {"exclude_labelled": True}, "--exclude-labelled changes nothing here"),
     (mnist_gan, {"num_scored": 2**31 - 1}, "is free: choose a smaller --num-scored"),
     (
       mnist_low_data,

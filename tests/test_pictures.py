@@ -113,8 +113,10 @@ def test_transparency_lies_on_white(tmp_path):
   assert Reader(3, None).read(tmp_path / "p.gif")[0, 0].tolist() == [200, 0, 0]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(tmp_path, orientation):
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_pictures_stand_upright(tmp_path, orientation, suffix):
+  """Orientation 9 does not exist and changes nothing."""
   x = np.zeros((16, 24), np.uint8)
   x[:8, :8] = 255  # the upper left
   undo = {
@@ -131,9 +133,9 @@ def test_pictures_stand_upright(tmp_path, orientation):
     stored = stored.transpose(undo[orientation])
   exif = Image.Exif()
   exif[0x0112] = orientation
-  save(tmp_path / "a.jpg", stored, exif=exif, quality=100)
-  np.testing.assert_allclose(Reader(1, None).read(tmp_path / "a.jpg")[..., 0], x, atol=3)
-  assert reader.Header.read(tmp_path / "a.jpg").size == (16, 24)
+  path = save(tmp_path / f"a.{suffix}", stored, exif=exif, quality=100)
+  np.testing.assert_allclose(Reader(1, None).read(path)[..., 0], x, atol=3)
+  assert reader.Header.read(path).size == (16, 24)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -524,6 +526,14 @@ MALFORMED = {
     put("train/bird", Path.mkdir),
     r"class folder .*bird holds no pictures: fill or remove it",
   ),
+  "empty class in test": (
+    put("test/bird", Path.mkdir),
+    "class folder .*test/bird holds no pictures: fill or remove it",
+  ),
+  "empty test beside valid": (
+    lambda root: (rename("test", "valid")(root), (root / "test").mkdir()),
+    "the test folder .*test holds no pictures: fill it or remove it",
+  ),
   "new class in test": (put("test/bird/0.png", save), "classes without training pictures: bird"),
   "loose in train": (put("train/0.png", save), r"outside the class folders \(0.png\).*unlabelled"),
   "loose beside train": (put("0.png", save), r"outside the class folders \(0.png\)"),
@@ -614,6 +624,12 @@ MALFORMED = {
   "listed from the root": (table(HEAD + "/etc/0.png,a\n"), "line 2 .* names /etc/0.png, which is not in"),
   "comma": (table(HEAD + "0,5.png,a\n"), "line 2 .* has more columns than the first: quote"),
   "no name": (table(HEAD + ",a\n"), "line 2 .* has no file_name"),
+  "open quote": (table(HEAD + '0.png,"a\n1.png,b\n'), "labels.csv cannot be read as a table"),
+  "label -1": (table(HEAD + "0.png,a\n1.png,-1\n"), "line 3 .* has the label -1: leave it empty"),
+  "names alike": (
+    table(HEAD + "e\u0301.png,a\n0.png,b\n", "e\u0301.png", "\u00e9.png", "0.png"),
+    "two pictures of .* have names that read \u00e9.png: rename one of them",
+  ),
   "table against folders": (
     table(HEAD + "cat/0.png,dog\ndog/1.png,cat\n", "cat/0.png", "dog/1.png"),
     "cat/0.png lies in a folder of class cat, but .* says dog: label by folders or by the table",
@@ -706,12 +722,15 @@ def test_names_of_pictures_are_those_of_the_images(pets):
   assert len(dataset.names_test) == len(dataset.x_test)
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_a_class_folder_without_pictures(part, pets):
-  (pets / part / "cat" / ".hidden").mkdir()
-  (pets / part / "fish").mkdir()
-  with pytest.raises(InputError, match=f"{part}/fish holds no pictures: fill or remove it"):
-    pictures.load_folder(pets)
+def test_whatever_has_a_label_needs_no_review(pets):
+  """In a layout for training; folders of no known class are only folders."""
+  for path in ("train/new/0.png", "valid/cat/0.png", "unlabelled/0.png"):
+    save(pets / path)
+  of = lambda classes: {
+    name for name in pictures.below(pets)[0] if name not in pictures.labelled(pets, classes)
+  }
+  assert of(["cat", "dog"]) == {"unlabelled/0.png"}
+  assert of(["bird"]) == {*pictures.below(pets)[0]}
 
 
 # --- The check

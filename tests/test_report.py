@@ -88,10 +88,10 @@ def test_numbers_in_the_confusion_matrix_can_be_read(figure, tmp_path):
 
 
 def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(figure, tmp_path):
-  figures.confusion(tmp_path / "c.png", np.eye(2, dtype=int), ("$\\nonsense$", 40 * "x"))
+  figures.confusion(tmp_path / "c.png", np.eye(3, dtype=int), ("$\\nonsense$", 40 * "x", "\u732b"))
   FigureCanvasAgg(figure).draw()  # an invalid formula raises here
   (axes,) = figure.axes
-  assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…"]
+  assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…", "2"]
 
 
 def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(figure, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import mnist_ssgan
-from gan_jax import checkpoint, cli, parsing, provenance, recipes, run_dir
+from gan_jax import checkpoint, cli, parsing, provenance, recipes, report, run_dir
 from gan_jax.types import InputError, Stopped
 
 
@@ -49,6 +49,43 @@ def test_a_run_is_never_overwritten_by_accident(open_run, tiny, tmp_path):
   (tmp_path / "mine" / "thesis.txt").write_text("precious")
   with pytest.raises(InputError, match="holds other files"):
     opened(open_run(workdir="mine", overwrite=True))
+
+
+@pytest.mark.parametrize("files", [{"config.json": '{"model_type": "other"}'}, {"model.safetensors": ""}])
+def test_only_runs_are_replaced(files, open_run, tmp_path):
+  """Not a folder of another program, nor an export, whose networks would outlive its config."""
+  run = opened(open_run(workdir="here"))
+  for name, text in files.items():
+    (run.path / name).write_text(text)
+  for flags in ({"overwrite": True}, {}):
+    with pytest.raises(InputError, match="holds other files: name an empty or a new folder"):
+      opened(open_run(workdir="here", **flags))
+
+
+@pytest.mark.parametrize("killed_in", ["config.json", "labels.json"])
+def test_a_run_that_was_killed_at_its_first_files_can_be_started_again(killed_in, open_run, monkeypatch):
+  write_json = report.write_json
+
+  def killed(path, value):
+    if path.name == killed_in:
+      path.with_name(f".{path.name}.1").touch()
+      raise SystemExit
+    write_json(path, value)
+
+  monkeypatch.setattr(report, "write_json", killed)
+  with pytest.raises(SystemExit):
+    opened(open_run(workdir="here"))
+  monkeypatch.setattr(report, "write_json", write_json)
+  opened(open_run(workdir="here", overwrite=True))
+
+
+@pytest.mark.parametrize("key", ["class_names", "reader"])
+def test_other_data_are_noticed(key, open_run):
+  run = opened(open_run(workdir="here"))
+  stored = json.loads((run.path / "config.json").read_text())
+  (run.path / "config.json").write_text(json.dumps({**stored, key: ["b", "a"]}))
+  with pytest.raises(InputError, match=f"started on other data: its {key.replace('_', ' ')} differ"):
+    opened(open_run(workdir="here", resume=True))
 
 
 def test_a_run_of_another_experiment_is_not_replaced(open_run):
@@ -212,7 +249,7 @@ def test_a_part_is_done_once(open_run):
 
   def main(config):
     calls.append(config.run)
-    with open(f"{config.run.workdir}/config.json", "w") as file:
+    with open(f"{config.run.workdir}/labels.json", "w") as file:
       file.write("{}")
     return {"interrupted": False}
 

@@ -159,7 +159,8 @@ def array_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
       yield problem
   if "classes" in arrays:
     classes = arrays["classes"]
-    if classes.ndim != 1 or classes.dtype.kind != "U" or len({*classes.tolist(), ""}) != len(classes) + 1:
+    names = {*classes.tolist()} if classes.ndim == 1 and classes.dtype.kind == "U" else {""}
+    if not names or "" in names or len(names) != len(classes):
       whole = False
       yield "classes must be a text array of distinct, non-empty names"
   if whole and "y" in arrays:
@@ -197,7 +198,9 @@ def _label_problems(key: str, arrays: dict[str, np.ndarray]) -> Iterator[str]:
   else:
     if x is not None and x.ndim and len(x) != len(y):
       yield f"{key} has {len(y):,} labels for {len(x):,} images: it needs one for each"
-    if y.dtype.kind != "U" and len(y) and y.min() < -1:
+    if y.dtype.kind == "U" and (y == "-1").any():  # as NumPy makes of names and the number -1
+      yield f'{key} holds the text -1: among names, "" means no label'
+    elif y.dtype.kind != "U" and len(y) and y.min() < -1:
       yield f"{key} holds {y.min()}: classes are numbered from 0, and -1 means no label"
     elif key == "y_test" and ((y == "") if y.dtype.kind == "U" else (y == -1)).any():
       yield "y_test must label every image: leave out those without a label"
@@ -222,7 +225,7 @@ def _class_problems(arrays: dict[str, np.ndarray]) -> Iterator[str]:
   if unknown:
     yield f"y holds {listed(map(str, unknown))}, which the {num} names in classes do not cover"
   if num < 2:
-    yield f"there is only one class, {next(iter(known))}, but a classifier needs two"
+    yield f"there is only one class, {listed(map(str, known))}, but a classifier needs two"
   empty = num - sum(label in known for label in given)
   if empty:
     first = next(label for label in (names if text and names else known) if label not in given)

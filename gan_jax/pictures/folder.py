@@ -13,7 +13,7 @@ import PIL
 from jaxtyping import UInt8
 
 from gan_jax.dataset import Choice, Dataset, is_streamed
-from gan_jax.pictures.layout import Found, scan
+from gan_jax.pictures.layout import Found, raise_first, scan
 from gan_jax.pictures.reader import (
   GREY,
   Fit,
@@ -53,7 +53,7 @@ def load_folder(
       unreadable test picture, more than 1 % unreadable training pictures, or links that leave the folder.
   """
   found = scan(Path(root))
-  _raise_first(found.problems)
+  raise_first(found.problems)
   key = _cache_key(found, image_size, fit)
   read = None if stream == "yes" else _from_cache(key, found)
   if read is None:
@@ -93,20 +93,15 @@ class _Read(NamedTuple):
   notes: list[str]
 
 
-def _raise_first(problems: Sequence[str]) -> None:
-  if problems:
-    raise InputError(problems[0])
-
-
 def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice) -> _Read:
   paths = [path for path, _ in found.train]
   test = [path for path, _ in found.test]
   headers = for_all(Header.read, paths + test, "looking at the pictures")
   reasons = {i: header for i, header in enumerate(headers) if isinstance(header, str)}
-  _raise_first(unreadable_problems(found, reasons))
+  raise_first(unreadable_problems(found, reasons))
   known = {i: header for i, header in enumerate(headers) if isinstance(header, Header)}
   if image_size is None:
-    _raise_first(size_problems(found, [header.size for header in known.values()]))
+    raise_first(size_problems(found, [header.size for header in known.values()]))
   mine = [header for i, header in known.items() if i < len(paths)]
   notes, white = [], 65535
   deep = [paths[i] for i, header in known.items() if i < len(paths) and header.bits == "16"]
@@ -143,13 +138,13 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice)
     x_train: ImageSource = Pictures(there, reader, size)
   else:
     x_train, failed = _read_all(reader, paths, size)
-    _raise_first(unreadable_problems(found, failed))
+    raise_first(unreadable_problems(found, failed))
     if failed:
       x_train = np.delete(x_train, [*failed], axis=0)
     if reader.channels == 3 and _is_grey(x_train):
       reader, x_train = replace(reader, channels=1), np.ascontiguousarray(x_train[..., :1])
   x_test, failed_test = _read_all(reader, test, size)
-  _raise_first(unreadable_problems(found, {len(paths) + i: reason for i, reason in failed_test.items()}))
+  raise_first(unreadable_problems(found, {len(paths) + i: reason for i, reason in failed_test.items()}))
   if failed:
     names = listed(found.name(paths[i]) for i in failed)
     notes.append(
@@ -224,7 +219,7 @@ def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
 
 # --- Decoded pictures in the user's cache
 
-_FORMAT = f"1, Pillow {PIL.__version__}"
+_FORMAT = f"2, Pillow {PIL.__version__}"
 _CACHE_BYTES = 2 * 10**9
 
 

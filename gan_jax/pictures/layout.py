@@ -90,17 +90,27 @@ class Found:
       return []
     return level.pictures + [p for sub in level.folders for p in self.below(sub, (*above, real))]
 
+  def by_name(self, folder: Path) -> dict[str, Path]:
+    """All pictures in a folder and its subfolders, by their names in a table of labels."""
+    paths: dict[str, Path] = {}
+    for path in self.below(folder):
+      name = _below(path, folder)
+      if name in paths:  # in another encoding, or with an accent as a character of its own
+        self.problems.append(f"two pictures of {folder} have names that read {name}: rename one of them")
+      paths[name] = path
+    return paths
 
-def below(folder: Path) -> dict[str, Path]:
-  """All pictures in a folder and its subfolders, by their names in a table of labels.
+
+def below(folder: Path) -> tuple[dict[str, Path], list[str]]:
+  """All pictures in a folder and its subfolders, by their names in a table of labels; and what is skipped.
 
   Raises:
-    InputError: a link leaves the folder.
+    InputError: a link leaves the folder, or two names look the same.
   """
   found = Found(folder)
-  paths = {found.name(path): path for path in found.below(folder)}
-  _raise_first(found)
-  return paths
+  paths = found.by_name(folder)
+  raise_first(found.problems)
+  return paths, sorted(found.skipped)
 
 
 def labelled(folder: Path, classes: Sequence[str]) -> set[str]:
@@ -108,7 +118,8 @@ def labelled(folder: Path, classes: Sequence[str]) -> set[str]:
 
   Args:
     folder: any folder of pictures. A picture has a label if the table of the folder gives it one or, in a
-      layout of `load_folder`, if it is in the folder of one of the classes, for training or test.
+      layout of `load_folder` with a folder for one of the classes, if it is in a class folder, for
+      training, validation or test.
     classes: class names.
 
   Raises:
@@ -117,15 +128,20 @@ def labelled(folder: Path, classes: Sequence[str]) -> set[str]:
   found = Found(folder)
   tables = found.level(folder).tables
   labels = {name: label for table in tables for name, label in _read_table(found, table).items()}
-  _raise_first(found)
+  raise_first(found.problems)
+  names = {name for name, label in labels.items() if label}
   laid_out = scan(folder)  # its problems matter only for training
-  placed = {laid_out.name(path) for path, label in laid_out.train + laid_out.test if label in classes}
-  return placed | {name for name, label in labels.items() if label}
+  placed = [(path, label) for path, label in laid_out.train + laid_out.test if label is not None]
+  if any(label in classes for _, label in placed):
+    names |= {laid_out.name(path) for path, _ in placed}
+    unread = [sub for sub in found.level(folder).folders if sub.name.casefold() in _VALID]
+    names |= {found.name(path) for sub in unread for path in found.below(sub)}
+  return names
 
 
-def _raise_first(found: Found) -> None:
-  if found.problems:
-    raise InputError(found.problems[0])
+def raise_first(problems: Sequence[str]) -> None:
+  if problems:
+    raise InputError(problems[0])
 
 
 def _below(path: Path, folder: Path) -> str:
@@ -175,6 +191,8 @@ def scan(root: Path) -> Found:
     found.train = _part(found, root)
   if parts[1]:
     found.test = _part(found, parts[1][0], labelled=True)
+    if not found.test and not found.problems:
+      found.problems.append(f"the test folder {parts[1][0]} holds no pictures: fill it or remove it")
   _check_classes(found)
   used = {table for path in (root, *train, *parts[1]) for table in found.level(path).tables}
   tables = [table for level in found.levels.values() for table in level.tables if table not in used]
@@ -260,7 +278,7 @@ def _by_table(found: Found, folder: Path, tables: list[Path]) -> list[_Example]:
   if len(tables) > 1:
     found.problems.append(f"{folder} holds both {tables[0].name} and {tables[1].name}: keep one of them")
   labels = _read_table(found, tables[0])
-  pictures = {_below(path, folder): path for path in found.below(folder)}
+  pictures = found.by_name(folder)
   missing = [name for name in labels if name not in pictures]
   if missing:
     found.problems.append(f"{tables[0]} lists files that are not pictures in {folder}: {listed(missing)}")
@@ -279,7 +297,7 @@ def _by_table(found: Found, folder: Path, tables: list[Path]) -> list[_Example]:
 def _read_table(found: Found, table: Path) -> dict[str, str]:
   """Labels by file name; an empty one means no label."""
   try:
-    rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""))
+    rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""), strict=True)
     columns = rows.fieldnames or []
     if not {"file_name", "label"} <= {*columns}:
       found.problems.append(
@@ -308,6 +326,8 @@ def _read_table(found: Found, table: Path) -> dict[str, str]:
       wrong = f"names {name}, which is not in the folder of the table"
     elif path in labels:
       wrong = f"lists {name} a second time"
+    elif clean("label") == "-1":
+      wrong = "has the label -1: leave it empty for no label"
     if wrong:
       found.problems.append(f"line {number} of {table} {wrong}")
     else:

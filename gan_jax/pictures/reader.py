@@ -3,9 +3,8 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,8 @@ Fit = Literal["crop", "pad"]
 T = TypeVar("T")
 
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values that swap width and height
 _PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
@@ -51,8 +51,7 @@ class Reader:
       InputError: there is no such file, or Pillow cannot decode it within its pixel limit.
     """
     try:
-      with strictly():
-        return self._pixels(open_upright(path))
+      return self._pixels(open_upright(path))
     except Exception as error:  # decoders may raise anything on a broken file
       raise InputError(f"{path} {reason_of(error)}") from error
 
@@ -113,7 +112,11 @@ def check_memory(num: int, image_shape: tuple[int, int, int], hint: str, *, num_
 
 def open_upright(path: str | Path) -> Image.Image:
   """An upright picture in mode L, RGB, or, for 16-bit values, F."""
-  with Image.open(path) as file:
+  # Opened here: Pillow maps uncompressed TIFF files into memory and then misreads turned ones.
+  with open(path, "rb") as opened, Image.open(opened) as file:
+    limit = Image.MAX_IMAGE_PIXELS  # of which Pillow itself only warns
+    if limit is not None and file.width * file.height > limit:
+      raise Image.DecompressionBombError
     if file.mode == "F":
       raise InputError("holds floating-point values: convert it to 8 or 16 bits")
     picture = ImageOps.exif_transpose(file)
@@ -180,22 +183,14 @@ class Header(NamedTuple):
       bits = bits_of(file)
       # Without EXIF data at the front, Pillow decodes a whole PNG to search for it behind the pixels.
       has_exif = file.format != "PNG" or not _PNG_EXIF.isdisjoint(file.info)
-      turned = has_exif and file.getexif().get(_ORIENTATION, 1) >= 5
+      has_exif &= file.format != "TIFF"  # whose size Pillow gives as turned
+      turned = has_exif and file.getexif().get(_ORIENTATION) in _TURNED
       height, width = file.size if turned else file.size[::-1]
       return cls(height, width, file.mode, bits)
 
   @property
   def size(self) -> tuple[int, int]:
     return self.height, self.width
-
-
-@contextmanager
-def strictly() -> Iterator[None]:
-  """Makes Pillow's pixel limit an error, not a warning; its other warnings are ignored."""
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    yield
 
 
 def reason_of(error: Exception) -> str:
@@ -228,7 +223,9 @@ def for_all(work: Callable[[Any], T], items: Sequence[Any], what: str) -> list[T
   progress = Progress(console=console, transient=True)
   task = progress.add_task(what, total=len(items))
   try:
-    with strictly():
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", UserWarning)
+      warnings.simplefilter("error", Image.DecompressionBombWarning)  # for headers
       for done in pool.map(lambda block: [attempt(item) for item in block], blocks):
         results += done
         progress.advance(task, len(done))
