@@ -36,8 +36,12 @@ def make(name: str, dataset: Dataset, batch_size: int | None = None) -> Recipe:
   if isinstance(hparams, gan.Hparams):
     hparams = dataclasses.replace(hparams, batch_size=batch_size or hparams.batch_size)
     return gan.build(hparams, dataset.image_shape, dataset.num_classes)
-  hparams = ssgan.scaled(hparams, batch_size or hparams.num_unlabelled)
-  return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
+  factor = (batch_size or hparams.num_unlabelled) / hparams.num_unlabelled
+  sizes = {
+    name: max(1, round(factor * getattr(hparams, name)))
+    for name in ("num_labelled", "num_unlabelled", "num_generated")
+  }
+  return ssgan.build(dataclasses.replace(hparams, **sizes), dataset.image_shape, dataset.num_classes)
 
 
 def split(recipe: Recipe, dataset: Dataset, seed: int = 0) -> LabelSplit:

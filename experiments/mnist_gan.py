@@ -186,14 +186,10 @@ def finish(
     num = min(flags.num_scored, len(dataset.x_train))  # distances are comparable only at equal numbers
     x_fake = evaluate.sample(recipe, fit.state, num, seed=run.seed, purpose="frechet")
     quality = metrics.generator_quality(extractor, x_fake)
-    replayed = metrics.replay_quality(extractor, dataset, num)
-    (name, distance), (_, replay) = (
-      next((key, value) for key, value in each.items() if key.startswith("frechet_"))
-      for each in (quality, replayed)
-    )
-    quality |= {"frechet": distance, "frechet_replayed_training_set": replay}
+    replay = metrics.replay_quality(extractor, dataset, num)["frechet"]
+    quality["frechet_replayed_training_set"] = replay
     table = [
-      (f"{name}: distance to the test set", f"{distance:.2f}"),
+      (f"{next(iter(quality))}: distance to the test set", f"{quality['frechet']:.2f}"),
       ("the same of the replayed training set", f"{replay:.2f}"),
       ("classes covered", f"{quality['classes_covered']} of {dataset.num_classes}"),
       *table,

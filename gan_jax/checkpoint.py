@@ -19,6 +19,9 @@ import safetensors.numpy
 from gan_jax import processes, report
 from gan_jax.types import InputError, Json, NetState, TrainState
 
+Shapes = dict[str, tuple[int, ...]]
+"""The shape of every array, by its path in the state."""
+
 
 class Checkpoints:
   """The checkpoints of one run, named by their step; the last two are kept.
@@ -102,13 +105,7 @@ class Checkpoints:
     packed = _pack(like)
 
     def read(step: int) -> TrainState:
-      expected, found = (_shapes(tree) for tree in (packed, self.metadata(step)))
-      if expected != found:
-        name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
-        raise InputError(
-          f"{self.directory} is a checkpoint of another model, or damaged: {name} is"
-          f" {found.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
-        )
+      _check_same(self.directory, _shapes(packed), _shapes(self.metadata(step)))
       return self.load(step, jax.tree.map(_abstract, packed))
 
     restored = self.newest(read)
@@ -284,7 +281,8 @@ def restore_averages(run_dir: str | Path, like: TrainState) -> TrainState:
 
   def read(step: int) -> dict[str, Any]:
     saved = checkpoints.metadata(step)
-    _check_same(checkpoints.directory, wanted, _shapes(saved))
+    expected, found = _shapes(wanted), _shapes(saved)
+    _check_same(checkpoints.directory, expected, {path: found[path] for path in expected & found.keys()})
     return _leaves(checkpoints.load(step, _map(lambda path, _: abstract.get(path, ...), saved)))
 
   with _newest(run_dir) as checkpoints:
@@ -304,13 +302,11 @@ def averages(state: TrainState) -> TrainState:
   )
 
 
-def _check_same(source: Path, wanted: TrainState, found: dict[str, tuple[int, ...]]) -> None:
-  expected = _shapes(wanted)
-  other = sorted(path for path in expected if expected[path] != found.get(path))
-  if other:
+def _check_same(source: Path, expected: Shapes, found: Shapes) -> None:
+  for path, _ in sorted(expected.items() ^ found.items()):
     raise InputError(
-      f"{source} is a checkpoint of another model, or damaged: {other[0]} is"
-      f" {found.get(other[0], 'absent')} there and {expected[other[0]]} here"
+      f"{source} is a checkpoint of another model, or damaged: {path} is"
+      f" {found.get(path, 'absent')} there and {expected.get(path, 'absent')} here"
     )
 
 
@@ -340,7 +336,7 @@ def read_averages(folder: Path, like: TrainState) -> TrainState:
           loaded[prefix + path.removeprefix("params/")] = tensors.get_tensor(path)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
       raise InputError(f"{folder / file} is missing or damaged: export the run again") from error
-  _check_same(folder, wanted, {path: array.shape for path, array in loaded.items()})
+  _check_same(folder, _shapes(wanted), {path: tuple(array.shape) for path, array in loaded.items()})
   return _map(lambda path, _: jnp.asarray(loaded[path]), wanted)
 
 
@@ -377,16 +373,17 @@ def _abstract(a: jax.Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
 
 
+_keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
+
+
 def _map(fn: Callable[[str, Any], Any], tree: Any) -> Any:
   """`fn(path, leaf)` for every leaf; a path looks like `d/params/head/kernel`."""
-  keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(keystr(path), leaf), tree)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_keystr(path), leaf), tree)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by path."""
-  keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
-  return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {_keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _checksums(tree: Any) -> dict[str, int]:
@@ -394,5 +391,5 @@ def _checksums(tree: Any) -> dict[str, int]:
   return {path: zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in _leaves(tree).items()}
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any) -> Shapes:
   return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}

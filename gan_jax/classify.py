@@ -34,10 +34,17 @@ from gan_jax.recipes import Recipe, policies, ssgan
 from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
-PICTURES = ("samples", "learning_curves.png", "confusion.png", "reliability.png")
 _NUM_SCORED = 10_000
-"""Generated images for a Frechet distance."""
-FILES = (*run_dir.TRAINING_FILES, *PICTURES, "supervised", "folds")
+"""The most generated images for a Frechet distance."""
+FILES = (
+  *run_dir.TRAINING_FILES,
+  "samples",
+  "learning_curves.png",
+  "confusion.png",
+  "reliability.png",
+  "supervised",
+  "folds",
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,8 @@ def main(config: Config, *, name: str = "train") -> Json:
       found, measured_on = _read_test_set(recipe, dataset, split, fits), "test images"
     quality = {}
     if extractor is not None:
-      x_fake = evaluate.sample(recipe, fits[0].state, _NUM_SCORED, seed=run.seed, purpose="frechet")
+      num = min(_NUM_SCORED, len(dataset.x_train))  # as in mnist_gan: distances depend on the number
+      x_fake = evaluate.sample(recipe, fits[0].state, num, seed=run.seed, purpose="frechet")
       quality = metrics.generator_quality(extractor, x_fake)
     errors = {
       "test_error": found[0].error if found else None,
@@ -139,11 +147,8 @@ def main(config: Config, *, name: str = "train") -> Json:
     }
     table = [(f"test error, {NAMES[key]}", _percent(error)) for key, error in errors.items()]
     table += [("measured on", measured_on)] if folds and found else []
-    table += [
-      (f"{key}: distance to the test set", f"{value:.2f}")
-      for key, value in quality.items()
-      if "frechet" in key
-    ]
+    if quality:
+      table.append((f"{next(iter(quality))}: distance to the test set", f"{quality['frechet']:.2f}"))
     shown, sections = _pictures(run, recipe, fits[0].state, found, split, measured_on)
     return run_dir.finish(run, result, table=table, pictures=shown, sections=sections)
 
@@ -213,7 +218,8 @@ def cross_validate(
     path.parent.mkdir(exist_ok=True)
     linear = {name: np.array([found.linear[name] for found in parts[-1]]) for name in parts[-1][0].linear}
     report.write_cache(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
-  return [evaluate.pooled(found, [out for _, out in folds]) for found in zip(*parts, strict=True)]
+  every = data.Chosen(dataset.x_train, np.concatenate([out for _, out in folds]))
+  return [evaluate.pooled(found, every) for found in zip(*parts, strict=True)]
 
 
 def _fit(
@@ -320,7 +326,6 @@ def _pictures(
     shown.append(("Generated images", "samples/last.png"))
   if found:
     first, names = found[0], run.dataset.class_names
-    assert first.confusion is not None  # D has the classes
     figures.confusion(run.path / "confusion.png", first.confusion, names)
     figures.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
     dataset, in_folds = run.dataset, measured_on != "test images"
@@ -346,9 +351,11 @@ def _stored_fold(path: Path, left_out: Dataset) -> list[Evaluation] | None:
       linear = dict(file)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile):
     return None
-  x, y, logits = left_out.x_test, left_out.y_test, linear.pop("logits")
-  of_recipe = lambda i: {name: float(errors[i]) for name, errors in linear.items()}
-  return [evaluate.of_logits(each, x, y, linear=of_recipe(i), nearest={}) for i, each in enumerate(logits)]
+  x, y, found = left_out.x_test, left_out.y_test, []
+  for i, logits in enumerate(linear.pop("logits")):
+    errors = metrics.error_percent(logits, y), {name: float(each[i]) for name, each in linear.items()}
+    found.append(Evaluation(*errors, {}, logits, y, x, np.arange(len(y))))
+  return found
 
 
 def _folds(dataset: Dataset, split: LabelSplit, num: int) -> list[tuple[LabelSplit, np.ndarray]]:

@@ -137,9 +137,9 @@ class ObjectiveFlags:
 
   @property
   def hparams(self) -> Json:
-    """The given values, under the names of hyper-parameters."""
-    values = {**vars(self), "d_learning_rate": self.learning_rate}
-    return given(**{name: value for name, value in values.items() if name != "learning_rate"})
+    """The values under the names of hyper-parameters; None: the recipe's."""
+    values = dict(vars(self))
+    return values | {"d_learning_rate": values.pop("learning_rate")}
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def class_prior(y_lab: Int[Any, "n"], num_classes: int) -> tuple[float, ...] | N
 # --- On the device
 
 NUM_SPACED = 500
-"""Images that every run keeps on the device, for weight normalisation and diagnostics, see `seen`."""
+"""Images that every run keeps on the device for weight normalisation and diagnostics: `evenly_spaced`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,11 +163,11 @@ class DeviceData(struct.PyTreeNode):
   """A training set on the device, as bytes, with only the labels that the run may use."""
 
   x_lab: UInt8[Array, "n h w c"]
-  """Labelled images; if these are streamed, only the `seen` ones."""
+  """Labelled images; if these are streamed, only the `evenly_spaced` ones."""
   y_lab: Int[Array, "n"]
   """Classes of all labelled images, streamed or not."""
   x_unl: UInt8[Array, "u h w c"]
-  """Unlabelled images; with a stream, only the `seen` ones."""
+  """Unlabelled images; with a stream, only the `evenly_spaced` ones."""
   x_held_out: UInt8[Array, "o h w c"]
   """Images that no update sees, for diagnostics."""
   y_held_out: Int[Array, "o"]

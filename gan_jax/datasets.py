@@ -67,13 +67,11 @@ def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choic
     return _load_digits()
   if name.startswith("arrays:"):
     return pictures.load_arrays(name.removeprefix("arrays:"))
-  if name != "auto":
-    return prepared.load(name, data_dir, manual_dir, stream)
-  if manual_dir or prepared.is_prepared("mnist", data_dir):
-    return prepared.load("mnist", data_dir, manual_dir, stream)
   try:
-    return prepared.load("mnist", data_dir, manual_dir, stream)
+    return prepared.load("mnist" if name == "auto" else name, data_dir, manual_dir, stream)
   except InputError:
+    if name != "auto" or manual_dir or prepared.is_prepared("mnist", data_dir):
+      raise
     return _load_digits(
       note="MNIST is not prepared here and cannot be obtained, so this run uses the bundled digits;"
       " name a dataset with --dataset to avoid this"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from gan_jax import losses, metrics, objectives, probe, steps
+from gan_jax import data, losses, metrics, objectives, probe, steps
 from gan_jax.dataset import Dataset
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, Json, TrainState
@@ -36,7 +36,7 @@ class Shown(NamedTuple):
   """A few test images for inspection."""
 
   indices: Int[np.ndarray, "m"]
-  """Their positions in the test set, or in the training set for cross-validation."""
+  """Their positions, see `Evaluation.indices`."""
   x: UInt8[np.ndarray, "m h w c"]
   y: Int[np.ndarray, "m"]
   """True classes."""
@@ -55,19 +55,38 @@ class Evaluation:
   nearest: dict[str, float]
   """Errors of the nearest labelled neighbour, by layer; empty unless `every_layer` was requested."""
   logits: Float[np.ndarray, "n k"]
-  confusion: Int[np.ndarray, "k k"] | None
-  """Counts `[true class, predicted class]`."""
+  """Of the K classes; what follows from them exists only for a discriminator with classes."""
   y: Int[np.ndarray, "n"]
   """True classes."""
-  least_certain: Shown | None
-  """The images with the lowest confidence, ascending; None for a discriminator without classes."""
-  worst: Shown | None
-  """The errors with the lowest probability of the true class, ascending; None without classes."""
+  x: UInt8[Any, "n h w c"]
+  """The images, an array or `data.Chosen`."""
+  indices: Int[np.ndarray, "n"]
+  """Their positions in the test set, or in the training set for cross-validation."""
 
   @cached_property
   def probs(self) -> Float[np.ndarray, "n k"]:
     """Class probabilities `p(y | x, real)`."""
-    return _probs(self.logits)
+    return np.asarray(losses.class_probs(jnp.asarray(self.logits)))
+
+  @cached_property
+  def confusion(self) -> Int[np.ndarray, "k k"]:
+    """Counts `[true class, predicted class]`."""
+    return metrics.confusion_matrix(self.logits, self.y)
+
+  @cached_property
+  def least_certain(self) -> Shown:
+    """The images with the lowest confidence, ascending."""
+    return self._shown(np.argsort(self.probs.max(axis=-1), kind="stable"))
+
+  @cached_property
+  def worst(self) -> Shown:
+    """The errors with the lowest probability of the true class, ascending."""
+    wrong = np.flatnonzero(self.probs.argmax(axis=-1) != self.y)
+    return self._shown(wrong[np.argsort(self.probs[wrong, self.y[wrong]], kind="stable")])
+
+  def _shown(self, rows: Int[np.ndarray, "n"]) -> Shown:
+    rows = rows[:NUM_SHOWN]
+    return Shown(self.indices[rows], self.x[rows], self.y[rows], self.probs[rows])
 
 
 Labelled = tuple[Any, Int[Any, "n"]]
@@ -125,77 +144,32 @@ def make_evaluate(
       linear, nearest = (
         {name: 100 * float(np.mean(given != y)) for name, given in each.items()} for each in classes
       )
-      taught = logits.shape[-1] == dataset.num_classes
-      found.append(of_logits(logits, test.x_test, y, linear=linear, nearest=nearest, taught=taught))
+      error = metrics.error_percent(logits, y) if logits.shape[-1] == dataset.num_classes else None
+      found.append(Evaluation(error, linear, nearest, logits, y, test.x_test, np.arange(len(y))))
     return found
 
   return evaluate
 
 
-def of_logits(
-  logits: Float[np.ndarray, "n k"],
-  x: UInt8[np.ndarray, "n h w c"],
-  y: Int[np.ndarray, "n"],
-  *,
-  linear: dict[str, float],
-  nearest: dict[str, float],
-  taught: bool = True,
-) -> Evaluation:
-  """The evaluation of logits against classes; `taught`: whether they are logits of these classes."""
-  every = Shown(np.arange(len(y)), x, y, _probs(logits)) if taught else None
-  return Evaluation(
-    error=metrics.error_percent(logits, y) if taught else None,
-    linear=linear,
-    nearest=nearest,
-    logits=logits,
-    confusion=metrics.confusion_matrix(logits, y) if taught else None,
-    y=y,
-    least_certain=every and _least_certain(every),
-    worst=every and _worst(every),
-  )
-
-
-def pooled(found: Sequence[Evaluation], indices: Sequence[Int[np.ndarray, "n"]]) -> Evaluation:
+def pooled(found: Sequence[Evaluation], images: data.Chosen) -> Evaluation:
   """Pools several evaluations of one recipe on disjoint images.
 
   Args:
     found: evaluations of discriminators with the same classes.
-    indices: for each, the positions to report for its images, see `Shown`.
+    images: the images of all, in this order.
   """
   logits, y = (np.concatenate([getattr(each, name) for each in found]) for name in ("logits", "y"))
   num = [len(each.y) for each in found]
   mean = lambda errors: float(np.average(errors, weights=num))
-
-  def join(name: str) -> Shown:
-    parts = [getattr(each, name) for each in found]
-    parts = [part._replace(indices=rows[part.indices]) for part, rows in zip(parts, indices, strict=True)]
-    return Shown(*map(np.concatenate, zip(*parts, strict=True)))
-
   return Evaluation(
     error=metrics.error_percent(logits, y),
     linear={name: mean([each.linear[name] for each in found]) for name in found[0].linear},
     nearest={name: mean([each.nearest[name] for each in found]) for name in found[0].nearest},
     logits=logits,
-    confusion=metrics.confusion_matrix(logits, y),
     y=y,
-    least_certain=_least_certain(join("least_certain")),
-    worst=_worst(join("worst")),
+    x=images,
+    indices=images.rows,
   )
-
-
-def _probs(logits: np.ndarray) -> np.ndarray:
-  return np.asarray(losses.class_probs(jnp.asarray(logits)))
-
-
-def _least_certain(images: Shown) -> Shown:
-  rows = np.argsort(images.probs.max(axis=-1), kind="stable")[:NUM_SHOWN]
-  return Shown(*(each[rows] for each in images))
-
-
-def _worst(images: Shown) -> Shown:
-  wrong = np.flatnonzero(images.probs.argmax(axis=-1) != images.y)
-  rows = wrong[np.argsort(images.probs[wrong, images.y[wrong]], kind="stable")[:NUM_SHOWN]]
-  return Shown(*(each[rows] for each in images))
 
 
 def describe(found: Evaluation, class_names: Sequence[str]) -> Json:
@@ -205,14 +179,15 @@ def describe(found: Evaluation, class_names: Sequence[str]) -> Json:
   in percent; `test_recall`, percent by class, None for a class without test images; `calibration_error` in
   [0, 1].
   """
-  y, logits = found.y, found.logits
-  recall = metrics.recall(logits, y, len(class_names)).tolist()
+  num, counts = len(found.y), found.confusion
+  recall = metrics.recall(counts)
+  names = zip(class_names, recall.tolist(), strict=True)
   return {
-    "num_test_images": len(y),
-    "test_error_interval": metrics.binomial_interval(int((logits.argmax(axis=-1) != y).sum()), len(y)),
-    "balanced_test_error": metrics.balanced_error(logits, y),
-    "test_recall": {k: None if np.isnan(r) else r for k, r in zip(class_names, recall, strict=True)},
-    "calibration_error": metrics.calibration_error(found.probs, y),
+    "num_test_images": num,
+    "test_error_interval": metrics.binomial_interval(num - int(np.trace(counts)), num),
+    "balanced_test_error": float(np.nanmean(100 - recall)),  # rare classes count like others
+    "test_recall": {name: None if np.isnan(value) else value for name, value in names},
+    "calibration_error": metrics.calibration_error(found.probs, found.y),
   }
 
 
@@ -226,9 +201,11 @@ def error_of(
 
 # --- Generators
 
+SAMPLES = 500
+"""The most images that are generated at a time."""
+
 # Linen modules compare by value, so one compiled program serves all states of a generator.
-sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))
-"""`sampler(g)(variables, key, num, y)`, compiled, see `steps.make_sampler`."""
+_sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))
 
 
 def load_feature_extractor(dataset: Dataset) -> metrics.FeatureExtractor:
@@ -248,11 +225,11 @@ def sample(
   """`num` images in [0, 1] from the averaged generator, of the classes `y` if given.
 
   Each image depends only on its own latent. Each purpose has its own keys: `jax.random.key(seed)` folded
-  with the purpose, see `objectives.named_key`, and with the index of the batch of 500.
+  with the purpose, see `objectives.named_key`, and with the index of the batch of `SAMPLES`.
   """
-  draw = sampler(recipe.g)
+  draw = _sampler(recipe.g)
   variables = steps.generator_variables(recipe.g, state)
-  batch, key, rows = min(num, 500), objectives.named_key(jax.random.key(seed), purpose), []
+  batch, key, rows = min(num, SAMPLES), objectives.named_key(jax.random.key(seed), purpose), []
   for i in range(-(-num // batch)):
     classes = () if y is None else (jnp.resize(y[i * batch : (i + 1) * batch], (batch,)),)
     rows.append(np.asarray(draw(variables, jax.random.fold_in(key, i), batch, *classes)))

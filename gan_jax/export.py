@@ -88,7 +88,7 @@ def to_onnx(model: Model, path: str | Path) -> None:
   """
   classify = _classifier(model)
   try:
-    with _silent("jax2onnx", "onnx_ir"):  # they warn about every framework that is not installed
+    with _silent():  # jax2onnx warns about every framework that is not installed
       import jax2onnx  # pyright: ignore[reportMissingImports]
       import onnx  # pyright: ignore[reportMissingImports]
 
@@ -153,17 +153,14 @@ def _classifier(model: Model) -> Callable[[Float[Array, "n h w c"]], tuple[Array
 
 
 @contextlib.contextmanager
-def _silent(*names: str) -> Iterator[None]:
-  loggers = [logging.getLogger(name) for name in names]
-  levels = [logger.level for logger in loggers]
-  for logger in loggers:
-    logger.setLevel(logging.CRITICAL)
+def _silent() -> Iterator[None]:
+  before = logging.root.manager.disable
+  logging.disable(logging.CRITICAL)
   try:
     with warnings.catch_warnings(action="ignore"):
       yield
   finally:
-    for logger, level in zip(loggers, levels, strict=True):
-      logger.setLevel(level)
+    logging.disable(before)
 
 
 @contextlib.contextmanager

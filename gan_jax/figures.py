@@ -12,9 +12,9 @@ from gan_jax.report import write_bytes
 from gan_jax.types import Json
 
 
-def sample_grid(path: Path, x: Float[np.ndarray, "n h w c"], columns: int = 10) -> None:
-  """Writes images in [0, 1] to one PNG file, see `grid_png`."""
-  write_bytes(path, grid_png(x, columns))
+def sample_grid(path: Path, x: Float[np.ndarray, "n h w c"]) -> None:
+  """Writes images in [0, 1] to one PNG file, ten in a row, see `grid_png`."""
+  write_bytes(path, grid_png(x, columns=10))
 
 
 def grid_png(x: Float[np.ndarray, "n h w c"], columns: int) -> bytes:

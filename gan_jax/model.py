@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import checkpoint, data, evaluate, losses, objectives, pictures, probe, recipes, report, steps
+from gan_jax import checkpoint, data, evaluate, losses, pictures, probe, recipes, report, steps
 from gan_jax.pictures import Reader, Scaling, below, for_all, listed
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
@@ -24,7 +24,6 @@ Images = UInt8[Any, "n h w c"] | Float[Any, "n h w c"]
 vectors also takes vectors `[N, F]`, on the scale of its training data."""
 
 _BATCH = 100
-_SAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -99,17 +98,14 @@ class Model:
     """
     if not self.recipe.has_generator:
       raise InputError("this model has no generator: its run trained without one")
-    y = None if classes is None else np.resize(self._numbers(classes, num), -(-num // _SAMPLES) * _SAMPLES)
-    draw = evaluate.sampler(self.recipe.g)
-    key, images = objectives.named_key(jax.random.key(seed), "sample"), []
-    for i in range(-(-num // _SAMPLES)):
-      asked = () if y is None else (jnp.asarray(y[i * _SAMPLES : (i + 1) * _SAMPLES]),)
-      images.append(np.asarray(draw(self._generator, jax.random.fold_in(key, i), _SAMPLES, *asked)))
-    return np.concatenate(images or [np.zeros((0, *self.recipe.image_shape), np.float32)])[:num]
+    y = None if classes is None else self._numbers(classes, num)
+    padded = max(1, -(-num // evaluate.SAMPLES)) * evaluate.SAMPLES  # one program for any number
+    return evaluate.sample(self.recipe, self._sampling, padded, seed=seed, purpose="sample", y=y)[:num]
 
   @cached_property
-  def _generator(self) -> Any:
-    return steps.generator_variables(self.recipe.g, self.state)
+  def _sampling(self) -> TrainState:
+    """The state with the statistics for sampling, computed once."""
+    return steps.with_statistics(self.recipe.g, self.state)
 
   def read(
     self, paths: str | Path | Sequence[str | Path]
@@ -190,7 +186,7 @@ class Model:
     if unknown:
       raise InputError(f"there is no class {unknown[0]}: the classes are {', '.join(self.classes)}")
     number = {name: i for i, name in enumerate(self.classes)}
-    return np.array([number[name] for name in classes])
+    return np.array([number[name] for name in classes], int)
 
   def _checked(self, images: Images) -> np.ndarray:
     """Images `[N, H, W, C]` as bytes or floats in [0, 1]; unscaled vectors `[N, F]` become such images."""

@@ -155,7 +155,7 @@ def of_classifier(
 
   Args:
     folder: folder of the run, with `reliability.png` and `confusion.png`.
-    found: its evaluation; for a discriminator without classes, only the labelled images are shown.
+    found: its evaluation.
     class_names: names of the K classes.
     x_lab: the labelled images that were used, as bytes, an array or `data.Chosen`.
     y_lab: their classes.
@@ -164,8 +164,6 @@ def of_classifier(
     visible: whether inputs can be shown as images; vectors cannot.
   """
   sections = [_labelled(class_names, x_lab, np.asarray(y_lab))] if visible else []
-  if found.least_certain is None or found.worst is None or found.confusion is None:
-    return sections
   tiles = lambda shown: _tiles(shown, class_names, image_names)
   if visible:
     text = f"Of the {measured_on}; the lowest probability of the predicted class is first."
@@ -240,13 +238,9 @@ def _mistakes(folder: Path, counts: np.ndarray, class_names: Sequence[str]) -> l
     largest = [divmod(int(i), len(off)) for i in np.argsort(-off, axis=None, kind="stable")[:_ROWS]]
     rows = [(class_names[i], class_names[j], str(off[i, j])) for i, j in largest if off[i, j]]
     confusion = Section("Most frequent mistakes", header=("true", "predicted", "images"), rows=rows)
-  present = np.flatnonzero(num)
-  recall = 100 * counts[present, present] / num[present]
-  lowest = np.argsort(recall, kind="stable")[:_ROWS]
-  rows = []
-  for i in lowest:
-    k = int(present[i])
-    rows.append((class_names[k], str(num[k]), f"{recall[i]:.1f} %"))
+  recall = metrics.recall(counts)
+  lowest = np.argsort(recall, kind="stable")[:_ROWS]  # nan comes last
+  rows = [(class_names[k], str(num[k]), f"{recall[k]:.1f} %") for k in map(int, lowest) if num[k]]
   by_class = Section(
     "Recall by class",
     text="Images of each class that are found, the lowest recall first.",

@@ -111,17 +111,18 @@ def replicated(tree: Any, devices: Sequence[Any]) -> Any:
   return jax.tree.map(put, tree)
 
 
-def batch_sharding(devices: Sequence[Any], axis: int) -> Sharding:
-  """Sharding of images over these devices along an axis; without devices, on JAX's default device."""
+def sharding_of_steps(devices: Sequence[Any]) -> Sharding:
+  """Sharding of the images of steps, `[M, B, ...]`, over these devices along B; without devices, on JAX's
+  default device."""
   if not devices:
     return jnp.zeros(()).sharding
-  return NamedSharding(_batch_mesh(devices), PartitionSpec(*[None] * axis, "batch"))
+  return NamedSharding(_batch_mesh(devices), PartitionSpec(None, "batch"))
 
 
-def rows_here(sharding: Sharding, shape: Sequence[int], axis: int) -> Int[np.ndarray, "n"]:
-  """The rows along an axis of an array that are on this process's devices, in order."""
+def rows_here(sharding: Sharding, shape: Sequence[int]) -> Int[np.ndarray, "n"]:
+  """The rows of a step, `[M, B, ...]`, that are on this process's devices, in order."""
   parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
-  return np.unique(np.concatenate([np.arange(shape[axis])[part[axis]] for part in parts if part]))
+  return np.unique(np.concatenate([np.arange(shape[1])[part[1]] for part in parts if part]))
 
 
 def _batch_mesh(devices: Sequence[Any]) -> Mesh:

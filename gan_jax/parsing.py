@@ -15,7 +15,7 @@ import typeguard
 import tyro
 
 from gan_jax.cli import LoopFlags, ProcessFlags, RunFlags, StreamFlags, flag
-from gan_jax.types import InputError, Json
+from gan_jax.types import InputError, Json, as_tuple
 
 Config = TypeVar("Config")
 
@@ -126,7 +126,7 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
   """The configuration of the run in `path`; `InputError` if a flag contradicts it."""
   try:
     fields = json.loads((path / "config.json").read_text())["config"]
-    stored = with_flags(config_cls(), **{name: _tuples(value) for name, value in fields.items()})
+    stored = with_flags(config_cls(), **{name: as_tuple(value) for name, value in fields.items()})
     then = {"overwrite": False} | dict.fromkeys(PROCESSES & fields.keys())
     stored = with_flags(stored, **then)  # they applied to the previous invocation
     _check_types(stored)
@@ -187,7 +187,3 @@ def _unboxed(box: str) -> str:
   if meant[:1] == ["Perhaps you meant:"]:
     said += f"; perhaps you meant {meant[1]}"
   return f"{said} (--help lists the flags)"
-
-
-def _tuples(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value

@@ -53,6 +53,4 @@ def cost(lowered: Any, compiled: Any = None) -> dict[str, float]:
 
 def num_cores() -> int:
   """CPU cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+  return len(os.sched_getaffinity(0))

@@ -68,10 +68,10 @@ class Dispatches:
 
     shape = (num, *stream.source.shape[1:])
     self.max_steps = max(1, min(max_steps, DISPATCH_BYTES // math.prod(shape)))
-    self._sharding = parallel.batch_sharding(devices, axis=1)
+    self._sharding = parallel.sharding_of_steps(devices)
     x_steps = jax.ShapeDtypeStruct((self.max_steps, *shape), np.uint8, sharding=self._sharding)
     self.abstract = images.replace(x_steps=x_steps)
-    here = parallel.rows_here(self._sharding, x_steps.shape, axis=1)
+    here = parallel.rows_here(self._sharding, x_steps.shape)
     self._shape = (self.max_steps, len(here), *shape[1:])
     draws = _Draws(stream, sizes, state, num_steps, here)
     ahead = self.max_steps + stream.workers if stream.workers else 0

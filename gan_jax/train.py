@@ -172,7 +172,7 @@ def fit(
       with _stop_on_interrupt() as stop:
         for num in _dispatch_sizes(done, num_steps, periods):
           drawn = None
-          if not stop.is_set:
+          if not stop.signum:
             try:
               drawn = dispatches.take(num, state.step)
             except InputError as error:
@@ -287,8 +287,8 @@ def _dispatch_sizes(done: int, num_steps: int, periods: Sequence[int]) -> Iterat
 
 
 class _Stop:
-  is_set = False
   signum = 0
+  """The signal that arrived; 0: none."""
 
 
 @contextlib.contextmanager
@@ -298,7 +298,7 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
 
   def handle(signum, frame):
     del frame
-    stop.is_set, stop.signum = True, signum
+    stop.signum = signum
     restore()
     # Not through the console: it may be mid-line and would print that line again.
     os.write(2, b"\nstopping: saving the progress so far (Ctrl-C again to quit at once)\n")

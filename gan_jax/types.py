@@ -178,3 +178,8 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 """One training step as a pure function: an update of D, then one of G."""
 
 Json = dict[str, Any]
+
+
+def as_tuple(value: Any) -> Any:
+  """A value read from JSON, in which tuples are lists."""
+  return tuple(value) if isinstance(value, list) else value

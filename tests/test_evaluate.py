@@ -8,7 +8,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from gan_jax import evaluate, steps
+from gan_jax import data, evaluate, steps
 from gan_jax.types import InputError
 
 
@@ -80,7 +80,7 @@ def test_parts_pooled_are_the_whole(problem):
   for each in rows:
     x, y = tiny.dataset.x_test[each], tiny.dataset.y_test[each]
     parts += read(dataclasses.replace(tiny.dataset, x_test=x, y_test=y), [state], [labelled])
-  pooled = evaluate.pooled(parts, rows)
+  pooled = evaluate.pooled(parts, data.Chosen(tiny.dataset.x_test, np.concatenate(rows)))
   assert len({each.error for each in parts}) > 1
   for name in ("error", "linear", "nearest"):
     assert getattr(pooled, name) == pytest.approx(getattr(whole, name))
@@ -96,7 +96,7 @@ def test_parts_pooled_are_the_whole(problem):
 def test_what_a_result_holds_of_an_evaluation():
   """By hand, and as JSON; a class without test images has no recall."""
   logits, y = np.log(np.array([[0.8, 0.1, 0.1]] * 4, np.float32)), np.array([0, 0, 1, 0])
-  found = evaluate.Evaluation(25.0, {}, {}, logits, None, y, None, None)
+  found = evaluate.Evaluation(25.0, {}, {}, logits, y, np.zeros((4, 8, 8, 1), np.uint8), np.arange(4))
   described = json.loads(json.dumps(evaluate.describe(found, "abc"), allow_nan=False))
   low, high = described.pop("test_error_interval")
   assert 0 < low < 25 < high < 100
@@ -162,8 +162,7 @@ def test_a_discriminator_without_classes_has_probes_alone(make_tiny):
   tiny.d = tiny.d.clone(num_classes=1)
   labelled = [(tiny.data.x_lab, tiny.data.y_lab)]
   (found,) = evaluate.make_evaluate(tiny.recipe())(tiny.dataset, [tiny.state()], labelled)
-  assert (found.error, found.confusion) == (None, None)
-  assert (found.least_certain, found.worst) == (None, None)
+  assert found.error is None
   assert 0 <= found.linear["features"] <= 100
 
 

@@ -57,14 +57,14 @@ def test_a_corrupt_line_of_metrics_is_a_sentence(tmp_path, line):
 
 
 def test_sample_grid_puts_images_in_rows(tmp_path):
-  x = np.zeros((3, 64, 64, 1), np.float32)
+  x = np.zeros((11, 64, 64, 1), np.float32)
   x[1] = 0.5
-  figures.sample_grid(tmp_path / "grid.png", x, columns=2)
+  figures.sample_grid(tmp_path / "grid.png", x)
   pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-  assert pixels.shape == (132, 132)
+  assert pixels.shape == (132, 660)
   assert pixels[30, 30] == 0
   assert pixels[30, 100] == 128
-  assert pixels[100, 100] == 255  # no fourth image
+  assert pixels[100, 100] == 255  # no twelfth image
 
 
 def test_the_names_of_a_thousand_classes_are_not_drawn(figure, tmp_path):

@@ -1,6 +1,6 @@
 """Metrics of classifiers and generators, and statistics of errors."""
 
-from gan_jax.metrics.classification import balanced_error, confusion_matrix, error_percent, predict, recall
+from gan_jax.metrics.classification import confusion_matrix, error_percent, predict, recall
 from gan_jax.metrics.feature_extractor import (
   FeatureExtractor,
   load_feature_extractor,
@@ -24,7 +24,6 @@ __all__ = [
   "Reliability",
   "Summary",
   "abstention_threshold",
-  "balanced_error",
   "binomial_interval",
   "calibration_error",
   "confusion_matrix",

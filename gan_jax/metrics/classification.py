@@ -35,22 +35,14 @@ def error_percent(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> 
   return 100 * float(np.mean(logits.argmax(axis=-1) != y))
 
 
-def recall(
-  logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"], num_classes: int
-) -> Float[np.ndarray, "k"]:
-  """Recall of each class, in percent; nan for a class without images."""
-  count = np.bincount(y, minlength=num_classes)
-  found = np.bincount(y[logits.argmax(axis=-1) == y], minlength=num_classes)
-  return 100 * found / np.where(count, count, np.nan)
-
-
-def balanced_error(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> float:
-  """Mean of `100 - recall` over the classes with images, in percent: rare classes count like others."""
-  return float(np.nanmean(100 - recall(logits, y, logits.shape[-1])))
-
-
 def confusion_matrix(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> Int[np.ndarray, "k k"]:
   """Counts `[true class, predicted class]`."""
   num_classes = logits.shape[-1]
   pairs = y * num_classes + logits.argmax(axis=-1)
   return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def recall(counts: Int[np.ndarray, "k k"]) -> Float[np.ndarray, "k"]:
+  """Recall of each class from a confusion matrix, in percent; nan for a class without images."""
+  num = counts.sum(axis=1)
+  return 100 * np.diag(counts) / np.where(num, num, np.nan)

@@ -36,8 +36,6 @@ class FeatureExtractor:
   num_classes: int
   params: Params
   """The weights of `feature_network.FeatureNetwork`."""
-  train: frechet.Moments
-  """Moments over the training images, which it was trained on."""
   test: frechet.Moments
   """Moments over the test images: the reference of every distance."""
   test_accuracy: float
@@ -61,17 +59,12 @@ class FeatureExtractor:
     return _predict(self.num_classes, self.params, x)
 
 
-def load_feature_extractor(dataset: Dataset, *, cache_dir: str | Path | None = None) -> FeatureExtractor:
+def load_feature_extractor(dataset: Dataset) -> FeatureExtractor:
   """The feature extractor of a dataset: the bundled one for MNIST, else one trained once and cached.
 
   A dataset is identified by its content, so its name and the order of its images do not matter. Training
-  takes minutes, longer for larger images, and is announced.
-
-  Args:
-    dataset: source of the real images.
-    cache_dir: where trained extractors are kept (default: `gan_jax/feature_extractors` in
-      `$XDG_CACHE_HOME`, else in `~/.cache`). A damaged file there is rebuilt, and a folder that cannot be
-      written is not an error.
+  takes minutes, longer for larger images, and is announced. A damaged file in the cache, the folder
+  `feature_extractors` in `report.cache_dir()`, is rebuilt, and a folder that cannot be written is no error.
 
   Raises:
     InputError: the images are too small or too few, or the bundled file is damaged.
@@ -79,7 +72,7 @@ def load_feature_extractor(dataset: Dataset, *, cache_dir: str | Path | None = N
   known_as = fingerprint(dataset)
   if known_as == MNIST_FINGERPRINT:
     return read_feature_extractor(MNIST_PATH, MNIST_SHA256)
-  folder = Path(cache_dir or report.cache_dir() / "feature_extractors")
+  folder = report.cache_dir() / "feature_extractors"
   for path in sorted(folder.glob(f"{known_as}-*.npz")):
     with contextlib.suppress(InputError):
       return read_feature_extractor(path, path.stem.removeprefix(f"{known_as}-"))
@@ -105,7 +98,7 @@ def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
 
 
 def train_feature_extractor(dataset: Dataset) -> bytes:
-  """Trains a feature network, computes its moments over training and test images, and returns the file.
+  """Trains a feature network, computes its moments over the test images, and returns the file.
 
   Raises:
     InputError: images below 8x8, or fewer than 256 training or test images.
@@ -114,17 +107,15 @@ def train_feature_extractor(dataset: Dataset) -> bytes:
   for x in (dataset.x_train, dataset.x_test):
     frechet.check_num_images(len(x), feature_network.NUM_FEATURES)
   params = feature_network.train(dataset)
-  _, features_train = _predict(dataset.num_classes, params, np.asarray(dataset.x_train))
-  logits, features_test = _predict(dataset.num_classes, params, dataset.x_test)
+  logits, features = _predict(dataset.num_classes, params, dataset.x_test)
   arrays = {
     "dataset": np.array(dataset.name),
     "image_shape": np.array(dataset.image_shape),
     "num_classes": np.array(dataset.num_classes),
     "test_accuracy": np.array(100 - classification.error_percent(logits, dataset.y_test)),
   }
-  for part, features in (("train", features_train), ("test", features_test)):
-    for name, value in frechet.moments(features)._asdict().items():
-      arrays[f"{part}/{name}"] = np.asarray(value)
+  for name, value in frechet.moments(features)._asdict().items():
+    arrays[f"test/{name}"] = np.asarray(value)
   for name, value in traverse_util.flatten_dict({"params": params}, sep="/").items():
     arrays[name] = np.asarray(value)
   buffer = io.BytesIO()
@@ -146,16 +137,13 @@ def _decode(content: bytes) -> FeatureExtractor:
   with np.load(io.BytesIO(content)) as file:
     arrays = {name: file[name] for name in file}
   tree: dict[str, Any] = traverse_util.unflatten_dict(arrays, sep="/")
-  train, test = (
-    frechet.Moments(part["mean"], part["cov"], int(part["n"])) for part in (tree["train"], tree["test"])
-  )
+  test = tree["test"]
   return FeatureExtractor(
     name=f"{tree['dataset']}-{_sha256(content)[:8]}",
     image_shape=tuple(tree["image_shape"].tolist()),
     num_classes=int(tree["num_classes"]),
     params=tree["params"],
-    train=train,
-    test=test,
+    test=frechet.Moments(test["mean"], test["cov"], int(test["n"])),
     test_accuracy=float(tree["test_accuracy"]),
   )
 

@@ -1,6 +1,7 @@
 """Distance of generated images to real ones, in the feature space of a frozen network."""
 
 import numpy as np
+import scipy.special
 from jaxtyping import Float
 
 from gan_jax import data
@@ -22,9 +23,9 @@ def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c
 
   Returns:
     A flat dictionary:
-      `frechet_<name of the extractor>_n<N>`: Fréchet distance of the features to those of the test
-        images. It is not the FID, which is computed on Inception features, and it is not comparable
-        with numbers of another name.
+      `frechet`: Fréchet distance of the features to those of the test images. It is not the FID, which is
+        computed on Inception features.
+      `frechet_<name of the extractor>_n<N>`: the same; numbers of another name are not comparable.
       `class_shares`: share of the images in each class, according to the extractor.
       `class_entropy`: entropy of these shares in nats; ln K if all K classes are equally frequent.
       `classes_covered`: number of classes with at least a tenth of the share 1/K.
@@ -41,18 +42,17 @@ def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c
   logits, features = extractor.predict(data.to_bytes(x))
   counts = np.bincount(logits.argmax(axis=-1), minlength=extractor.num_classes)
   shares = counts / len(x)
-  seen = shares[shares > 0]
+  distance = frechet.frechet_distance(frechet.moments(features), extractor.test)
   return {
-    f"frechet_{extractor.name}_n{len(x)}": frechet.frechet_distance(
-      frechet.moments(features), extractor.test
-    ),
+    f"frechet_{extractor.name}_n{len(x)}": distance,
+    "frechet": distance,
     "class_shares": shares.tolist(),
-    "class_entropy": float((seen * np.log(1 / seen)).sum()),
+    "class_entropy": float(scipy.special.entr(shares).sum()),
     "classes_covered": int((shares >= 0.1 / extractor.num_classes).sum()),
   }
 
 
-def replay_quality(extractor: FeatureExtractor, dataset: Dataset, num: int, *, seed: int = 0) -> Json:
+def replay_quality(extractor: FeatureExtractor, dataset: Dataset, num: int) -> Json:
   """`generator_quality` of a generator that replays the training set: `num` random images, each once.
 
   A reference for other generators: the score of `num` real images. The score is no merit, because replayed
@@ -63,5 +63,5 @@ def replay_quality(extractor: FeatureExtractor, dataset: Dataset, num: int, *, s
   """
   if num > len(dataset.x_train):
     raise InputError(f"{dataset.name} has {len(dataset.x_train)} training images, fewer than {num}")
-  rows = np.random.default_rng(seed).choice(len(dataset.x_train), num, replace=False)
+  rows = np.random.default_rng(0).choice(len(dataset.x_train), num, replace=False)
   return generator_quality(extractor, dataset.x_train[rows] / np.float32(255))

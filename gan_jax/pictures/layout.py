@@ -146,7 +146,7 @@ def raise_first(problems: Sequence[str]) -> None:
 
 def _below(path: Path, folder: Path) -> str:
   """A path relative to a folder; `Path.relative_to` is far slower, and there may be millions."""
-  return _plain(str(path).removeprefix(os.path.join(folder, "")).replace(os.sep, "/"))
+  return _plain(str(path).removeprefix(os.path.join(folder, "")))
 
 
 def _plain(name: str) -> str:

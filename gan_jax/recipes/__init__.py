@@ -11,7 +11,6 @@ and `rebuild` makes the same recipe from it.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from gan_jax.recipes import gan, policies, ssgan, study
 from gan_jax.recipes.recipe import (
@@ -28,7 +27,7 @@ from gan_jax.recipes.recipe import (
   without_augmentation,
   without_generator,
 )
-from gan_jax.types import InputError, Json
+from gan_jax.types import InputError, Json, as_tuple
 
 FAMILIES: dict[str, tuple[type[Hparams], Callable[..., Recipe]]] = {
   "ssgan": (ssgan.Hparams, ssgan.build),
@@ -57,7 +56,7 @@ def rebuild(description: Json) -> Recipe:
   """
   try:
     hparams_cls, build = FAMILIES[description["family"]]
-    hparams = hparams_cls(**{name: _as_tuple(value) for name, value in description["hparams"].items()})
+    hparams = hparams_cls(**{name: as_tuple(value) for name, value in description["hparams"].items()})
     recipe = build(hparams, tuple(description["image_shape"]), description["num_classes"])
     for name, kwargs in description["derived"]:
       recipe = DERIVATIONS[name](recipe, **kwargs)
@@ -66,10 +65,6 @@ def rebuild(description: Json) -> Recipe:
       raise
     raise InputError(f"this recipe is from another version of gan_jax: {error}") from error
   return recipe
-
-
-def _as_tuple(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value
 
 
 __all__ = [

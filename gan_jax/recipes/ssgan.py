@@ -182,14 +182,3 @@ def class_balance(hparams: Hparams) -> float | optax.Schedule:
   """The weight of class balance as a function of the step."""
   first, last = hparams.class_balance
   return optax.linear_schedule(first, last, hparams.num_steps) if first or last else 0.0
-
-
-def scaled(hparams: Hparams, num_unlabelled: int) -> Hparams:
-  """The same for another batch size: labelled and generated images scale with the unlabelled ones."""
-  factor = num_unlabelled / hparams.num_unlabelled
-  return dataclasses.replace(
-    hparams,
-    num_labelled=max(1, round(factor * hparams.num_labelled)),
-    num_unlabelled=num_unlabelled,
-    num_generated=max(1, round(factor * hparams.num_generated)),
-  )
