@@ -89,7 +89,7 @@ class Config:
   """The terms are those of the methods that have them. --consistency also weighs AdaMatch; --adversarial is
   not for bad_generator and gan_augmented, --class-balance not for AdaMatch."""
   weights: study.Weights = study.Weights()
-  vat_epsilon: float = 0.4
+  vat_epsilon: float = ssgan.VAT_EPSILON
   """Norm of the virtual adversarial perturbation, relative to the mean norm of the images."""
   run: cli.RunFlags = cli.RunFlags()
 
@@ -186,7 +186,7 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method, **change
     num_steps=config.train.steps,
     num_unlabelled=config.train.batch_size,
     precision=config.train.precision,
-    vat_epsilon=config.vat_epsilon * _mean_norm(dataset),
+    vat_epsilon=config.vat_epsilon * data.mean_norm(dataset.x_train),
     **vars(config.weights),
     **config.objective.hparams,
   )
@@ -195,13 +195,6 @@ def make_recipe(config: Config, dataset: Dataset, method: study.Method, **change
   policy = config.augment or policies.suited(shape, mirror=dataset.of_objects)
   hparams = study.tuned(network(config, dataset), len(dataset.x_train), min(shape[:2]), method, policy)
   return study.build(dataclasses.replace(hparams, **given), dataset.image_shape, dataset.num_classes)
-
-
-def _mean_norm(dataset: Dataset) -> float:
-  """Mean Euclidean norm of the training images in [0, 1]."""
-  x = np.asarray(dataset.x_train).reshape(len(dataset.x_train), -1)
-  norms = [np.linalg.norm(x[i : i + 1000] / 255, axis=-1) for i in range(0, len(x), 1000)]
-  return float(np.concatenate(norms).mean())
 
 
 def network(config: Config, dataset: Dataset) -> ssgan.Tuned:

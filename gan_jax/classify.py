@@ -65,6 +65,9 @@ class Config:
   picture beyond its edge, colour changes and cutout. objects: that with mirror images, if they keep their
   class. (None: photos or objects for colour, digits for grey images, none for mlp.)"""
   objective: cli.ObjectiveFlags = cli.ObjectiveFlags()
+  vat: float = 0.0
+  """Weight of virtual adversarial training; 0 for none. With --augment none --adversarial 0 --consistency 0
+  it takes their place, where no augmentation keeps the class."""
   folds: int = 5
   """Without test images: number of folds of the cross-validation over the labels that estimates the error,
   each as long as the training itself; 0: no estimate."""
@@ -76,7 +79,7 @@ class Config:
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
-    cli.not_negative(self, "folds")
+    cli.not_negative(self, "folds", "vat")
     if self.folds == 1:
       raise InputError(
         "--folds must be at least 2, or 0 for none: a single fold would leave out every label"
@@ -178,6 +181,8 @@ def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
     num_unlabelled=config.train.batch_size,
     precision=config.train.precision,
     **config.objective.hparams,
+    vat=config.vat,
+    vat_epsilon=ssgan.VAT_EPSILON * data.mean_norm(dataset.x_train) if config.vat else None,
     class_prior=data.class_prior(dataset.y_train[list(split.indices)], dataset.num_classes),
   )
   return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)

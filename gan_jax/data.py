@@ -159,6 +159,12 @@ def evenly_spaced(x: Any) -> Any:
   return x[np.arange(num) * len(x) // max(num, 1)]
 
 
+def mean_norm(x: ImageSource) -> float:
+  """Mean Euclidean norm of the `evenly_spaced` images in [0, 1]: the unit of adversarial perturbations."""
+  some = x[evenly_spaced(np.arange(len(x)))].reshape(min(len(x), NUM_SPACED), -1) / 255
+  return float(np.linalg.norm(some, axis=1).mean())
+
+
 class DeviceData(struct.PyTreeNode):
   """A training set on the device, as bytes, with only the labels that the run may use."""
 

@@ -37,6 +37,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     learning_rate: peak learning rate of D; None: the tuned one.
     adversarial: weight of D's adversarial loss; 0 trains without a generator; None: the tuned one.
     consistency: weight of consistency; None: the tuned one.
+    vat: weight of virtual adversarial training; 0 for none.
     augmentation: augmentation of D's inputs: a name in `recipes.policies.POLICIES`, False for none, or True
       for the policy that suits the images, see `recipes.policies.suited`, if the recipe has augmentation.
     random_state: seed of the initial parameters and all other randomness.
@@ -58,6 +59,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     learning_rate: float | None = None,
     adversarial: float | None = None,
     consistency: float | None = None,
+    vat: float = 0.0,
     augmentation: bool | policies.Name = True,
     random_state: Any = None,
     verbose: bool = False,
@@ -68,6 +70,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     self.learning_rate = learning_rate
     self.adversarial = adversarial
     self.consistency = consistency
+    self.vat = vat
     self.augmentation = augmentation
     self.random_state = random_state
     self.verbose = verbose
@@ -183,6 +186,8 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       d_learning_rate=self.learning_rate,
       adversarial=self.adversarial,
       consistency=self.consistency,
+      vat=self.vat,
+      vat_epsilon=ssgan.VAT_EPSILON * data.mean_norm(x) if self.vat else None,
       class_prior=data.class_prior(y_lab, len(self.classes_)),
     )
     return ssgan.build(hparams, x.shape[1:], len(self.classes_))  # pyright: ignore[reportArgumentType]

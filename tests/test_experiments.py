@@ -21,7 +21,7 @@ from experiments import (
   mnist_ssgan,
   transfer,
 )
-from gan_jax import classify, cli, data, evaluate, metrics, parsing, recipes, run_dir
+from gan_jax import classify, cli, data, evaluate, metrics, parsing, recipes, run_dir, train
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import study
 from gan_jax.types import InputError
@@ -164,6 +164,60 @@ def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path, monkeypatch):
   assert any(name.startswith("checkpoints/2/") for name in files)
 
 
+class ReachedError(Exception):
+  """Training would start here."""
+
+
+GIVEN = {"precision": "bfloat16", "batch_size": 32}
+D_FLAGS = {**GIVEN, "learning_rate": 0.1, "vat": 0.5, "consistency": 0.2}
+D_HPARAMS = {"precision": "bfloat16", "num_unlabelled": 32, "d_learning_rate": 0.1, "vat": 0.5}
+G_FLAGS = {**GIVEN, "gamma": 3.0, "num_scored": 0, "norm": "spectral"}
+G_HPARAMS = {**GIVEN, "gamma": 3.0, "norm": "spectral"}
+
+
+@pytest.mark.parametrize(
+  ("module", "flags", "hparams"),
+  [
+    (mnist_ssgan, D_FLAGS, {**D_HPARAMS, "consistency": 0.2}),
+    (mnist_gan, G_FLAGS, G_HPARAMS),
+    (mnist_conditional, G_FLAGS, G_HPARAMS),
+  ],
+)
+def test_flags_reach_training(module, flags, hparams, tmp_path, monkeypatch):
+  """Those of the objective in the recipe, those of the data in the images."""
+  seen = []
+
+  def fit(recipe, images, key, **kwargs):
+    seen.append((recipe, images, kwargs))
+    raise ReachedError
+
+  monkeypatch.setattr(train, "fit", fit)
+  (tmp_path / "config.json").write_text("{}")
+  images = {"dataset": "digits", "labels_per_class": 5, "hold_out": 30, "exclude_labelled": True}
+  transfer = {"init_from": str(tmp_path), "freeze_d": 1}
+  config = parsing.with_flags(module.Config(), workdir=str(tmp_path / "run"), **images | transfer | flags)
+  with pytest.raises(ReachedError):
+    module.main(config)
+  ((recipe, images, kwargs),) = seen
+  assert (len(images.x_lab), len(images.x_unl), len(images.x_held_out)) == (50, 1198 - 30 - 50, 30)
+  assert kwargs["start"] is not None
+  assert recipe.derived == (("with_frozen", {"num_layers": 1}),)
+  assert {name: getattr(recipe.hparams, name) for name in hparams} == hparams
+
+
+def test_mirror_images_of_objects_keep_their_class():
+  """So they are the default for such datasets, and only there."""
+  x, y = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 2
+  split = data.split_labels(y, 2, 0)
+  found = {}
+  for name in ("cifar10", "svhn_cropped"):
+    dataset = Dataset(name, x, y, x, y, ("a", "b"))
+    strong = classify.make_recipe(classify.Config(), dataset, split).hparams.strong
+    of_gan = mnist_gan.make_hparams(mnist_gan.GanFlags(), cli.TrainFlags(), dataset)
+    found[name] = "flip" in strong, of_gan.flip, of_gan.rotation
+  assert found == {"cifar10": (True, True, 1.0), "svhn_cropped": (False, False, 0.0)}
+
+
 def test_a_small_part_of_the_images_is_small_data(reads):
   """--num-images 500 of a large set uses the recipe for 500 images."""
   dataset = evaluate.with_test_set(cli.load(cli.DataFlags("digits")))
@@ -173,8 +227,7 @@ def test_a_small_part_of_the_images_is_small_data(reads):
 
 
 def test_num_images_choose_the_recipe(run, monkeypatch):
-  """Also through `main`, where the whole set counts as large."""
-  monkeypatch.setattr(recipes.ssgan, "SMALL_DATA", 200)
+  """Also through `main`."""
   seen = []
   monkeypatch.setattr(recipes.ssgan, "tuned", lambda network, num, policy: seen.append(num) or 1 / 0)
   with pytest.raises(ZeroDivisionError):

@@ -7,7 +7,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import parsing, recipes, run_dir
+from gan_jax import datasets, parsing, recipes, run_dir
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
@@ -130,16 +130,28 @@ def test_arms_are_matched_in_arithmetic_and_scikit_learn_is_one_of_them(tmp_path
     return recipes.with_unlabelled(recipe, 137)
 
   monkeypatch.setattr(recipes, "with_flops_of", with_flops_of)
-  methods = ("fixmatch_ema", "fixmatch_ema@matched", "label_spreading")
+  methods = ("fixmatch_ema", "fixmatch_ema@matched", "label_spreading", "self_training")
   result = study(tmp_path / "run", methods=methods)
-  same, matched, pixels = result["cells"]
+  same, matched, pixels, other = result["cells"]
+  assert pixels["errors"] != other["errors"]
   assert [cell["method"] for cell in result["cells"]] == list(methods)
   assert (same["images_per_step"]["unlabelled"], matched["images_per_step"]["unlabelled"]) == (100, 137)
   assert 1.1 * same["mflop_per_step"] < matched["mflop_per_step"] < 1.37 * same["mflop_per_step"]
   assert "mflop_per_step" not in pixels
   assert max(pixels["errors"]) < 40  # two labels per class
-  assert set(pixels["against"]) == {"fixmatch_ema", "fixmatch_ema@matched"}
+  assert set(pixels["against"]) >= {"fixmatch_ema", "fixmatch_ema@matched"}
   assert all(each["p_holm"] >= each["p"] for each in pixels["against"].values())
+
+
+def test_arms_of_another_precision_and_perturbations_in_units_of_the_images():
+  dataset = datasets.load("digits")
+  config = label_study.Config(methods=("supervised_augmented@bfloat16",), vat_epsilon=0.2)
+  (arm,) = label_study.make_arms(config, dataset).values()
+  assert arm.hparams.precision == "bfloat16"
+  norms = np.linalg.norm(dataset.x_train.reshape(1198, -1) / 255, axis=1)
+  found = label_study.make_recipe(config, dataset, "vat").hparams
+  assert found.vat_epsilon == pytest.approx(0.2 * norms.mean(), rel=0.02)  # of 500 of the images
+  assert found.vat == 1.0
 
 
 def test_tuning_leaves_its_lines(tmp_path, read, monkeypatch):

@@ -144,6 +144,21 @@ def test_each_method_of_the_study_is_another_objective_over_the_same_batches():
   assert list(label_study.make_recipe(off, dataset, "fixmatch_ema").objective.d) == ["supervised"]
 
 
+def test_vat_of_a_recipe_is_that_of_the_study():
+  """The study turns it on by method, so that its weight adds it to no other."""
+  dataset = datasets.load("digits")
+  theirs = label_study.make_recipe(label_study.Config(augment="none"), dataset, "vat")
+  shared = {name: getattr(theirs.hparams, name) for name in ("vat", "vat_epsilon", "class_balance", "ramp")}
+  hparams = ssgan.tuned("conv", 500, "none")
+  ours = ssgan.build(dataclasses.replace(hparams, adversarial=0.0, consistency=0.0, **shared), SHAPE, 3)
+  assert set(ours.objective.d) == set(theirs.objective.d)
+  assert {"virtual_adversarial", "entropy"} < set(ours.objective.d)
+  assert (ours.batch.unlabelled, ours.batch.generated) == (64, 0)
+  assert "virtual_adversarial" not in ssgan.build(hparams, SHAPE, 3).objective.d
+  again = recipes.rebuild(described(ours))
+  assert described(again) == described(ours)
+
+
 def test_without_augmentation_consistency_compares_the_images_as_they_are(key):
   dataset = datasets.load("digits")
   config = label_study.Config(network="mlp", augment="none")

@@ -2,7 +2,9 @@
 
 Feature matching (Salimans et al., 2016, https://arxiv.org/abs/1606.03498), consistency (Sohn et al., 2020,
 https://arxiv.org/abs/2001.07685) with targets from the averaged D, and class balance (Springenberg, 2016,
-https://arxiv.org/abs/1511.06390). With the weights of the last two at zero it is the published GAN.
+https://arxiv.org/abs/1511.06390). With the weights of the last two at zero it is the published GAN. Virtual
+adversarial training (Miyato et al., 2018, https://arxiv.org/abs/1704.03976) can be added, or take the place
+of the others where no augmentation keeps the class.
 """
 
 import dataclasses
@@ -22,6 +24,8 @@ Tuned = Literal["conv", "vgg", "resnet", "mlp"]
 """Pairs that `tuned` supports."""
 SMALL_DATA = 10_000
 """Number of training images below which `tuned` gives the hyper-parameters for small data."""
+VAT_EPSILON = 0.4
+"""The tuned norm of virtual adversarial perturbations, relative to the mean norm of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,15 @@ class Hparams(base.Hparams):
   """Augmentation of the images that give consistency targets."""
   threshold: float = 0.95
   """Minimum confidence of a pseudo-label."""
+  vat: float = 0.0
+  """Weight of virtual adversarial training at the end of its ramp; 0 for none."""
+  vat_entropy: float = 1.0
+  """Weight of the entropy of D's predictions beside it."""
+  vat_epsilon: float = 1.0
+  """Norm of the virtual adversarial perturbation, for pixels in [0, 1]: tuned as `VAT_EPSILON` times
+  `data.mean_norm`."""
   ramp: float = 0.4
-  """Fraction of the steps over which consistency ramps up, because early pseudo-labels are wrong."""
+  """Fraction of the steps over which consistency and VAT ramp up: early predictions are wrong."""
 
 
 def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) -> Hparams:
@@ -144,7 +155,9 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
     weak=weak(h),
     threshold=h.threshold,
   )
-  uses_unlabelled = h.adversarial or h.consistency or any(h.class_balance)
+  if h.vat:
+    objective = dataclasses.replace(objective, d={**objective.d, **vat(h).d})
+  uses_unlabelled = h.adversarial or h.consistency or h.vat or any(h.class_balance)
   return Recipe(
     g=g,
     d=d,
@@ -163,6 +176,15 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
     num_classes=num_classes,
     family="ssgan",
     hparams=h,
+  )
+
+
+def vat(hparams: Hparams) -> objectives.Objective:
+  """Virtual adversarial training with these weights."""
+  return objectives.virtual_adversarial_training(
+    epsilon=hparams.vat_epsilon,
+    weight=ramped(hparams, hparams.vat),
+    entropy_weight=ramped(hparams, hparams.vat_entropy),
   )
 
 

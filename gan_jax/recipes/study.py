@@ -74,8 +74,6 @@ class Hparams(Weights, ssgan.Hparams):
   for those whose schedule stands at their weight."""
 
   method: Method | First
-  vat_epsilon: float = 1.0
-  """Norm of the virtual adversarial perturbation, for pixels in [0, 1]."""
 
 
 def tuned(
@@ -105,7 +103,10 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
   """The recipe of a method for images of this shape: height, width, channels."""
   h = hparams
   sizes = BatchSizes(h.num_labelled, h.num_unlabelled, h.num_generated)
-  shared = dataclasses.replace(ssgan.build(h, image_shape, num_classes), batch=sizes)
+  start = ssgan.build(
+    dataclasses.replace(h, vat=0.0), image_shape, num_classes
+  )  # it is a method of its own
+  shared = dataclasses.replace(start, batch=sizes)
   recipe = METHODS[h.method](shared, h)
   return dataclasses.replace(recipe, family="study", hparams=h, derived=())
 
@@ -161,12 +162,7 @@ def _mean_teacher(recipe: Recipe, h: Hparams) -> Recipe:
 
 
 def _vat(recipe: Recipe, h: Hparams) -> Recipe:
-  objective = objectives.virtual_adversarial_training(
-    epsilon=h.vat_epsilon,
-    weight=ssgan.ramped(h, h.vat),
-    entropy_weight=ssgan.ramped(h, h.vat_entropy),
-  )
-  return _with_objective(base.without_generator(recipe), h, objective)
+  return _with_objective(base.without_generator(recipe), h, ssgan.vat(h))
 
 
 def _bad_generator(recipe: Recipe, h: Hparams) -> Recipe:
