@@ -15,11 +15,12 @@ of `gan_consistency` by XLA's operation counts, which are listed beside the erro
 themselves in float32. `gan_augmented` first trains its generator, for the same number of steps, on all
 images. `label_spreading` and `self_training` are scikit-learn's, on pixels.
 
-All splits of one method and budget are trained together in one compiled program. The unlabelled images
-are all training images, including the labelled ones. The averaged parameters of the last step are
+All splits of one method and budget, a cell, are trained together in one compiled program. The unlabelled
+images are all training images, including the labelled ones. The averaged parameters of the last step are
 evaluated on the test set, once. Budgets, splits and methods are stored before the first evaluation; a
-resumed run keeps them. Hyper-parameters are tuned with --tune: it reports on held-out training images, on
-splits that no result is reported on, and appends its lines to benchmarks/results/tuning.
+resumed run keeps them, and goes on within a cell at its last thousand steps. Hyper-parameters are tuned
+with --tune: it reports on held-out training images, on splits that no result is reported on, and appends
+its lines to benchmarks/results/tuning.
 """
 
 import dataclasses
@@ -31,11 +32,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from experiments import _study_tables
 from gan_jax import (
+  checkpoint,
   cli,
   data,
   datasets,
@@ -55,7 +58,8 @@ from gan_jax.recipes import Recipe, policies, ssgan, study
 from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
-FILES = ("splits", "study.jsonl", "study.md", "study.png")
+FILES = ("splits", "checkpoints", "study.jsonl", "study.md", "study.png")
+STEPS_PER_DISPATCH, STEPS_PER_CHECKPOINT = 100, 1000
 Pixels = Literal["label_spreading", "self_training"]
 Matched = Literal["fixmatch_ema@matched", "adamatch@matched", "vat@matched"]
 Rounded = Literal["gan_consistency@bfloat16", "fixmatch_ema@bfloat16", "supervised_augmented@bfloat16"]
@@ -125,7 +129,7 @@ def main(config: Config) -> Json:
       report.write_bytes(path, _lines(rows))  # drops a truncated line
     done = {(row["budget"], row["method"]) for row in rows if row["reading"] == _study_tables.CLASSIFIER}
     todo = [(b, m) for b in config.budgets for m in config.methods if (b, m) not in done]
-    train = Study(dataset, seed=config.train.seed)
+    train = Study(dataset, run.path / "checkpoints", seed=config.train.seed)
     for i, (budget, method) in enumerate(todo):
       shared = {"budget": budget, "method": method, "network": network(config, dataset), **run.environment}
       found = [shared | row for row in train.cell(method, used.get(method), splits[budget])]
@@ -136,6 +140,7 @@ def main(config: Config) -> Json:
           file.write(_lines([about | found[-1]]))
       with open(path, "ab") as file:
         file.write(_lines(found))  # the classifier's line comes last: it completes the cell
+      run_dir.remove(run.path, ["checkpoints"])
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 
@@ -231,10 +236,13 @@ def _lines(rows: Sequence[Json]) -> bytes:
 
 
 class Study:
-  """Trains cells, each a method and a budget, and caches the compiled programs that they share."""
+  """Trains cells, each a method and a budget, and caches the compiled programs that they share.
 
-  def __init__(self, dataset: Dataset, *, seed: int):
-    self._dataset, self._seed = dataset, seed
+  A cell that takes long is saved in `checkpoints` as it goes on, and continues from there.
+  """
+
+  def __init__(self, dataset: Dataset, checkpoints: Path, *, seed: int):
+    self._dataset, self._checkpoints, self._seed = dataset, checkpoints, seed
     self._programs: dict[tuple[str, int], Any] = {}
     self._flops: dict[str, float] = {}
     self._evaluate: dict[tuple[str, bool], Callable] = {}
@@ -257,7 +265,7 @@ class Study:
     images = data.to_device_splits(self._dataset, splits, repeats=repeats)
     # All methods start from the same parameters and see the same batches: one key per split.
     keys = [jax.random.fold_in(jax.random.key(self._seed), split.seed) for split in splits]
-    states, seconds, last = self.train(method, recipe, keys, images)
+    states, seconds, last = self.train(method, num_labels, recipe, keys, images)
     for split, loss in zip(splits, last["d/loss"], strict=True):
       if not np.isfinite(loss):
         say(f"{method} diverged on split {split.seed}: its loss is not finite")
@@ -275,27 +283,38 @@ class Study:
     return rows
 
   def train(
-    self, method: str, recipe: Recipe, keys: Sequence[Array], images: data.DeviceData
+    self, method: str, num_labels: int, recipe: Recipe, keys: Sequence[Array], images: data.DeviceData
   ) -> tuple[TrainState, dict[str, float], dict[str, np.ndarray]]:
     """The replicates' final states, total seconds, and means of the last metrics, `[S]` each."""
     states = parallel.stack([recipe.init_state(key, images) for key in keys])
     before = {"seconds_train": 0.0, "seconds_compile": 0.0}
     first = study.generator_of(recipe)
     if first is not None:
-      made, before, _ = self.train(f"{method}/generator", first, keys, images)
+      made, before, _ = self.train(f"{method}'s generator", num_labels, first, keys, images)
       states = states.replace(g=states.g.replace(params=made.ema["g"], model_state=made.g.model_state))
-    states, images = parallel.place(states, images)
-    dispatch = min(100, recipe.num_steps)
-    begin = time.perf_counter()
-    program = self._program(method, recipe, dispatch, states, images)
-    compiled = time.perf_counter()
-    history, num = {}, 0
-    for done in range(0, recipe.num_steps, dispatch):
-      num = min(dispatch, recipe.num_steps - done)
-      states, history = program(states, images, np.int32(num))
+    name = f"{num_labels} labels, {method}"
+    with checkpoint.Checkpoints(self._checkpoints / name) as saved:
+      done, earlier = saved.latest_step or 0, 0.0
+      if done:
+        states, earlier = _of_replicates(saved.restore(_of_one(states)), len(keys)), saved.extra["seconds"]
+        say(f"{name}: resuming from step {done:,}")
+      states, images = parallel.place(states, images)
+      dispatch = min(STEPS_PER_DISPATCH, recipe.num_steps)
+      begin = time.perf_counter()
+      program = self._program(method, recipe, dispatch, states, images)
+      compiled = time.perf_counter()
+      elapsed = lambda: earlier + time.perf_counter() - compiled
+      history, num = {}, 0
+      while done < recipe.num_steps:
+        num = min(dispatch, recipe.num_steps - done)
+        states, history = program(states, images, np.int32(num))
+        done += num
+        if done % STEPS_PER_CHECKPOINT == 0 and done < recipe.num_steps:
+          saved.save(_of_one(states), {"seconds": elapsed()})
+          say(f"{name}: step {done:,} of {recipe.num_steps:,}")
     last = {metric: np.asarray(values)[:, :num].mean(axis=1) for metric, values in history.items()}
     seconds = {
-      "seconds_train": round(before["seconds_train"] + time.perf_counter() - compiled, 2),
+      "seconds_train": round(before["seconds_train"] + elapsed(), 2),
       "seconds_compile": round(before["seconds_compile"] + compiled - begin, 2),
     }
     return states, seconds, last
@@ -331,6 +350,16 @@ class Study:
         readings[f"nearest neighbour, {layer}"] = [each.nearest[layer] for each in found]
     readings[_study_tables.CLASSIFIER] = [each.error for each in found]
     return readings
+
+
+def _of_one(states: TrainState) -> TrainState:
+  """Replicates as one state for `Checkpoints`: they are at the same step."""
+  return states.replace(step=states.step[0])
+
+
+def _of_replicates(state: TrainState, num: int) -> TrainState:
+  """The inverse of `_of_one`."""
+  return state.replace(step=jnp.full(num, state.step))
 
 
 def pixel_error(name: str, dataset: Dataset, split: LabelSplit) -> float:

@@ -45,6 +45,30 @@ def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, read):
   assert names == ["supervised", "fixmatch_ema"]
 
 
+def test_an_interrupted_cell_goes_on_where_it_was_saved(tmp_path, read, monkeypatch):
+  """Bit for bit, over several devices; the saved states are gone once its line is written."""
+  monkeypatch.setattr(label_study, "STEPS_PER_DISPATCH", 1)
+  monkeypatch.setattr(label_study, "STEPS_PER_CHECKPOINT", 2)
+  flags = {"methods": ("gan_augmented",), "steps": 5, "budgets": (20, 50)}
+  study(tmp_path / "whole", **flags)
+  program, calls = label_study.Study._program, []
+
+  def interrupted(self, *args):
+    step = program(self, *args)
+    return lambda *args: (calls.append(args) if len(calls) < 8 else 1 / 0) or step(*args)
+
+  with monkeypatch.context() as patch:  # in the fourth step of D, after the five of its generator
+    patch.setattr(label_study.Study, "_program", interrupted)
+    with pytest.raises(ZeroDivisionError):
+      study(tmp_path / "run", **flags)
+  saved = tmp_path / "run" / "checkpoints"
+  assert [path.name for path in sorted(saved.glob("*/*"))] == ["2", "2", "4"]
+  study(tmp_path / "run", **flags, resume=True)
+  whole, continued = read[:2], read[2:]
+  assert all(leaves_equal(whole, continued))
+  assert not saved.exists()
+
+
 def test_a_replicate_does_not_depend_on_its_company(tmp_path, read):
   """Split 1 alone, among others, and beside another budget: the same states up to rounding."""
   for name, changes in (("a", {}), ("b", {"splits": (1,), "budgets": (50, 20)})):
@@ -83,8 +107,8 @@ def test_gan_augmented_starts_with_the_generator_that_was_trained_for_it(tmp_pat
   train = label_study.Study.train
   found = {}
 
-  def spy(self, method, recipe, keys, images):
-    states, *rest = train(self, method, recipe, keys, images)
+  def spy(self, method, num_labels, recipe, keys, images):
+    states, *rest = train(self, method, num_labels, recipe, keys, images)
     averages, initial = states.ema["g"], recipe.init_state(keys[0], images).g.params
     found[method] = jax.tree.map(np.array, (states.g.params, averages, initial))
     return states, *rest
@@ -92,7 +116,7 @@ def test_gan_augmented_starts_with_the_generator_that_was_trained_for_it(tmp_pat
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(label_study.Study, "train", spy)
     study(tmp_path / "run", methods=("gan_augmented",), splits=(0,))
-  _, averages, initial = found["gan_augmented/generator"]
+  _, averages, initial = found["gan_augmented's generator"]
   params, *_ = found["gan_augmented"]
   assert all(leaves_equal(params, averages))
   pairs = zip(jax.tree.leaves(params), jax.tree.leaves(initial), strict=True)
