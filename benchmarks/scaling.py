@@ -289,8 +289,8 @@ def shared_step(name: str, num: int, multiple: int) -> Json:
   sizes = BatchSizes(*(-(-size // multiple) * multiple for size in recipe.batch))
   recipe = parallel.over_devices(dataclasses.replace(recipe, batch=sizes), devices[:num])
   arguments = parallel.replicated(_recipes.start(recipe, dataset, [0]), devices[:num])
-  lowered = jax.jit(recipe.make_multi_step(1)).lower(*arguments, np.int32(0))
-  return {"rows": list(sizes), **counts(lowered, lowered.compile())}
+  compiled = jax.jit(recipe.make_multi_step(1)).lower(*arguments, np.int32(0)).compile()
+  return {"rows": list(sizes), **counts(compiled, compiled)}  # as written, a program has no devices
 
 
 def rate(name: str, num: int, seconds: float) -> Json:

@@ -144,6 +144,7 @@ def main(config: Config) -> Json:
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 
+    run_dir.remove(run.path, ["checkpoints"])  # those that a kill left behind
     cells = _study_tables.summarise(rows)
     tables = _study_tables.markdown(cells, dataset)
     report.write_text(run.path / "study.md", tables)
@@ -287,37 +288,35 @@ class Study:
   ) -> tuple[TrainState, dict[str, float], dict[str, np.ndarray]]:
     """The replicates' final states, total seconds, and means of the last metrics, `[S]` each."""
     states = parallel.stack([recipe.init_state(key, images) for key in keys])
-    before = {"seconds_train": 0.0, "seconds_compile": 0.0}
-    first = study.generator_of(recipe)
-    if first is not None:
-      made, before, _ = self.train(f"{method}'s generator", num_labels, first, keys, images)
-      states = states.replace(g=states.g.replace(params=made.ema["g"], model_state=made.g.model_state))
-    name = f"{num_labels} labels, {method}"
+    name, spent = f"{num_labels} labels, {method}", {"seconds_train": 0.0, "seconds_compile": 0.0}
     with checkpoint.Checkpoints(self._checkpoints / name) as saved:
-      done, earlier = saved.latest_step or 0, 0.0
-      if done:
-        states, earlier = _of_replicates(saved.restore(_of_one(states)), len(keys)), saved.extra["seconds"]
-        say(f"{name}: resuming from step {done:,}")
+      first = study.generator_of(recipe)
+      if saved.latest_step is not None:
+        states, spent = _of_replicates(saved.restore(_of_one(states)), len(keys)), saved.extra
+        say(f"{name}: resuming from step {int(states.step[0]):,}")
+      elif first is not None:
+        made, spent, _ = self.train(f"{method}'s generator", num_labels, first, keys, images)
+        states = states.replace(g=states.g.replace(params=made.ema["g"], model_state=made.g.model_state))
       states, images = parallel.place(states, images)
-      dispatch = min(STEPS_PER_DISPATCH, recipe.num_steps)
+      dispatch, done = min(STEPS_PER_DISPATCH, recipe.num_steps), int(states.step[0])
       begin = time.perf_counter()
       program = self._program(method, recipe, dispatch, states, images)
       compiled = time.perf_counter()
-      elapsed = lambda: earlier + time.perf_counter() - compiled
+      seconds = lambda: {
+        "seconds_train": round(spent["seconds_train"] + time.perf_counter() - compiled, 2),
+        "seconds_compile": round(spent["seconds_compile"] + compiled - begin, 2),
+      }
       history, num = {}, 0
       while done < recipe.num_steps:
         num = min(dispatch, recipe.num_steps - done)
         states, history = program(states, images, np.int32(num))
         done += num
         if done % STEPS_PER_CHECKPOINT == 0 and done < recipe.num_steps:
-          saved.save(_of_one(states), {"seconds": elapsed()})
+          jax.block_until_ready(states)  # so that the seconds are those of these steps
+          saved.save(_of_one(states), seconds())
           say(f"{name}: step {done:,} of {recipe.num_steps:,}")
     last = {metric: np.asarray(values)[:, :num].mean(axis=1) for metric, values in history.items()}
-    seconds = {
-      "seconds_train": round(before["seconds_train"] + elapsed(), 2),
-      "seconds_compile": round(before["seconds_compile"] + compiled - begin, 2),
-    }
-    return states, seconds, last
+    return states, seconds(), last
 
   def _program(
     self, method: str, recipe: Recipe, dispatch: int, states: TrainState, images: data.DeviceData

@@ -190,9 +190,9 @@ def _reading(directory: Path) -> Iterator[None]:
   """Any error of Orbax or its storage means damage, except those that another attempt may not meet."""
   try:
     yield
-  except PermissionError as error:
-    raise InputError(f"{directory} cannot be read: {error.strerror}") from error
   except Exception as error:
+    if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
+      raise InputError(f"{directory} cannot be read: permission denied") from error
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
       raise
     raise _DamagedError from error

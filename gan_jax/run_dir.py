@@ -232,7 +232,9 @@ def _settle(path: Path, files: Sequence[str], *, complete: bool = False) -> None
 
 
 def _has_begun(path: Path, files: Sequence[str]) -> bool:
-  """Whether a run or one of its parts has a first row of metrics or results."""
+  """Whether a run or one of its parts has a first row of metrics or results, or a checkpoint."""
+  if "checkpoints" in files and any((path / "checkpoints").rglob("_CHECKPOINT_METADATA")):
+    return True
   rows = (row for name in files for row in (path / name, *(path / name).rglob("*.jsonl")))
   return any(row.suffix == ".jsonl" and row.is_file() and row.stat().st_size for row in rows)
 
@@ -289,9 +291,15 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
     raise InputError(f"{path / 'labels.json'} does not hold the split that this run would use")
   if stored["config.json"].get("recipes") != described["recipes"]:
     raise InputError(f"{path} was started with another recipe, perhaps by another version of gan_jax")
-  for key in ("class_names", "reader", "scaling"):
-    if stored["config.json"].get(key) != described[key]:
-      raise InputError(f"{path} was started on other data: its {key.replace('_', ' ')} differ")
+  data = {
+    "class_names": "with other classes",
+    "reader": "read in another way",
+    "scaling": "scaled otherwise",
+  }
+  for key, how in data.items():
+    before = stored["config.json"].get(key)
+    if before is not None and before != described[key]:
+      raise InputError(f"{path} was started on other data, {how}")
 
 
 def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) -> Json:

@@ -160,7 +160,8 @@ def test_without_a_whole_checkpoint_there_is_a_sentence(two, tiny, tmp_path):
 @pytest.mark.parametrize(
   ("error", "kind", "words"),
   [
-    (PermissionError(13, "Permission denied"), InputError, "checkpoints cannot be read: Permission denied"),
+    (PermissionError(13, "Permission denied"), InputError, "checkpoints cannot be read: permission denied"),
+    (ValueError("PERMISSION_DENIED: Error opening"), InputError, "cannot be read: permission denied"),
     (MemoryError("no memory"), MemoryError, "no memory"),
     (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), RuntimeError, "RESOURCE_EXHAUSTED"),
   ],

@@ -128,6 +128,15 @@ def test_training_that_was_interrupted_warns(digits, small_mlp, monkeypatch):
     assert SemiSupervisedGAN(network="mlp", num_steps=2).fit(x, y).n_iter_ == 2
 
 
+def test_vat_is_part_of_the_recipe(digits, small_mlp):
+  x, y = digits[:2]
+  gan = SemiSupervisedGAN(network="mlp", num_steps=2, adversarial=0.0, vat=0.5).fit(x, y)
+  hparams = gan.model_.recipe.hparams
+  assert hparams.vat == 0.5
+  norms = np.linalg.norm(x.reshape(len(x), -1) / x.max(), axis=1)
+  assert hparams.vat_epsilon == pytest.approx(0.4 * norms.mean(), rel=0.02)
+
+
 def test_after_a_fit_that_failed_no_earlier_one_answers(digits, small_mlp):
   x, y = digits[:2]
   gan = SemiSupervisedGAN(network="mlp", num_steps=2).fit(x, y)

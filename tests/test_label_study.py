@@ -63,10 +63,34 @@ def test_an_interrupted_cell_goes_on_where_it_was_saved(tmp_path, read, monkeypa
       study(tmp_path / "run", **flags)
   saved = tmp_path / "run" / "checkpoints"
   assert [path.name for path in sorted(saved.glob("*/*"))] == ["2", "2", "4"]
+  # The generator has its two checkpoints, D its first; with that one D goes on and G is not trained again.
+  steps = []
+  monkeypatch.setattr(
+    label_study.Study,
+    "_program",
+    lambda self, method, *args: lambda *now: steps.append(method) or program(self, method, *args)(*now),
+  )
   study(tmp_path / "run", **flags, resume=True)
+  assert steps == ["gan_augmented"] * 3 + ["gan_augmented's generator"] * 5 + ["gan_augmented"] * 5
   whole, continued = read[:2], read[2:]
   assert all(leaves_equal(whole, continued))
   assert not saved.exists()
+
+
+def test_a_cell_whose_newest_state_is_damaged_trains_all_its_steps(tmp_path, read, monkeypatch):
+  monkeypatch.setattr(label_study, "STEPS_PER_DISPATCH", 1)
+  monkeypatch.setattr(label_study, "STEPS_PER_CHECKPOINT", 2)
+  flags = {"methods": ("supervised",), "steps": 6}
+  study(tmp_path / "whole", **flags)
+  with monkeypatch.context() as patch:
+    patch.setattr(label_study.Study, "_read", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      study(tmp_path / "run", **flags)
+  (newest,) = (tmp_path / "run" / "checkpoints").glob("*/4")
+  (newest / "_CHECKPOINT_METADATA").write_text("")
+  study(tmp_path / "run", **flags, resume=True)
+  assert read[1].step.tolist() == [6, 6]
+  assert all(leaves_equal(read[0], read[1]))
 
 
 def test_a_replicate_does_not_depend_on_its_company(tmp_path, read):

@@ -157,6 +157,8 @@ def test_vat_of_a_recipe_is_that_of_the_study():
   assert "virtual_adversarial" not in ssgan.build(hparams, SHAPE, 3).objective.d
   again = recipes.rebuild(described(ours))
   assert described(again) == described(ours)
+  default = study.build(study.tuned("conv", 500, 8, "gan_vat"), SHAPE, 3)
+  assert (default.hparams.vat, "virtual_adversarial" in default.objective.d) == (1.0, True)
 
 
 def test_without_augmentation_consistency_compares_the_images_as_they_are(key):

@@ -79,13 +79,30 @@ def test_a_run_that_was_killed_at_its_first_files_can_be_started_again(killed_in
   opened(open_run(workdir="here", overwrite=True))
 
 
-@pytest.mark.parametrize("key", ["class_names", "reader"])
-def test_other_data_are_noticed(key, open_run):
+@pytest.mark.parametrize(
+  ("key", "how"),
+  [("class_names", "with other classes"), ("reader", "read in another way"), ("scaling", "scaled")],
+)
+def test_other_data_are_noticed(key, how, open_run):
   run = opened(open_run(workdir="here"))
   stored = json.loads((run.path / "config.json").read_text())
   (run.path / "config.json").write_text(json.dumps({**stored, key: ["b", "a"]}))
-  with pytest.raises(InputError, match=f"started on other data: its {key.replace('_', ' ')} differ"):
+  with pytest.raises(InputError, match=f"started on other data, {how}"):
     opened(open_run(workdir="here", resume=True))
+
+
+def test_a_checkpoint_alone_is_worth_keeping(open_run):
+  """A study has no row before its first cell is complete."""
+
+  def fail_after_a_checkpoint(run):
+    saved = run.path / "checkpoints" / "20 labels, vat" / "1000"
+    saved.mkdir(parents=True)
+    (saved / "_CHECKPOINT_METADATA").write_text("{}")
+    raise InputError("the disk is full")
+
+  with pytest.raises(InputError, match="disk is full"), open_run(workdir="here") as run:
+    fail_after_a_checkpoint(run)
+  assert list(run.path.rglob("_CHECKPOINT_METADATA"))
 
 
 def test_a_run_of_another_experiment_is_not_replaced(open_run):

@@ -96,7 +96,7 @@ def tuned(
     changes["network"] = "conv_small"
   if num_images < ssgan.SMALL_DATA:
     changes |= {"class_balance": (1.0, 1.0), "num_steps": 800, "adversarial": 0.2, "ema_decay": 0.99}
-  return Hparams(**{**vars(start), **changes, "method": method})
+  return Hparams(**{**vars(start), **vars(Weights()), **changes, "method": method})
 
 
 def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int) -> Recipe:
