@@ -26,6 +26,7 @@ from benchmarks import (
   time_to_accuracy,
 )
 from experiments import _study_tables
+from experiments import transfer as transfer_experiment
 from gan_jax.types import InputError, Json
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +131,7 @@ def transfer(rows: _runs.Rows) -> str:
   lines = []
   for row in rows:
     tuned, scratch = row["fine_tuned_test_errors"], row["scratch_test_errors"]
-    gains = [before - after for before, after in zip(scratch, tuned, strict=True)]
+    gains = transfer_experiment.gains(tuned, scratch)
     interval = _study_tables.interval(_study_tables.compare(scratch, tuned)["interval"])
     lines.append([f"{row['source']} to {row['dataset'].partition('@')[0]}{_runs.mark(row)}"])
     lines[-1] += [

@@ -272,6 +272,7 @@ def test_policies_draw_for_each_image_and_have_gradients_at_grey(name, channels,
 
 
 def test_the_policy_of_a_shape():
+  assert policies.suited((1, 64, 1)) == "none"
   assert policies.suited((28, 28, 1)) == policies.suited((28, 28, 1), mirror=True) == "digits"
   assert policies.suited((32, 32, 3)) == "photos"
   assert policies.suited((96, 64, 3), mirror=True) == "objects"

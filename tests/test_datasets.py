@@ -16,15 +16,6 @@ from gan_jax import classify, datasets, metrics, prepared
 from gan_jax.types import InputError
 
 
-def test_resized_images_keep_their_mean_and_have_another_name():
-  digits = datasets.load("digits")
-  resized = datasets.load("digits", image_size=16)
-  assert resized.image_shape == (16, 16, 1)
-  assert resized.name == "digits@16"
-  assert resized.x_test.dtype == np.uint8
-  np.testing.assert_allclose(resized.x_train.mean(), digits.x_train.mean(), rtol=0.05)
-
-
 def test_digits():
   digits = datasets.load("digits")
   assert digits.x_train.shape == (1198, 8, 8, 1)
@@ -207,7 +198,7 @@ def test_bad_manual_folders(small_mnist, tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-def test_any_prepared_image_classification_dataset(monkeypatch, tmp_path):
+def test_any_prepared_image_classification_dataset(tmp_path):
   images = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((12, 10, 3), np.uint8)
   Pets = make_builder("Pets", {"train": images, "validation": images[:4]})
   with pytest.raises(InputError, match="pets is not prepared"):

@@ -157,7 +157,6 @@ BAD = [
   ({"budgets": (0,)}, "--budgets 0 is not a multiple"),
   ({"budgets": (20_000,)}, "--budgets 20000 needs 2000 labels per class, but one has"),
   ({"vat_epsilon": -0.1}, "--vat-epsilon must not be negative, but it is -0.1"),
-  ({"class_balance": (1.0, -1.0)}, "--class-balance must not be negative"),
   ({"network": "conv", "image_size": 4}, "4x4 are too small"),
 ]
 

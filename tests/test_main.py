@@ -82,6 +82,7 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
   best = model.predict(images).argmax(axis=1)
   assert [row["label"] for row in rows] == [model.classes[k] for k in best]
   assert all(float(row["probability"]) >= float(row["probability_2"]) for row in rows)
+  assert [row["real_logit"] for row in rows] == [f"{logit:.3f}" for logit in model.real_logit(images)]
 
   (new / "labels.csv").write_text(f"file_name,label\n{names[0]},digit 0\n{names[1]},\n")
   capsys.readouterr()
@@ -100,6 +101,8 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
   assert {row["file_name"] for row in chosen} <= set(names[1:])
   assert {row["label"] for row in chosen} == {""}
 
+  assert command("sample", trained, "--class-name", "digit 0", "--out", tmp_path / "a.npy") == 2
+  assert "cannot draw a chosen class" in " ".join(capsys.readouterr().err.split())
   for name in ("a.png", "a.npy", "b.npy"):
     assert command("sample", trained, "--num", 5, "--out", tmp_path / name) == 0
   assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))

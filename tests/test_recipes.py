@@ -244,9 +244,7 @@ def test_a_network_of_ones_own_is_frozen_probed_transferred_and_saved(residual):
   assert not any(leaves_equal(state.d.params["body"], trained.ema["d"]["body"]))
 
 
-def test_policies_of_a_shape_and_of_a_gan_that_mirrors(key):
-  shapes = {"none": (1, 64, 1), "digits": (8, 8, 1), "photos": (32, 32, 3)}
-  assert {policies.suited(shape): shape for shape in shapes.values()} == shapes
+def test_a_gan_of_objects_mirrors(key):
   x = jax.random.uniform(key, (64, 8, 8, 3))
   hparams = recipes.gan.Hparams(augmentation="affine", policy="photos", flip=True)
   policies_without = {"photos": policies.POLICIES["photos"]._replace(strong={})}

@@ -283,7 +283,7 @@ def test_a_part_is_done_once(open_run):
 
 
 def test_a_run_starts_from_the_averages_of_another(tiny):
-  """Also a run interrupted before its first checkpoint: `fit` uses them only if there is no checkpoint."""
+  """Both the parameters and their averages."""
   with checkpoint.Checkpoints(Path("source/checkpoints").absolute()) as checkpoints:
     state = tiny.state()
     averages = jax.tree.map(lambda p: p + 1, state.ema)

@@ -1,5 +1,7 @@
 """How the peers are timed. That they compute what we compute is in test_peers, which needs PyTorch."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,20 @@ def test_stored_results_are_not_replaced_unasked(capsys):
   assert "step_time.jsonl exists: choose another --name" in capsys.readouterr().err
   assert step_time.parse(["--contenders", "ours", "--overwrite"]).name == "step_time"
   assert step_time.parse(["--contenders", "ours", "--name", "new"]).name == "new"
+
+
+def test_a_worker_answers_every_command():
+  task = {"contender": "ours", "recipe": "article_gan", "batch_size": 4, "replicates": 1, "random_side": 8}
+  worker = step_time.Worker(task, env={"XLA_FLAGS": os.environ["XLA_FLAGS"]})
+  try:
+    assert worker.ready["rows"] == [0, 4, 4]
+    assert worker.ask("run 2")["seconds"] > 0
+    assert worker.ask("matmul")["matmul_flops_per_second"] > 0
+    found = worker.ask("memory") | worker.ask("cost")
+    assert found["device_memory_mb"] is None
+    assert found["flops_per_step"] > 2 * 4 * 784  # at least the first layer's products
+  finally:
+    worker.close()
 
 
 def test_a_worker_that_fails_says_why():

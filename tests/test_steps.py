@@ -730,7 +730,7 @@ def test_label_audit_sees_one_label_more(tiny):
   assert len(found) == len(tiny.split.indices) + 1
 
 
-def test_labels_outside_the_split_change_nothing(tiny, make_tiny):
+def test_labels_outside_the_split_change_nothing(tiny):
   """The run is the same bit for bit if every label outside the split is wrong, another if one inside is."""
   multi_step = jax.jit(steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=5))
 
