@@ -337,6 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
     _map(),
     [
       ("mnist", 10_000, 20),
+      ("mnist", 10_000, 50),
       ("mnist", 1500, 100),
       ("mnist, no augmentation", 1500, 20),
       ("mnist, no augmentation", 1500, 200),
