@@ -49,7 +49,7 @@ def test_an_interrupted_cell_goes_on_where_it_was_saved(tmp_path, read, monkeypa
   """Bit for bit, over several devices; the saved states are gone once its line is written."""
   monkeypatch.setattr(label_study, "STEPS_PER_DISPATCH", 1)
   monkeypatch.setattr(label_study, "STEPS_PER_CHECKPOINT", 2)
-  flags = {"methods": ("gan_augmented",), "steps": 5, "budgets": (20, 50)}
+  flags = {"methods": ("gan_augmented",), "steps": 5}
   study(tmp_path / "whole", **flags)
   program, calls = label_study.Study._program, []
 
@@ -71,9 +71,8 @@ def test_an_interrupted_cell_goes_on_where_it_was_saved(tmp_path, read, monkeypa
     lambda self, method, *args: lambda *now: steps.append(method) or program(self, method, *args)(*now),
   )
   study(tmp_path / "run", **flags, resume=True)
-  assert steps == ["gan_augmented"] * 3 + ["gan_augmented's generator"] * 5 + ["gan_augmented"] * 5
-  whole, continued = read[:2], read[2:]
-  assert all(leaves_equal(whole, continued))
+  assert steps == ["gan_augmented"] * 3
+  assert all(leaves_equal(*read))
   assert not saved.exists()
 
 
