@@ -126,6 +126,21 @@ def few_labels(files: Mapping[str, _runs.Rows]) -> str:
   return _runs.with_environment(_runs.markdown(head, lines), _all(files))
 
 
+def budgets(of_study: _runs.Rows, of_splits: _runs.Rows) -> str:
+  """The default recipe by number of labels: a study's cells, and runs of one split each."""
+  lines, used = [], [row for row in of_study if row["method"] == _gan_map.ARMS[0]]
+  used = [row for row in used if row["reading"] == _study_tables.CLASSIFIER]
+  found = {row["num_labels"]: (row["splits"], row["errors"]) for row in used}
+  one = [row["split_seed"] for row in of_splits], [row["test_error"] for row in of_splits]
+  found[of_splits[0]["num_labels"]] = one
+  for num, (seeds, errors) in sorted(found.items()):
+    middle = f"{statistics.median(errors):.2f}", f"{max(errors):.2f}"
+    order = [f"{error:.2f}" for _, error in sorted(zip(seeds, errors, strict=True))]
+    lines.append([num, len(errors), f"**{_runs.mean_std(errors)}**", *middle, _runs.listed(order)])
+  head = "labels", "n", "mean +- std", "median", "worst", "each split, from 20 on"
+  return _runs.with_environment(_runs.markdown(head, lines), [*used, *of_splits])
+
+
 def transfer(rows: _runs.Rows) -> str:
   """One row per direction; the gain is positive if transfer lowers the error."""
   lines = []
@@ -347,6 +362,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ],
   ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
+  "budgets": lambda: budgets(_lines("map/mnist-augmentation-10000.jsonl"), _lines("mnist-conv-100.jsonl")),
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
   "mnist-plain": lambda: study(_lines("map/mnist-no-augmentation-1500.jsonl"), ("fixmatch_ema@matched",)),
