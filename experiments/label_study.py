@@ -309,10 +309,9 @@ class Study:
       history, num = {}, 0
       while done < recipe.num_steps:
         num = min(dispatch, recipe.num_steps - done)
-        states, history = program(states, images, np.int32(num))
-        done += num
+        states, history = jax.block_until_ready(program(states, images, np.int32(num)))
+        done += num  # one dispatch at a time: a process that a signal ends waits for those that it has sent
         if done % STEPS_PER_CHECKPOINT == 0 and done < recipe.num_steps:
-          jax.block_until_ready(states)  # so that the seconds are those of these steps
           saved.save(_of_one(states), seconds())
           say(f"{name}: step {done:,} of {recipe.num_steps:,}")
     last = {metric: np.asarray(values)[:, :num].mean(axis=1) for metric, values in history.items()}
