@@ -103,10 +103,8 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
   """The recipe of a method for images of this shape: height, width, channels."""
   h = hparams
   sizes = BatchSizes(h.num_labelled, h.num_unlabelled, h.num_generated)
-  start = ssgan.build(
-    dataclasses.replace(h, vat=0.0), image_shape, num_classes
-  )  # it is a method of its own
-  shared = dataclasses.replace(start, batch=sizes)
+  without_vat = dataclasses.replace(h, vat=0.0)  # which is a method of its own
+  shared = dataclasses.replace(ssgan.build(without_vat, image_shape, num_classes), batch=sizes)
   recipe = METHODS[h.method](shared, h)
   return dataclasses.replace(recipe, family="study", hparams=h, derived=())
 
