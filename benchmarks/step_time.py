@@ -121,6 +121,8 @@ class Entry:
 
 def main() -> None:
   args = parse(sys.argv[1:])
+  # A line of a contender that failed names this process's device, whose memory the others need.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   order, results = random.Random(args.seed), []
   for name in args.recipes:
     for batch_size in args.batch_sizes or [None]:
