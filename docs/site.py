@@ -22,7 +22,7 @@ ROOMS = {
   "data": "dataset datasets prepared data stream pictures",
   "training": "train log parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
-  "use": "model estimator export classify commands report figures page",
+  "use": "model estimator export classify commands report figures page classifier_page",
   "runs": "cli parsing program run_dir provenance",
 }
 """Pages of docstrings, and the modules on each."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from gan_jax import (
   checkpoint,
+  classifier_page,
   cli,
   data,
   evaluate,
@@ -334,7 +335,7 @@ def _pictures(
     figures.confusion(run.path / "confusion.png", first.confusion, names)
     figures.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
     dataset, in_folds = run.dataset, measured_on != "test images"
-    sections = page.of_classifier(
+    sections = classifier_page.sections(
       run.path,
       first,
       names,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gan_jax import evaluate, figures, metrics, page, report
+from gan_jax import classifier_page, evaluate, figures, metrics, page, report
 from gan_jax.types import InputError
 
 EVIL = "<script>alert('&')</script>"
@@ -161,7 +161,7 @@ def sections_of(found, tmp_path, num_classes):
   names = [f"name {k}" for k in range(num_classes)]
   y_lab = np.repeat(np.arange(num_classes), 12)
   x_lab = np.zeros((len(y_lab), 8, 8, 1), np.uint8)
-  return {each.title: each for each in page.of_classifier(tmp_path, found, names, x_lab, y_lab)}
+  return {each.title: each for each in classifier_page.sections(tmp_path, found, names, x_lab, y_lab)}
 
 
 def test_sections_of_a_classifier(tmp_path):
@@ -191,7 +191,7 @@ def test_pictures_have_the_names_of_their_files(tmp_path):
   found = classified(3, tmp_path)
   names = [f"cat/{i}.jpg" for i in range(len(found.y))]
   x, y = np.zeros((3, 8, 8, 1), np.uint8), np.arange(3)
-  of = lambda **kwargs: page.of_classifier(tmp_path, found, ("a", "b", "c"), x, y, **kwargs)
+  of = lambda **kwargs: classifier_page.sections(tmp_path, found, ("a", "b", "c"), x, y, **kwargs)
   tiles = {each.title: each.tiles for each in of(image_names=names)}["Least certain images"]
   expected = [f"cat/{i}.jpg" for i in found.least_certain.indices]
   assert [tile.caption.split("\n")[-1] for tile in tiles] == expected
