@@ -4,7 +4,9 @@ import dataclasses
 import gc
 import os
 import tempfile
+import zlib
 from importlib import metadata
+from pathlib import Path
 
 # Tests compile much and compute little. One module per program compiles faster than many in parallel, and
 # the fusion emitters take half of XLA's compile time on CPU; JAX 0.12 has no alternative.
@@ -205,3 +207,16 @@ def leaves_equal(a, b) -> list[bool]:
 
 def pytest_addoption(parser):
   parser.addoption("--regenerate-golden", action="store_true", help="write the golden files anew")
+
+
+def noise(seed=0, size=(9, 10), channels=1):
+  x = np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
+  return x[..., 0] if channels == 1 else x
+
+
+def save(path: Path, x=None, **kwargs) -> Path:
+  """Saves a picture, by default of noise that depends on its path."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  x = noise(zlib.crc32(str(path).encode())) if x is None else x
+  (x if isinstance(x, Image.Image) else Image.fromarray(x)).save(path, **kwargs)
+  return path
