@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from gan_jax import cli, data, program, run_dir, train
+from gan_jax import cli, data, program, results, run_dir, train
 from gan_jax.recipes import ssgan
 from gan_jax.types import Json
 
@@ -53,7 +53,7 @@ def main(config: Config) -> Json:
     every = config.loop.checkpoint_every
     resume = config.run.resume
     fit = train.fit(recipe, images, key, workdir=run.path, resume=resume, checkpoint_every=every)
-    return run_dir.finish(run, run_dir.training(fit), table=[], pictures=[])
+    return results.finish(run, results.training(fit), table=[], pictures=[])
 
 
 def start(path: Path) -> subprocess.Popen:

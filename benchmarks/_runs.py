@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gan_jax import report
+from gan_jax import output
 from gan_jax.types import InputError, Json
 
 Rows = Sequence[Json]
@@ -92,7 +92,7 @@ def run(experiment: str, flags: Sequence[str], workdir: Path, env: Mapping[str, 
     process = subprocess.run(command, env={**os.environ, **(env or {})}, stdout=sys.stderr, check=False)
     if process.returncode:
       sys.exit(process.returncode)
-    report.write_json(asked, [experiment, *flags])
+    output.write_json(asked, [experiment, *flags])
   elif not asked.exists() or json.loads(asked.read_text()) != [experiment, *flags]:
     raise InputError(
       f"{workdir} holds a run with other flags: remove it, or name another folder with --runs"
@@ -109,7 +109,7 @@ def read(name: str) -> list[Json]:
   path = RESULTS / name
   if not path.exists():
     raise InputError(f"{path} does not exist")
-  rows = [json.loads(path.read_text())] if path.suffix == ".json" else report.read_rows(path)
+  rows = [json.loads(path.read_text())] if path.suffix == ".json" else output.read_rows(path)
   return [_today({NAMES.get(key, key): value for key, value in row.items()}) for row in rows]
 
 
@@ -124,7 +124,7 @@ def _today(row: Json) -> Json:
 def finish(name: str, results: Sequence[dict], table: Callable[[Sequence[dict]], str]) -> None:
   """Writes `results/<name>.jsonl`, one line per result, and prints the table."""
   path = RESULTS / f"{name}.jsonl"
-  report.write_bytes(path, "".join(json.dumps(result) + "\n" for result in results).encode())
+  output.write_bytes(path, "".join(json.dumps(result) + "\n" for result in results).encode())
   print(f"written to {path}\n{table(results)}")
 
 

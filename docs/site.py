@@ -22,8 +22,8 @@ ROOMS = {
   "data": "dataset datasets prepared data stream pictures",
   "training": "train log parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
-  "use": "model estimator export classify commands report figures page classifier_page",
-  "runs": "cli parsing program run_dir provenance",
+  "use": "model estimator export classify commands figures report report_sections",
+  "runs": "cli parsing program output run_dir provenance memory overwrite results",
 }
 """Pages of docstrings, and the modules on each."""
 

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gan_jax import cli, evaluate, metrics, program, report
+from gan_jax import cli, evaluate, metrics, output, program
 from gan_jax.metrics import feature_extractor
 from gan_jax.types import Json
 
@@ -31,7 +31,7 @@ class Config:
   data: cli.DataFlags = cli.DataFlags(dataset="mnist")
 
   def check(self) -> None:
-    report.check_file(self.out)  # fails now, not after minutes of training
+    output.check_file(self.out)  # fails now, not after minutes of training
 
 
 def main(config: Config) -> Json:
@@ -40,7 +40,7 @@ def main(config: Config) -> Json:
   start = time.perf_counter()
   content = metrics.train_feature_extractor(dataset)
   seconds_train = time.perf_counter() - start
-  report.write_bytes(config.out, content)
+  output.write_bytes(config.out, content)
   sha256 = hashlib.sha256(content).hexdigest()
   trained = metrics.read_feature_extractor(config.out, sha256)
   start = time.perf_counter()

@@ -45,17 +45,19 @@ from gan_jax import (
   evaluate,
   figures,
   networks,
+  output,
+  overwrite,
   parallel,
   parsing,
   program,
   provenance,
   recipes,
-  report,
+  results,
   run_dir,
 )
 from gan_jax.datasets import Dataset
+from gan_jax.output import say
 from gan_jax.recipes import Recipe, policies, ssgan, study
-from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
 FILES = ("splits", "checkpoints", "study.jsonl", "study.md", "study.png")
@@ -122,11 +124,11 @@ def main(config: Config) -> Json:
     for budget in config.budgets:
       for split in splits[budget]:
         stored = {"dataset": dataset.name, "note": dataset.note, **run_dir.describe_split(split)}
-        report.write_json(run.path / "splits" / f"{budget}-{split.seed}.json", stored)
+        output.write_json(run.path / "splits" / f"{budget}-{split.seed}.json", stored)
     path = run.path / "study.jsonl"
-    rows = report.read_rows(path, ("budget", "method", "reading")) if config.run.resume else []
+    rows = output.read_rows(path, ("budget", "method", "reading")) if config.run.resume else []
     if path.exists():
-      report.write_bytes(path, _lines(rows))  # drops a truncated line
+      output.write_bytes(path, _lines(rows))  # drops a truncated line
     done = {(row["budget"], row["method"]) for row in rows if row["reading"] == _study_tables.CLASSIFIER}
     todo = [(b, m) for b in config.budgets for m in config.methods if (b, m) not in done]
     train = Study(dataset, run.path / "checkpoints", seed=config.train.seed)
@@ -140,14 +142,14 @@ def main(config: Config) -> Json:
           file.write(_lines([about | found[-1]]))
       with open(path, "ab") as file:
         file.write(_lines(found))  # the classifier's line comes last: it completes the cell
-      run_dir.remove(run.path, ["checkpoints"])
+      overwrite.remove(run.path, ["checkpoints"])
       mean, seconds = np.mean(found[-1]["errors"]), found[-1]["seconds_train"]
       say(f"{i + 1}/{len(todo)}  {budget} labels, {method}: {mean:.2f} %, {seconds:.0f} s")
 
-    run_dir.remove(run.path, ["checkpoints"])  # those that a kill left behind
+    overwrite.remove(run.path, ["checkpoints"])  # those that a kill left behind
     cells = _study_tables.summarise(rows)
     tables = _study_tables.markdown(cells, dataset)
-    report.write_text(run.path / "study.md", tables)
+    output.write_text(run.path / "study.md", tables)
     errors: dict[str, dict[int, list[float]]] = {}
     for cell in cells:
       if cell["reading"] == _study_tables.CLASSIFIER:  # the probes would hide the rest
@@ -166,7 +168,7 @@ def main(config: Config) -> Json:
       "cells": cells,
     }
     table = _study_tables.overview(cells, f"{where}, %", _study_tables.mean)  # study.md has the rest
-    return run_dir.finish(run, result, table=table, pictures=[("Errors of each split", "study.png")])
+    return results.finish(run, result, table=table, pictures=[("Errors of each split", "study.png")])
 
 
 def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
@@ -339,7 +341,8 @@ class Study:
     if case not in self._evaluate:
       self._evaluate[case] = evaluate.make_evaluate(recipe, every_layer=every_layer)
     labelled = [data.labelled(self._dataset, split) for split in splits]
-    replicates = [parallel.pick(states, i) for i in range(len(splits))]
+    averages = jax.device_get(checkpoint.averages(states))  # if sharded, each device would do all the work
+    replicates = [jax.device_put(parallel.pick(averages, i)) for i in range(len(splits))]
     found = self._evaluate[case](self._dataset, replicates, labelled)
     readings: dict[str, list[float]] = {}
     if every_layer:

@@ -77,7 +77,7 @@ def main(config: Config) -> Json:
       logits, _ = extractor.predict(data.to_bytes(x))
       result["class_agreement"] = 100 - metrics.error_percent(logits, y)
       share = f"{result['class_agreement']:.2f} %"
-      table = [("images that a classifier finds to be of the class asked for", share)]
+      table = [("samples classified as the requested class", share)]
       counts = metrics.confusion_matrix(logits, y)
       figures.confusion(run.path / "confusion.png", counts, dataset.class_names)
     y = np.repeat(np.arange(num_classes), 10)

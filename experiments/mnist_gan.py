@@ -24,11 +24,12 @@ from gan_jax import (
   data,
   evaluate,
   figures,
+  memory,
   metrics,
-  pictures,
+  output,
   program,
   recipes,
-  report,
+  results,
   run_dir,
   train,
 )
@@ -134,7 +135,7 @@ def make_hparams(
 def load_extractor(flags: GanFlags, dataset: Dataset) -> metrics.FeatureExtractor | None:
   """The dataset's feature extractor, if needed; `InputError` if the images do not fit in memory."""
   hint = "choose a smaller --num-scored"
-  pictures.check_memory(flags.num_scored, dataset.image_shape, hint, num_bytes=8)
+  memory.check(flags.num_scored, dataset.image_shape, hint, num_bytes=8)
   return evaluate.load_feature_extractor(dataset) if flags.num_scored else None
 
 
@@ -195,9 +196,9 @@ def finish(
       *table,
     ]
   figures.sample_grid(run.path / "samples" / "last.png", grid)
-  figures.learning_curves(run.path / "learning_curves.png", report.read_rows(run.metrics_path))
+  figures.learning_curves(run.path / "learning_curves.png", output.read_rows(run.metrics_path))
   result = {
-    **run_dir.training(fit),
+    **results.training(fit),
     "network": flags.network,
     "recipe": recipes.describe(recipe),
     "test_error": found.error,
@@ -209,7 +210,7 @@ def finish(
     ("test error, linear probe on the discriminator's features", f"{found.linear['features']:.2f} %")
   )
   pictures = [("Generated images", "samples/last.png"), ("Learning curves", "learning_curves.png")]
-  return run_dir.finish(run, result, table=table, pictures=pictures)
+  return results.finish(run, result, table=table, pictures=pictures)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments import mnist_gan
-from gan_jax import cli, program, run_dir
+from gan_jax import cli, program, results, run_dir
 from gan_jax.recipes import gan
 from gan_jax.types import InputError, Json
 
@@ -111,7 +111,7 @@ def main(config: Config) -> Json:
       for cell in result["cells"].values()
     ]
     pictures = [(name, f"{name}/samples/last.png") for name in cells]
-    return run_dir.finish(run, result, table=table, pictures=pictures)
+    return results.finish(run, result, table=table, pictures=pictures)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments import mnist_gan, mnist_ssgan
-from gan_jax import classify, cli, program, recipes, run_dir
+from gan_jax import classify, cli, program, recipes, results, run_dir
 from gan_jax.types import InputError, Json
 
 
@@ -106,7 +106,7 @@ def main(config: Config) -> Json:
       (f"test error, {name}: mean +- std (each split)", _mean_std(values)) for name, values in names.items()
     ]
     pictures = [("Generated images of the source", "pretrained/samples/last.png")]
-    return run_dir.finish(run, result, table=table, pictures=pictures)
+    return results.finish(run, result, table=table, pictures=pictures)
 
 
 def _pair(config: Config) -> mnist_ssgan.Config:

@@ -2,7 +2,7 @@
 
 All take `(key, x)` with `x` in [0, 1], `[B, H, W, C]`, consume the key and preserve shape and range.
 Because they are differentiable, a GAN can apply them to all inputs of D, real and generated: G then learns
-the images without them, as long as they are invertible in distribution.
+the images without them, if the augmentation is invertible in distribution.
 
 References:
   Zhao et al., 2020, https://arxiv.org/abs/2006.10738 (DiffAugment).

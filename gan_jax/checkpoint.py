@@ -9,14 +9,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gan_jax import processes, report
+from gan_jax import output, processes
 from gan_jax.types import InputError, Json, NetState, TrainState
 
 Shapes = dict[str, tuple[int, ...]]
@@ -26,8 +26,8 @@ Shapes = dict[str, tuple[int, ...]]
 class Checkpoints:
   """The checkpoints of one run, named by their step; the last two are kept.
 
-  A context manager: leaving it closes the writer. Nothing but `restore`, which renames
-  damaged checkpoints, changes anything on disk when it reads.
+  A context manager: leaving it closes the writer. Reading changes nothing on disk, except that `restore`
+  renames damaged checkpoints.
   """
 
   def __init__(self, directory: Path):
@@ -137,7 +137,7 @@ class Checkpoints:
         damaged = damaged or self.directory / str(step)
         continue
       if damaged:
-        report.say(f"{damaged} is damaged: using the previous checkpoint, {step}, instead")
+        output.say(f"{damaged} is damaged: using the previous checkpoint, {step}, instead")
       return found
     raise InputError(f"{damaged} is damaged and no earlier checkpoint is intact: start a new run")
 
@@ -187,7 +187,7 @@ class _DamagedError(Exception):
 
 @contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-  """Any error of Orbax or its storage means damage, except those that another attempt may not meet."""
+  """Any error of Orbax or its storage means damage, except transient ones."""
   try:
     yield
   except Exception as error:
@@ -312,16 +312,15 @@ def _check_same(source: Path, expected: Shapes, found: Shapes) -> None:
 
 # --- Averaged networks as safetensors
 
-SAFETENSORS = {"d": "model.safetensors", "g": "generator.safetensors"}
+SAFETENSORS: dict[Literal["g", "d"], str] = {"d": "model.safetensors", "g": "generator.safetensors"}
 """The files of the two networks. A tensor is named by its path in the network's Flax variables."""
 
 
 def save_averages(folder: Path, state: TrainState) -> None:
   """Writes a state's averages and `model_state`, which define its networks, as safetensors."""
   for name, file in SAFETENSORS.items():
-    variables = {"params": state.ema[name], **getattr(state, name).model_state}
-    arrays = {path: np.asarray(leaf) for path, leaf in _leaves(variables).items()}
-    report.write_bytes(folder / file, safetensors.numpy.save(arrays, {"step": str(int(state.step))}))
+    arrays = {path: np.asarray(leaf) for path, leaf in _leaves(state.averaged(name)).items()}
+    output.write_bytes(folder / file, safetensors.numpy.save(arrays, {"step": str(int(state.step))}))
 
 
 def read_averages(folder: Path, like: TrainState) -> TrainState:

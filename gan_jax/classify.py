@@ -15,24 +15,25 @@ import numpy as np
 
 from gan_jax import (
   checkpoint,
-  classifier_page,
   cli,
   data,
   evaluate,
   figures,
+  memory,
   metrics,
-  page,
-  pictures,
+  output,
   processes,
   recipes,
   report,
+  report_sections,
+  results,
   run_dir,
   train,
 )
 from gan_jax.dataset import Dataset
 from gan_jax.evaluate import Evaluation
+from gan_jax.output import say
 from gan_jax.recipes import Recipe, policies, ssgan
-from gan_jax.report import say
 from gan_jax.types import InputError, Json, LabelSplit, TrainState
 
 _NUM_SCORED = 10_000
@@ -100,7 +101,7 @@ def main(config: Config, *, name: str = "train") -> Json:
   if config.frechet and dataset.of_vectors:
     raise InputError("--frechet needs images, but these are vectors: leave it out")
   if config.frechet:
-    pictures.check_memory(_NUM_SCORED, dataset.image_shape, "leave --frechet out", num_bytes=8)
+    memory.check(_NUM_SCORED, dataset.image_shape, "leave --frechet out", num_bytes=8)
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = make_recipe(config, dataset, split)
   control, afresh = recipes.supervised_control(recipe), recipe
@@ -138,7 +139,7 @@ def main(config: Config, *, name: str = "train") -> Json:
     if found and dataset.of_vectors:
       errors["input_probe_test_error"] = found[0].linear["input"]
     result = {
-      **run_dir.training(fits[0]),
+      **results.training(fits[0]),
       "interrupted": any(fit.interrupted for fit in fits) or bool(folds and not found),
       "rollbacks": [rollback for fit in fits for rollback in fit.rollbacks],
       "network": recipe.hparams.network,
@@ -154,7 +155,7 @@ def main(config: Config, *, name: str = "train") -> Json:
     if quality:
       table.append((f"{next(iter(quality))}: distance to the test set", f"{quality['frechet']:.2f}"))
     shown, sections = _pictures(run, recipe, fits[0].state, found, split, measured_on)
-    return run_dir.finish(run, result, table=table, pictures=shown, sections=sections)
+    return results.finish(run, result, table=table, pictures=shown, sections=sections)
 
 
 NAMES = {
@@ -172,9 +173,11 @@ def _percent(error: float | None) -> str:
 
 def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
   """The recipe tuned for this number of training images, with the given flags applied."""
-  hparams = ssgan.for_images(
-    dataset.image_shape,
-    len(split.images),
+  hparams = ssgan.for_data(
+    dataset.x_train,
+    dataset.y_train[list(split.indices)],
+    dataset.num_classes,
+    num_images=len(split.images),
     network=config.network,
     policy=config.augment,
     mirror=dataset.of_objects,
@@ -183,8 +186,6 @@ def make_recipe(config: Config, dataset: Dataset, split: LabelSplit) -> Recipe:
     precision=config.train.precision,
     **config.objective.hparams,
     vat=config.vat,
-    vat_epsilon=ssgan.VAT_EPSILON * data.mean_norm(dataset.x_train) if config.vat else None,
-    class_prior=data.class_prior(dataset.y_train[list(split.indices)], dataset.num_classes),
   )
   return ssgan.build(hparams, dataset.image_shape, dataset.num_classes)
 
@@ -223,7 +224,7 @@ def cross_validate(
     parts.append(evaluate_fold(left_out, states, [data.labelled(dataset, split)] * len(states)))
     path.parent.mkdir(exist_ok=True)
     linear = {name: np.array([found.linear[name] for found in parts[-1]]) for name in parts[-1][0].linear}
-    report.write_cache(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
+    output.write_cache(path, {"logits": np.stack([found.logits for found in parts[-1]]), **linear})
   every = data.Chosen(dataset.x_train, np.concatenate([out for _, out in folds]))
   return [evaluate.pooled(found, every) for found in zip(*parts, strict=True)]
 
@@ -308,12 +309,12 @@ def _snapshot(run: run_dir.Run, recipe: Recipe) -> Callable[[TrainState], None]:
   return snapshot
 
 
-def _on_the_way(run: run_dir.Run) -> list[page.Section]:
+def _on_the_way(run: run_dir.Run) -> list[report.Section]:
   """The images of `_snapshot` in step order."""
   paths = sorted((run.path / "samples").glob("step-*.png"))
-  found = [page.Picture(path, f"step {int(path.stem.removeprefix('step-')):,}") for path in paths]
-  text = "The same ten latents at ten times of the training."
-  return [page.Section("The generator on the way", text=text, pictures=found)] if found else []
+  found = [report.Picture(path, f"step {int(path.stem.removeprefix('step-')):,}") for path in paths]
+  text = "The same ten latents at ten points in training."
+  return [report.Section("Samples during training", text=text, pictures=found)] if found else []
 
 
 def _pictures(
@@ -323,7 +324,7 @@ def _pictures(
   found: Sequence[Evaluation],
   split: LabelSplit,
   measured_on: str,
-) -> tuple[list[tuple[str, str]], list[page.Section]]:
+) -> tuple[list[tuple[str, str]], list[report.Section]]:
   """Writes the pictures of a run; returns those at the top of its page, and the page's sections."""
   shown, sections = [], []
   if _draws_images(recipe, run.dataset):
@@ -335,7 +336,7 @@ def _pictures(
     figures.confusion(run.path / "confusion.png", first.confusion, names)
     figures.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
     dataset, in_folds = run.dataset, measured_on != "test images"
-    sections = classifier_page.sections(
+    sections = report_sections.sections(
       run.path,
       first,
       names,
@@ -345,9 +346,9 @@ def _pictures(
       visible=not dataset.of_vectors,
     )
   sections += _on_the_way(run)
-  figures.learning_curves(run.path / "learning_curves.png", report.read_rows(run.metrics_path))
-  curves = [page.Picture(run.path / "learning_curves.png")]
-  return shown, [*sections, page.Section("Learning curves", pictures=curves)]
+  figures.learning_curves(run.path / "learning_curves.png", output.read_rows(run.metrics_path))
+  curves = [report.Picture(run.path / "learning_curves.png")]
+  return shown, [*sections, report.Section("Learning curves", pictures=curves)]
 
 
 def _stored_fold(path: Path, left_out: Dataset) -> list[Evaluation] | None:

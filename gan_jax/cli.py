@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import jax
 
-from gan_jax import data, datasets, parallel, pictures, processes, provenance
+from gan_jax import data, datasets, memory, parallel, processes, provenance
 from gan_jax.networks import Precision
+from gan_jax.output import console, say
 from gan_jax.recipes import Recipe
-from gan_jax.report import console, say
 from gan_jax.types import InputError, Json, LabelSplit
 
 
@@ -317,8 +317,8 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
     InputError: there are too few devices, or the batch cannot be split over them or exceeds all memory.
   """
   # Activations and gradients take more than 64 bytes per value; how much more depends on the networks.
-  hint = "choose a smaller --batch-size"
-  pictures.check_memory(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
+  hint = "choose a smaller --image-size or --batch-size"
+  memory.check(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
   there, num_processes = jax.devices(), jax.process_count()
   if num is None:
     num = 1 if num_processes == 1 else parallel.most_devices(recipe.batch, len(there), num_processes)

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tyro.conf import Positional, arg
 
-from gan_jax import cli, figures, report
-from gan_jax.report import say
+from gan_jax import cli, figures, memory, output
+from gan_jax.output import say
 from gan_jax.types import InputError, Json
 
 Model = Positional[Annotated[str, arg(metavar="RUN|EXPORT")]]
@@ -44,7 +44,7 @@ class Predict:
     if self.review is not None and self.top_k != 1:
       raise InputError("--review writes no predictions: leave --top-k out")
     if self.out is not None:
-      report.check_file(Path(self.out))
+      output.check_file(Path(self.out))
       if self.review is not None and Path(self.out).exists():
         raise InputError(f"{self.out} already exists and may hold labels: name another file")
 
@@ -136,7 +136,7 @@ class Sample:
     cli.not_negative(self, "seed")
     if Path(self.out).suffix not in (".png", ".npy"):
       raise InputError(f"--out {self.out} must end in .png or .npy")
-    report.check_file(Path(self.out))
+    output.check_file(Path(self.out))
 
 
 def sample(config: Sample) -> Json:
@@ -144,13 +144,13 @@ def sample(config: Sample) -> Json:
 
   python -m gan_jax sample RUN --num 64 --class-name 7 --out sevens.png
   """
-  from gan_jax import model, pictures
+  from gan_jax import model
 
   say(f"opening {config.model}")
   loaded, out = model.load(config.model), Path(config.out)
   if loaded.scaling is not None and out.suffix == ".png":
     raise InputError("this run was trained on vectors, which cannot be drawn: name a .npy file with --out")
-  pictures.check_memory(config.num, loaded.recipe.image_shape, "choose a smaller --num", num_bytes=8)
+  memory.check(config.num, loaded.recipe.image_shape, "choose a smaller --num", num_bytes=8)
   classes = None if config.class_name is None else [config.class_name] * config.num
   images = loaded.sample(config.num, seed=config.seed, classes=classes)
   if out.suffix == ".npy":
@@ -197,7 +197,7 @@ class Report:
 
   runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN [RUN ...]")]]
   """Folders of complete runs."""
-  out: str = "report.html"
+  out: str = "comparison.html"
   """The page."""
 
 
@@ -206,10 +206,10 @@ def report_runs(config: Report) -> Json:
 
   python -m gan_jax report runs/a runs/b --out page.html
   """
-  from gan_jax import page
+  from gan_jax import report
 
   there = Path(config.out).is_file()
-  page.compare(Path(config.out), [Path(run) for run in config.runs])
+  report.compare(Path(config.out), [Path(run) for run in config.runs])
   say(_written(config.out, there))
   return {}
 
@@ -247,10 +247,11 @@ def _write(path: str | None, content: str | bytes) -> None:
   """Writes atomically to a file, or to standard output."""
   content = content.encode(errors="replace") if isinstance(content, str) else content
   if path is None:
-    sys.stdout.write(content.decode())
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
     return
   there = Path(path).is_file()
-  report.write_bytes(Path(path), content)
+  output.write_bytes(Path(path), content)
   say(_written(path, there))
 
 

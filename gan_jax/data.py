@@ -46,13 +46,13 @@ def split_labels(
       above the number of labels of the rarest class, or there are too few images.
   """
   if per_class is not None and per_class < 1:
-    raise InputError(f"--labels-per-class must be at least 1, not {per_class}")
+    raise InputError(f"labels per class must be at least 1, not {per_class}")
   rest = len(labels) - num_held_out
   num_images = rest if num_images is None else num_images
   if not 0 < num_images <= rest:
     raise InputError(
       f"cannot train on {num_images} of {len(labels)} training images while holding out {num_held_out}:"
-      " change --num-images or --hold-out"
+      " choose fewer"
     )
   order = np.random.default_rng(seed).permutation(len(labels))
   images, held_out = order[:num_images], order[rest:]
@@ -67,7 +67,7 @@ def split_labels(
   rarest = class_names[rarest] if class_names else rarest
   if per_class is not None and per_class > counts.min():
     raise InputError(
-      f"--labels-per-class {per_class} is more than the {counts.min()} labelled training images of class"
+      f"{per_class} labels per class are more than the {counts.min()} labelled training images of class"
       f" {rarest}"
     )
   if counts.min() == 0:

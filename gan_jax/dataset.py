@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
-import psutil
 from jaxtyping import Int, UInt8
 
-from gan_jax.report import say
+from gan_jax import memory
+from gan_jax.output import say
 from gan_jax.types import ImageSource, InputError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def is_streamed(choice: Choice, shape: Sequence[int], *, held: int = 0) -> bool:
   if choice != "auto":
     return choice == "yes"
   room, where = (
-    HOST_SHARE * (psutil.virtual_memory().available + held),
+    HOST_SHARE * (memory.free() + held),
     f"{HOST_SHARE:.0%} of the free memory",
   )
   on_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from gan_jax import pictures, prepared
+from gan_jax import memory, pictures, prepared
 from gan_jax.dataset import Choice, Dataset, is_streamed
 from gan_jax.types import ImageSource, InputError
 
@@ -61,14 +61,15 @@ def load(
 
 
 def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice) -> Dataset:
-  if manual_dir is not None and not Path(manual_dir).is_dir():
-    raise InputError(f"--manual-dir {manual_dir} is not a folder")
   if name == "digits":
     return _load_digits()
   if name.startswith("arrays:"):
     return pictures.load_arrays(name.removeprefix("arrays:"))
+  named = "mnist" if name == "auto" else name
+  if manual_dir is not None and not Path(manual_dir).is_dir() and not prepared.is_prepared(named, data_dir):
+    raise InputError(f"--manual-dir {manual_dir} is not a folder")
   try:
-    return prepared.load("mnist" if name == "auto" else name, data_dir, manual_dir, stream)
+    return prepared.load(named, data_dir, manual_dir, stream)
   except InputError:
     if name != "auto" or manual_dir or prepared.is_prepared("mnist", data_dir):
       raise
@@ -105,7 +106,7 @@ def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Datase
   if dataset.scaling is not None:
     raise InputError("--image-size is for images, but these are vectors: leave it out")
   num = len(dataset.x_test) + (len(dataset.x_train) if isinstance(dataset.x_train, np.ndarray) else 0)
-  pictures.check_memory(num, (side, side, dataset.x_train.shape[-1]), "choose a smaller --image-size")
+  memory.check(num, (side, side, dataset.x_train.shape[-1]), "choose a smaller --image-size")
 
   resize = partial(pictures.resize_all, size=(side, side), fit=fit)
   x = dataset.x_train

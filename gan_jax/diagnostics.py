@@ -73,7 +73,7 @@ def make_diagnostics(
     classify: class logits of generated images; by default D's own K logits. Without classes (K = 1) the
       last two kinds of metric are omitted.
     by_class: whether D judges every image by its class, as in class-conditional training on all labels:
-      r is then the logit of the class, `l_y`, else `logsumexp(l)`.
+      r is then the logit of the class, `l_y`, if all held-out images have one, else `logsumexp(l)`.
     boundary: real logit above which D takes an image for real; None omits both accuracies.
 
   Returns:
@@ -93,12 +93,13 @@ def make_diagnostics(
       raise InputError(f"diagnostics need at least 2 training images to compare with, not {num}")
     # No step has this number, so training never uses these latents.
     latents = g.latents(jax.random.fold_in(state.key, 2**32 - 1), num)
-    x_fake = g.apply({"params": state.ema["g"], **state.g.model_state}, latents, train=False)
+    x_fake = g.apply(state.averaged("g"), latents, train=False)
     x = jnp.concatenate([x_train, x_held_out, x_fake])
     y = jnp.full(len(x), -1)
     if by_class and isinstance(latents, ClassLatents):
       real = (data.evenly_spaced(known) for known in (images.y_lab, images.y_held_out))
       y = jnp.concatenate([*real, latents.y])
+      y = jnp.where((images.y_held_out < 0).any(), -1, y)  # all by the same logit, or the gap is a bias
     logits = d.apply({"params": state.d.params, **state.d.model_state}, x, train=False)[0]
     ends = [num, num + len(x_held_out)]
     train, held_out, fake = jnp.split(losses.known_real_logit(logits, y), ends)
@@ -199,11 +200,11 @@ def _lost_classes(
   what = f"has lost {len(names)} of {num_classes} classes ({listed}):"
   if len(missing) == num_classes:
     what = f"draws only a few of the {num_classes} classes, and different ones each time: mostly"
-  most = 100 * max(shares[k] for k in missing)
+  most, least = 100 * max(shares[k] for k in missing), 100 * min(expected[k] for k in missing)
+  of_the_data = f"at least {least:.2g} % of the data" if class_prior else f"an equal share is {least:.2g} %"
   return (
-    f"the generator {what} each makes up at most {most:.2g} % of its images, and at least"
-    f" {100 * min(expected[k] for k in missing):.2g} % of the data; try feature matching, a lower learning"
-    " rate of the generator, larger batches, or class-conditional training"
+    f"the generator {what} each makes up at most {most:.2g} % of its images, and {of_the_data}; try feature"
+    " matching, a lower learning rate of the generator, larger batches, or class-conditional training"
   )
 
 

@@ -79,18 +79,20 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 for unlabelled ones.
 
     Raises:
-      ValueError: there is no label, -1 is text, a label is None, the network does not take images of this
-        shape, training diverged, or scikit-learn refuses the input.
+      ValueError: there is no label, -1 is text, a label is None or empty, the images have no 1 or 3
+        channels or a shape that the network does not take, training diverged, or scikit-learn refuses the
+        input.
     """
-    vars(self).pop("_averages", None)  # if this fit fails, no earlier one may answer
+    vars(self).pop("_averages", None)  # a failed fit must not leave the previous model in place
     X, y = validate_data(self, X, y, allow_nd=True, ensure_min_samples=2)
     values = y.tolist()
     if any(isinstance(value, str | bytes) and value in ("-1", b"-1") for value in values):
       raise ValueError(
         "y holds the text -1: to mix names with -1 for no label, pass the number -1 and dtype object"
       )
-    if None in values:
-      raise ValueError("y holds None: mark images without a label by -1")
+    for empty in (None, ""):
+      if empty in values:
+        raise ValueError(f"y holds {empty!r}: mark images without a label by -1")
     labelled = np.array([value != -1 for value in values])
     if not labelled.any():
       raise ValueError("y has no label: every value is -1")
@@ -118,6 +120,18 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     """The most probable classes, `[N]`."""
     probs = self.predict_proba(X)
     return self.classes_[probs.argmax(axis=1)]
+
+  def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+    """Accuracy on the rows that have a label.
+
+    Raises:
+      ValueError: no row has one.
+    """
+    labelled = np.array([value != -1 for value in np.asarray(y).tolist()], bool)
+    if not labelled.any():
+      raise ValueError("no accuracy without labels: every value of y is -1")
+    weight = None if sample_weight is None else np.asarray(sample_weight)[labelled]
+    return super().score(np.asarray(X)[labelled], np.asarray(y)[labelled], weight)
 
   def transform(self, X: Any) -> Float[np.ndarray, "n f"]:
     """Features of the discriminator, `[N, F]`."""
@@ -159,6 +173,8 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       shape = self._row_shape if X.ndim > 2 else (1, X.shape[1])
     if np.ndim(shape) != 1 or len(shape) not in (2, 3) or np.prod(shape) != np.prod(self._row_shape):
       raise ValueError(f"X of shape {X.shape} does not hold images of shape {shape}")
+    if len(shape) == 3 and shape[2] not in (1, 3):
+      raise ValueError(f"images of shape {(*shape,)} have no 1 or 3 channels: put the channels last")
     return X.reshape(len(X), *shape, *([1] if len(shape) == 2 else []))
 
   def _checked(self, X: Any) -> UInt8[np.ndarray, "n h w c"]:
@@ -177,9 +193,10 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     policy: Any = self.augmentation or "none"
     if policy is not True and policy not in policies.POLICIES:
       raise ValueError(f"unknown augmentation {policy}: choose from {', '.join(policies.POLICIES)}")
-    hparams = ssgan.for_images(
-      x.shape[1:],  # pyright: ignore[reportArgumentType]
-      len(x),
+    hparams = ssgan.for_data(
+      x,
+      y_lab,
+      len(self.classes_),
       network=network,
       policy=None if policy is True else policy,
       num_steps=self.num_steps,
@@ -187,7 +204,5 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       adversarial=self.adversarial,
       consistency=self.consistency,
       vat=self.vat,
-      vat_epsilon=ssgan.VAT_EPSILON * data.mean_norm(x) if self.vat else None,
-      class_prior=data.class_prior(y_lab, len(self.classes_)),
     )
     return ssgan.build(hparams, x.shape[1:], len(self.classes_))  # pyright: ignore[reportArgumentType]

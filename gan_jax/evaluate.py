@@ -228,7 +228,7 @@ def sample(
   with the purpose, see `objectives.named_key`, and with the index of the batch of `SAMPLES`.
   """
   draw = _sampler(recipe.g)
-  variables = steps.generator_variables(recipe.g, state)
+  variables = steps.with_statistics(recipe.g, state).averaged("g")
   batch, key, rows = min(num, SAMPLES), objectives.named_key(jax.random.key(seed), purpose), []
   for i in range(-(-num // batch)):
     classes = () if y is None else (jnp.resize(y[i * batch : (i + 1) * batch], (batch,)),)

@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from os import getpid
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gan_jax import checkpoint, losses, recipes, report, steps
+from gan_jax import checkpoint, losses, output, recipes, steps
 from gan_jax.model import Model, load
 from gan_jax.types import InputError, Json
 
@@ -103,7 +103,7 @@ def to_onnx(model: Model, path: str | Path) -> None:
   except ImportError as error:
     raise InputError(f"ONNX needs jax2onnx, which is not installed: {_JAX2ONNX}") from error
   onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in about(model).items()})
-  report.write_bytes(Path(path), proto.SerializeToString())
+  output.write_bytes(Path(path), proto.SerializeToString())
 
 
 def to_stablehlo(model: Model, path: str | Path) -> None:
@@ -122,8 +122,8 @@ def to_stablehlo(model: Model, path: str | Path) -> None:
     content = exported.serialize()
   except ImportError as error:
     raise InputError("StableHLO needs flatbuffers: pip install -e '.[export]'") from error
-  report.write_bytes(Path(path), bytes(content))
-  report.write_json(Path(f"{path}.json"), about(model))
+  output.write_bytes(Path(path), bytes(content))
+  output.write_json(Path(f"{path}.json"), about(model))
 
 
 def about(model: Model) -> Json:
@@ -166,7 +166,7 @@ def _silent() -> Iterator[None]:
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
   """A temporary folder that becomes `path`, or fills the empty folder there, when it is complete."""
-  there, name = path.exists(), f".{path.absolute().name}.{getpid()}"
+  there, name = os.path.lexists(path), f".{path.absolute().name}.{os.getpid()}"
   if there and not (path.is_dir() and not any(path.iterdir())):
     raise InputError(f"{path} already exists and is not an empty folder: name a new one")
   beside = path / name if there else path.absolute().with_name(name)
@@ -215,8 +215,8 @@ def _write_safetensors(model: Model, folder: Path, run: Path | None) -> None:
     **({} if run is None else _facts(run, int(model.state.step))),
   }
   checkpoint.save_averages(folder, steps.with_statistics(model.recipe.g, model.state))
-  report.write_json(folder / "config.json", config)
-  report.write_text(folder / "MODEL_CARD.md", _card(model, config))
+  output.write_json(folder / "config.json", config)
+  output.write_text(folder / "MODEL_CARD.md", _card(model, config))
 
 
 def _facts(run: Path, step: int) -> Json:
@@ -234,8 +234,8 @@ def _facts(run: Path, step: int) -> Json:
 
 
 def _last_part(word: str) -> str:
-  """A word of a command; an absolute path is reduced to its last part."""
-  kind, colon, path = word.rpartition(":")
+  """A word of a command; an absolute path, also one after `folder:`, is reduced to its last part."""
+  kind, colon, path = ("", "", word) if Path(word).is_absolute() else word.partition(":")
   return f"{kind}{colon}{Path(path).name}" if Path(path).is_absolute() else word
 
 

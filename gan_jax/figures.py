@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gan_jax.metrics.uncertainty import Reliability
-from gan_jax.report import write_bytes
+from gan_jax.output import write_bytes
 from gan_jax.types import Json
 
 

@@ -40,14 +40,20 @@ def conv(
   w: Float[Array, "kh kw c f"],
   strides: Sequence[int],
   padding: Literal["SAME"] = "SAME",
-  **_,
+  **others: Any,
 ) -> Float[Array, "b oh ow f"]:
   """Convolution with "SAME" padding, fast inside loops too, and differentiable any number of times.
 
   XLA's CPU backend runs the gradients of a convolution in a loop body with a naive kernel, 4 to 60
   times slower than outside (https://github.com/jax-ml/jax/issues/12868). On CPU the derivatives, in reverse
   mode only, are those of the same map written as a matrix product.
+
+  Raises:
+    ValueError: another padding, dilation or grouping.
   """
+  ones = others.get("lhs_dilation") or (1, 1), others.get("rhs_dilation") or (1, 1)
+  if padding != "SAME" or {1} != {*ones[0], *ones[1], others.get("feature_group_count", 1)}:
+    raise ValueError("only convolutions with padding SAME, without dilation and groups, are supported")
   fn = _conv if jax.default_backend() == "cpu" else lax_conv
   return fn(x, w, (strides[0], strides[1]))
 
@@ -98,7 +104,9 @@ _conv.defvjp(
 
 
 def normal(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "*shape"]:
-  """Standard normal float32 samples, equal to `jax.random.normal(key, shape)` to 1e-5; consumes the key.
+  """Standard normal float32 samples; consumes the key.
+
+  They equal `jax.random.normal(key, shape)` to 1e-5 on average, and to 0.05 in the far tails.
 
   On CPU, JAX rolls the rounds of Threefry into a loop, and every iteration goes through memory. Unrolled,
   sampling is one pass over the array that the samples are added to, 2.6 times as fast on two cores.

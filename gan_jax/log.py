@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gan_jax import diagnostics, report
-from gan_jax.report import console
+from gan_jax import diagnostics, output
+from gan_jax.output import console
 from gan_jax.types import InputError, Json
 
 
@@ -61,9 +61,9 @@ class MetricsLog:
     rows, self._file, self._tensorboard = [], None, None
     if workdir is not None:
       path = workdir / "metrics.jsonl"
-      rows = report.read_rows(path, ("phase", "step", "seconds"))
+      rows = output.read_rows(path, ("phase", "step", "seconds"))
       rows = [row for row in rows if row["phase"] != phase or row["step"] <= first]
-      report.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+      output.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
       self._file = open(path, "a", buffering=1)  # noqa: SIM115
       if tensorboard:
         self._tensorboard = _tensorboard(workdir / "tensorboard" / phase)

@@ -152,7 +152,8 @@ def smooth(loss: Adversarial, label: float) -> Adversarial:
 
   D's loss on a real image becomes `label` times its loss as real plus `1 - label` times its loss as fake.
   The loss on generated images and G's loss are unchanged. For cross-entropy and squared losses; for least
-  squares this moves the target from 1 to `label`.
+  squares this moves the target from 1 to `label`. D is then undecided, between real and generated images
+  of equal density, at a probability of `label / 2`.
 
   References:
     Salimans et al., 2016, https://arxiv.org/abs/1606.03498, section 3.4.
@@ -163,7 +164,8 @@ def smooth(loss: Adversarial, label: float) -> Adversarial:
     _, as_fake = loss.d(real, real)
     return label * as_real + (1 - label) * as_fake, of_fake
 
-  return loss._replace(d=d)
+  undecided: dict[float | None, float] = {0.0: math.log(label / (2 - label)), 0.5: label / 2}
+  return loss._replace(d=d, boundary=undecided.get(loss.boundary))
 
 
 def feature_matching(

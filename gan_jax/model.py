@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import checkpoint, data, evaluate, losses, pictures, probe, recipes, report, steps
+from gan_jax import checkpoint, data, evaluate, losses, output, pictures, probe, recipes, steps
 from gan_jax.pictures import Reader, Scaling, below, for_all, listed
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
@@ -142,17 +142,19 @@ class Model:
       else:
         files, skipped = below(path) if path.is_dir() else ({"": path}, [])
         if skipped:
-          report.say(f"skipped, as hidden or not a picture: {len(skipped):,} ({listed(skipped)})")
+          output.say(f"skipped, as hidden or not a picture: {len(skipped):,} ({listed(skipped)})")
         alone = len(paths) == 1 and path.is_dir()
         read = _read_pictures(reader, files if alone else {str(file): file for file in files.values()})
         names += read
         images += [image[None] for image in read.values()]
     if not images:
       raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
-    wrong = next((i for i, x in enumerate(images) if x.shape[1:] != shape), None)
-    if wrong is not None:
-      wanted, found = ("x".join(map(str, each)) for each in (shape, images[wrong].shape[1:]))
-      raise InputError(f"this model takes images of {wanted}, but one is {found}: resize it")
+    first = 0
+    for x in images:
+      if x.shape[1:] != shape:
+        wanted, found = ("x".join(map(str, each)) for each in (shape, x.shape[1:]))
+        raise InputError(f"this model takes images of {wanted}, but {names[first]} is {found}: resize it")
+      first += len(x)
     return names, np.concatenate(images)
 
   def _from_array(self, path: Path) -> np.ndarray:
@@ -243,7 +245,7 @@ def _read_pictures(reader: Reader, files: dict[str, Path]) -> dict[str, UInt8[np
   if failed and len(failed) == len(files):
     raise InputError(failed[0])
   for reason in failed:
-    report.say(f"left out: {reason}")
+    output.say(f"left out: {reason}")
   return {name: image for name, image in zip(files, read, strict=True) if not isinstance(image, str)}
 
 

@@ -1,7 +1,7 @@
 """Published methods side by side, each an `Objective`: a weighted sum of terms for D and one for G."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,26 +15,48 @@ from gan_jax.terms import StepOutputs, Term
 from gan_jax.types import Augment
 
 Weight = float | optax.Schedule
+Weighted = Mapping[str, tuple[Weight, Term]]
+"""Metric name -> (weight, term)."""
+OTHER_METRICS = (
+  *("loss", "error", "grad_norm", "update_norm"),
+  *("real_logit_real", "real_logit_fake", "real_sign", "strength", "overfitting"),
+)
+"""The metrics of a step that are no terms, see `steps.make_step`."""
+GAN_TERMS = (
+  *("adversarial", "r1", "r2", "wgan_gp", "mixed"),
+  *("confident_generated", "undecided_generated", "generated"),
+)
+"""D's terms that need a generator, or only make sense beside an adversarial loss."""
 
 
 @dataclass(frozen=True)
 class Objective:
-  """What D and G minimise: metric name -> (weight, term). A network without terms is not updated."""
+  """What D and G minimise. A network without terms is not updated.
 
-  d: Mapping[str, tuple[Weight, Term]]
-  g: Mapping[str, tuple[Weight, Term]] = field(default_factory=dict)
+  Raises:
+    ValueError: a term has the name of another metric.
+  """
+
+  d: Weighted
+  g: Weighted = field(default_factory=dict)
   boundary: float | None = 0.0
   """Of the adversarial loss, see `losses.Adversarial`."""
 
   def __post_init__(self):
     # A weight of zero removes its term before anything is traced.
-    for name in ("d", "g"):
-      kept = {k: (w, t) for k, (w, t) in getattr(self, name).items() if callable(w) or w != 0}
-      object.__setattr__(self, name, kept)
+    for network in ("d", "g"):
+      kept = {k: (w, t) for k, (w, t) in getattr(self, network).items() if callable(w) or w != 0}
+      object.__setattr__(self, network, kept)
+      if taken := sorted(set(kept).intersection(OTHER_METRICS)):
+        raise ValueError(f"a term cannot be called {taken[0]}: that is another metric of the step")
+
+  def plus(self, **d: tuple[Weight, Term]) -> "Objective":
+    """The objective with further terms for D; one of the same name is replaced."""
+    return replace(self, d={**self.d, **d})
 
 
 def weighted_sum(
-  weighted: Mapping[str, tuple[Weight, Term]], outputs: StepOutputs
+  weighted: Weighted, outputs: StepOutputs
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """The loss, and the unweighted value of each term by name.
 
@@ -50,22 +72,6 @@ def weighted_sum(
 def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
   """The key of this name. Unlike small integers, hashed names are not indices of a `split` of the key."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def with_class_balance(
-  objective: Objective, weight: Weight, prior: Sequence[float] | None = None
-) -> Objective:
-  """The objective with an added class-balance term.
-
-  Args:
-    objective: any objective with unlabelled images.
-    weight: a number or a schedule.
-    prior: frequencies of the K classes; None: uniform.
-
-  References:
-    Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5, see `losses.class_imbalance`.
-  """
-  return replace(objective, d={**objective.d, "class_balance": (weight, terms.class_balance(prior))})
 
 
 def gan(
@@ -179,7 +185,7 @@ def conditional_gan(
   classifier = semi_supervised_gan(
     adversarial=0.0, consistency_weight=consistency_weight, weak=weak, threshold=threshold
   )
-  return replace(adversarial, d={**adversarial.d, **classifier.d})
+  return adversarial.plus(**classifier.d)
 
 
 def bad_gan(*, entropy_weight: Weight, density_weight: Weight, quantile: float = 0.1) -> Objective:
@@ -199,9 +205,10 @@ def bad_gan(*, entropy_weight: Weight, density_weight: Weight, quantile: float =
     Dai et al., 2017, https://arxiv.org/abs/1705.09783, section 4.
   """
   published = semi_supervised_gan()
+  low_density = density_weight, terms.low_density(quantile=quantile)
   return Objective(
-    d={**published.d, "entropy": (entropy_weight, terms.entropy)},
-    g={**published.g, "low_density": (density_weight, terms.low_density(quantile=quantile))},
+    d=published.plus(entropy=(entropy_weight, terms.entropy)).d,
+    g={**published.g, "low_density": low_density},
   )
 
 

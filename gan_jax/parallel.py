@@ -31,7 +31,7 @@ if TYPE_CHECKING:
   from gan_jax.recipes import Recipe
 
 
-def _mesh_of(devices: Sequence[Any], axis: str) -> Mesh:
+def _mesh_of(devices: Sequence[Any], axis: str = "batch") -> Mesh:
   """These devices in this order: `jax.make_mesh` refuses subsets of a TPU's chips that are no cuboid."""
   return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
 
@@ -84,7 +84,7 @@ def over_devices(recipe: "Recipe", devices: Sequence[Any]) -> "Recipe":
       f"{num} {name} images per step cannot be split evenly over {len(devices)} devices: choose a multiple"
       f" of {len(devices)}, or {instead}"
     )
-  mesh = _batch_mesh(devices)
+  mesh = _mesh_of(devices)
   return dataclasses.replace(recipe, g=_Split(recipe.g, mesh), d=_Split(recipe.d, mesh))
 
 
@@ -99,7 +99,7 @@ def most_devices(sizes: BatchSizes, num: int, multiple: int = 1) -> int:
 
 def replicated(tree: Any, devices: Sequence[Any]) -> Any:
   """The same arrays on each of these devices; with several processes, each supplies its own copy."""
-  whole = NamedSharding(_batch_mesh(devices), PartitionSpec())
+  whole = NamedSharding(_mesh_of(devices), PartitionSpec())
   if jax.process_count() == 1:
     return jax.device_put(tree, whole)
 
@@ -116,17 +116,13 @@ def sharding_of_steps(devices: Sequence[Any]) -> Sharding:
   default device."""
   if not devices:
     return jnp.zeros(()).sharding
-  return NamedSharding(_batch_mesh(devices), PartitionSpec(None, "batch"))
+  return NamedSharding(_mesh_of(devices), PartitionSpec(None, "batch"))
 
 
 def rows_here(sharding: Sharding, shape: Sequence[int]) -> Int[np.ndarray, "n"]:
   """The rows of a step, `[M, B, ...]`, that are on this process's devices, in order."""
   parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
   return np.unique(np.concatenate([np.arange(shape[1])[part[1]] for part in parts if part]))
-
-
-def _batch_mesh(devices: Sequence[Any]) -> Mesh:
-  return _mesh_of(devices, "batch")
 
 
 # --- One run, under jax.pmap
@@ -168,9 +164,9 @@ class _Part(_Wrapped):
     return jax.tree.map(_whole, out), changed
 
 
-# Two pairs of linear maps between values that are the same on all devices and values that differ, each map
-# the transpose of the other. JAX's own all_gather and psum do not know which values are the same: their
-# transposes count a gradient that every device has once per device.
+# Two pairs of collectives between replicated values and values that differ per device, one the transpose of
+# the other. Under pmap JAX cannot tell these values apart: the transposes of its own all_gather and psum
+# would count a replicated cotangent once per device.
 
 
 def _own(x: Array) -> Array:
@@ -185,13 +181,15 @@ _own_part = jax.custom_vjp(_own)
 _whole = jax.custom_vjp(lambda parts: jax.lax.all_gather(parts, AXIS, tiled=True))
 _to_parts = jax.custom_vjp(lambda same: same)
 _total = jax.custom_vjp(lambda parts: jax.lax.psum(parts, AXIS))
-for _map, _transpose in (
-  (_own_part, _whole),
-  (_whole, _own_part),
-  (_to_parts, _total),
-  (_total, _to_parts),
-):
-  _map.defvjp(lambda x, _map=_map: (_map(x), None), lambda _, ct, _transpose=_transpose: (_transpose(ct),))
+
+
+def _are_transposes(f: Any, g: Any) -> None:
+  f.defvjp(lambda x: (f(x), None), lambda _, cotangent: (g(cotangent),))
+  g.defvjp(lambda x: (g(x), None), lambda _, cotangent: (f(cotangent),))
+
+
+_are_transposes(_own_part, _whole)
+_are_transposes(_to_parts, _total)
 
 
 def _part(x: Array) -> Array:
@@ -261,6 +259,7 @@ def place(
   return jax.device_put(states, NamedSharding(mesh, _EACH)), jax.device_put(data, shardings)
 
 
+@jax.jit  # one program for all leaves
 def stack(trees: Sequence[Any]) -> Any:
   """Stacks replicates: each leaf gets a leading `[S]`."""
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

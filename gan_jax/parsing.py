@@ -132,22 +132,20 @@ def resumed(config_cls: type[Config], path: Path, flags: Sequence[str]) -> Confi
     _check_types(stored)
   except FileNotFoundError as error:
     raise InputError(f"{path} holds no run to resume: it has no config.json") from error
-  except (OSError, ValueError, TypeError, KeyError, AttributeError, typeguard.TypeCheckError) as error:
-    raise InputError(f"{path / 'config.json'} is not the configuration of this experiment") from error
+  except OSError as error:
+    raise InputError(f"{path / 'config.json'} cannot be read: {error.strerror}") from error
+  except (ValueError, TypeError, KeyError, AttributeError, typeguard.TypeCheckError) as error:
+    raise InputError(
+      f"{path / 'config.json'} is not the configuration of this experiment in this version of gan_jax"
+    ) from error
   config = _parse(config_cls, flags, default=stored)
   old, new = flags_of_recipe(stored), flags_of_recipe(config)
   for name in old:
-    if _named(old[name]) != _named(new[name]):
+    if name != "dataset" and old[name] != new[name]:  # the data themselves are compared, wherever they are
       raise InputError(
         f"{path} was started with {flag(name)} {old[name]}, not {new[name]}: leave the flag out"
       )
   return config
-
-
-def _named(value: Any) -> Any:
-  """A flag's value; of user data only the name of the folder or file, which may have been moved."""
-  kind, colon, path = value.partition(":") if isinstance(value, str) else (value, "", "")
-  return f"{kind}:{Path(path).absolute().name}" if colon and kind in ("folder", "arrays") else value
 
 
 def _check_types(config: Any) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from gan_jax.dataset import Choice, Dataset, is_streamed
+from gan_jax.output import write_cache
 from gan_jax.pictures.reader import check_shape, reason_of
-from gan_jax.report import write_cache
 from gan_jax.types import InputError
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")

@@ -120,9 +120,8 @@ def make_layers(
     return module.path in {(name,) for name in names} and method == "__call__"
 
   def layers(state: TrainState, x: Float[Array, "b h w c"]) -> dict[str, Array]:
-    variables = {"params": state.ema["d"], **state.d.model_state}
     _, captured = d.apply(
-      variables, x, train=False, capture_intermediates=is_layer, mutable=["intermediates"]
+      state.averaged("d"), x, train=False, capture_intermediates=is_layer, mutable=["intermediates"]
     )
     outputs = captured["intermediates"]
     return {name: _pooled(outputs[name]["__call__"][0]).reshape(x.shape[0], -1) for name in names}

@@ -106,7 +106,7 @@ def _end_with_a_sentence() -> None:
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def ended(signum: int) -> None:
     del signum
-    os.write(2, f"\nerror: {LOST}\n".encode())
+    os.write(2, f"\naborted; if the lines above name no other cause: {LOST}\n".encode())
     os._exit(1)
 
   _end_with_a_sentence.kept = ended  # pyright: ignore[reportFunctionMemberAccess]
@@ -154,4 +154,4 @@ def check_same(what: Any, arrays: Any) -> None:
 
 def local(tree: Any) -> Any:
   """This process's copy of arrays that are the same on all devices; its own arrays as they are."""
-  return jax.tree.map(lambda a: a if a.is_fully_addressable else a.addressable_data(0), tree)
+  return jax.tree.map(lambda a: a if len(a.sharding.device_set) == 1 else a.addressable_data(0), tree)

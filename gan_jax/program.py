@@ -17,7 +17,7 @@ import jax
 from rich.markup import escape
 
 from gan_jax import parsing, processes
-from gan_jax.report import cache_dir, console, say
+from gan_jax.output import cache_dir, console, say
 from gan_jax.types import InputError, Json, Stopped
 
 # No permission or a full disk: no check can foresee these, and they are not bugs.
@@ -25,16 +25,23 @@ _CLOSED_OR_FULL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.E
 
 
 @contextlib.contextmanager
-def _quiet_pipe() -> Iterator[None]:
-  """Exits without a traceback if the reader of standard output closes it early, as `| head` does."""
+def _writing_output() -> Iterator[None]:
+  """Exits without a traceback if standard output is closed early, as `| head` does, or its disk is full."""
+  if sys.stdout is None:  # `>&-`
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
   try:
     try:
       yield
     finally:
       sys.stdout.flush()
-  except BrokenPipeError:
+  except OSError as error:
+    if not isinstance(error, BrokenPipeError) and error.errno not in _CLOSED_OR_FULL:
+      raise
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at exit
-    sys.exit(141)  # the shell's exit code for a process ended by SIGPIPE
+    if isinstance(error, BrokenPipeError):
+      sys.exit(141)  # the shell's exit code for a process ended by SIGPIPE
+    say(f"error: standard output cannot be written: {error.strerror}")
+    sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -71,7 +78,7 @@ def _interruptible() -> Iterator[None]:
       signal.signal(signum, handler)
 
 
-@_quiet_pipe()
+@_writing_output()
 @_interruptible()
 def run(
   main: Callable[[Any], Json],
@@ -158,7 +165,7 @@ def enable_compilation_cache() -> None:
   if jax.config.values["jax_compilation_cache_dir"] is None:  # the attribute is untyped in JAX 0.10
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_compilation_cache_max_size", 2**30)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     replace_damaged(cache_dir() / "xla")
 
 
@@ -172,8 +179,9 @@ def replace_damaged(cache: Path) -> None:
       show(message, *args, **kwargs)
       return
     name = str(message).removeprefix(warned).partition("'")[2].partition("'")[0]
-    for path in cache.glob(f"{name}-*") if name else ():
-      path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a cache that may only be read
+      for path in cache.glob(f"{name}-*") if name else ():
+        path.unlink(missing_ok=True)
 
   warnings.showwarning = showwarning
   warnings.filterwarnings("always", warned)

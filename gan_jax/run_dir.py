@@ -1,38 +1,29 @@
-"""The directory of a run: opening, locking, resuming, replacing, results."""
+"""The directory of a run: opening, locking, resuming."""
 
 import contextlib
 import dataclasses
 import datetime
 import json
 import os
-import resource
 import shlex
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
-from rich.markup import escape
-from rich.table import Table
 
-from gan_jax import checkpoint, cli, page, parsing, processes, provenance, recipes, report, train
+from gan_jax import checkpoint, cli, output, overwrite, parsing, processes, provenance, recipes
 from gan_jax.dataset import Dataset
+from gan_jax.output import console, say
 from gan_jax.recipes import Recipe
-from gan_jax.report import console, say
 from gan_jax.types import InputError, Json, LabelSplit, Stopped, TrainState
 
 FILES = ("config.json", "labels.json", "report.html", "result.json")
 """The files of every run."""
 TRAINING_FILES = ("metrics.jsonl", "checkpoints", "tensorboard")
 """Additional files of a run that trains one recipe."""
-
-_REPLACED, _REPLACING = ".replaced", ".replacing"
-# Where --overwrite keeps the files of the old run until the new one has its first row of metrics, and where
-# they are while being moved there or back.
 
 
 @dataclass(frozen=True)
@@ -119,29 +110,29 @@ def open_run(
     if flags.resume:
       _check_resumable(path, labels, described)
     else:
-      _settle(path, owned)
+      overwrite.settle(path, owned)
       if (path / "config.json").exists():
         _check_replaceable(path, flags, experiment)
-        _move_aside(path, owned)
+        overwrite.set_aside(path, owned)
     complete = False
     try:
       if not flags.resume:
-        report.write_json(path / "config.json", described)  # first: it marks the folder as that of a run
-        report.write_json(path / "labels.json", labels)
+        output.write_json(path / "config.json", described)  # first: it marks the folder as that of a run
+        output.write_json(path / "labels.json", labels)
       processes.wait("open")
       yield run
       complete = True
-    except InputError:
-      # A user error found before any training: the next attempt must find no run here.
-      if not flags.resume and not _has_begun(path, owned):
-        remove(path, owned)
+    except (InputError, OSError):
+      # A user error or a full disk, found before any training: the next attempt must find no run here.
+      if not flags.resume and not overwrite.has_begun(path, owned):
+        overwrite.remove(path, owned)
       raise
     except Stopped as stopped:
-      if _has_begun(path, owned) or not (path / _REPLACED).exists():
+      if overwrite.has_begun(path, owned) or not (path / overwrite.REPLACED).exists():
         stopped.resume = shlex.join(["python", "-m", *program.split(), "--resume", "--workdir", str(path)])
       raise
     finally:
-      _settle(path, owned, complete=complete)
+      overwrite.settle(path, owned, complete=complete)
 
 
 def _describe(run: Run, flags: Json, recipes_used: Mapping[str, Recipe]) -> tuple[Json, Json]:
@@ -193,59 +184,13 @@ def describe_split(split: LabelSplit, exclude_labelled: bool = False) -> Json:
   }
 
 
-def remove(path: Path, files: Iterable[str]) -> None:
-  """Removes these files and folders of a run; of a symbolic link, only the link."""
-  for name in files:
-    target = path / name
-    if target.is_dir() and not target.is_symlink():
-      shutil.rmtree(target)
-    else:
-      target.unlink(missing_ok=True)
-
-
-def _move_aside(path: Path, files: Sequence[str]) -> None:
-  moving = path / _REPLACING
-  moving.mkdir()
-  for name in files:
-    if os.path.lexists(path / name):
-      (path / name).rename(moving / name)
-  moving.rename(path / _REPLACED)
-
-
-def _settle(path: Path, files: Sequence[str], *, complete: bool = False) -> None:
-  """Finishes what `_move_aside` began: removes the old run if the new one has begun, else puts it back.
-
-  It can be called again after being killed at any point.
-  """
-  aside, moving = path / _REPLACED, path / _REPLACING
-  if aside.exists():
-    if complete or _has_begun(path, files):
-      remove(path, [_REPLACED])
-    else:
-      remove(path, files)
-      aside.rename(moving)
-  if moving.exists():
-    for name in os.listdir(moving):
-      remove(path, [name])
-      (moving / name).rename(path / name)
-    moving.rmdir()
-
-
-def _has_begun(path: Path, files: Sequence[str]) -> bool:
-  """Whether a run or one of its parts has a first row of metrics or results, or a checkpoint."""
-  if "checkpoints" in files and any((path / "checkpoints").rglob("_CHECKPOINT_METADATA")):
-    return True
-  rows = (row for name in files for row in (path / name, *(path / name).rglob("*.jsonl")))
-  return any(row.suffix == ".jsonl" and row.is_file() and row.stat().st_size for row in rows)
-
-
 def _check_folder(path: Path) -> None:
   """Raises `InputError` for a directory that must not hold a run."""
   if path.exists() and not path.is_dir():
     raise InputError(f"--workdir {path} is not a folder")
   names = set(os.listdir(path)) if path.exists() else set()
   names = {name for name in names if name != ".lock" and not name.startswith(".config.json.")}  # of a kill
-  if names & {_REPLACED, _REPLACING}:
+  if names & {overwrite.REPLACED, overwrite.REPLACING}:
     return
   foreign = checkpoint.SAFETENSORS["d"] in names  # an export
   with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged file is that of a run
@@ -286,6 +231,11 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
       stored[name] = json.loads((path / name).read_text())
     except (OSError, ValueError) as error:
       raise InputError(f"{path / name} cannot be read, so the run cannot be resumed") from error
+  before = {key: stored["labels.json"].get(key) for key in ("experiment", "dataset")}
+  if before["experiment"] != labels["experiment"]:
+    raise InputError(f"{path} holds a run of {before['experiment']}, not of {labels['experiment']}")
+  if before["dataset"] != labels["dataset"]:
+    raise InputError(f"{path} was started on {before['dataset']}, not {labels['dataset']}: see --dataset")
   noted = {"note": None}  # the note also counts files that are not pictures, which may come and go
   if stored["labels.json"] | noted != labels | noted:
     raise InputError(f"{path / 'labels.json'} does not hold the split that this run would use")
@@ -344,77 +294,7 @@ def check_source(run_flags: cli.RunFlags, flags: cli.TransferFlags) -> None:
     return
   if not (Path(flags.init_from) / "config.json").is_file():
     raise InputError(f"--init-from {flags.init_from} is not the folder of a run: it has no config.json")
+  if (Path(flags.init_from) / checkpoint.SAFETENSORS["d"]).exists():
+    raise InputError(f"--init-from {flags.init_from} is an export: name the folder of its run")
   if run_flags.workdir and Path(flags.init_from).resolve() == Path(run_flags.workdir).resolve():
     raise InputError("--init-from and --workdir are the same folder: name a new one for this run")
-
-
-# --- The end of a run
-
-
-def training(fit: train.Fit) -> Json:
-  """The entries of `result.json` about training."""
-  first, num_steps = fit.first_step_at, int(fit.state.step)
-  return {
-    "interrupted": fit.interrupted,
-    "steps": num_steps,
-    "seconds_train": round(fit.seconds_train, 1),
-    "seconds_compile": round(fit.seconds_compile, 1),
-    "seconds_to_first_step": first and round(first - psutil.Process().create_time(), 2),
-    "steps_per_second": round(num_steps / fit.seconds_train, 2),
-    "seconds_idle": round(fit.seconds_idle, 2),
-    "alarms": list(fit.alarms),
-    "rollbacks": list(fit.rollbacks),
-  }
-
-
-def finish(
-  run: Run,
-  result: Json,
-  *,
-  table: Sequence[Sequence[str]],
-  pictures: Sequence[tuple[str, str]],
-  sections: Sequence[page.Section] = (),
-) -> Json:
-  """Completes the result, writes `result.json` and `report.html`, and prints the table.
-
-  Args:
-    run: the open run.
-    result: the experiment's own keys; errors that are missing become None.
-    table: rows, each a name and its values.
-    pictures: titles and file names, relative to the run's directory, for the page.
-    sections: further sections of the page, below the pictures.
-  """
-  dataset, split = run.dataset, run.split
-  result = {
-    "experiment": run.experiment,
-    "dataset": dataset.name,
-    "note": dataset.note,
-    "num_labels": split and len(split.indices),
-    "label_split_sha256": split and split.sha256,
-    "split_seed": split and split.seed,
-    "unlabelled_includes_labelled": not run.exclude_labelled,
-    "num_images": len(split.images if split else dataset.x_train),
-    "seed": run.seed,
-    **dict.fromkeys(("test_error", "supervised_test_error", "probe_test_error")),
-    **result,
-    "seconds_total": round(time.time() - run.begin, 1),
-    "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    **run.environment,
-  }
-  result = json.loads(json.dumps(result))  # as it will be read back: tuples become lists
-  report.write_json(run.path / "result.json", result)
-  files = [(title, run.path / name) for title, name in pictures]
-  page.write(run.path / "report.html", result, table, files, sections=sections, command=run.command)
-  title = f"{run.experiment} on {dataset.name}"
-  if result["num_labels"] is not None:  # else each row of the table has its own
-    title += f", {result['num_labels']} labels"
-  rich_table = Table(title=escape(title), title_justify="left", show_header=False)
-  for name, *values in table:
-    rich_table.add_row(*map(escape, (name, *values)))
-  console.print(rich_table)
-  for alarm in result.get("alarms", ()):
-    console.print(f"alarm: {alarm}", style="yellow", markup=False, soft_wrap=True)
-  if dataset.note:
-    console.print(dataset.note, style="bold yellow", markup=False)
-  say(f"written to {run.path}")
-  return result

@@ -323,12 +323,14 @@ def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps
     def body(i: Array, carry):
       state, history = carry
       state, metrics = one(state, data, i)
-      return state, {name: history[name].at[i].set(metrics[name]) for name in history}
+      row = jnp.stack([metrics[name] for name in names])  # one buffer for all, so one write per step
+      return state, history.at[i].set(row)
 
     first = jnp.int32(0)  # a Python 0 is weakly typed, and would need a separate trace
-    _, shapes = jax.eval_shape(one, state, data, first)
-    history = {name: jnp.zeros(max_steps, shape.dtype) for name, shape in shapes.items()}
-    return jax.lax.fori_loop(first, num, body, (state, history))
+    _, names = jax.eval_shape(one, state, data, first)
+    history = jnp.zeros((max_steps, len(names)))
+    state, history = jax.lax.fori_loop(first, num, body, (state, history))
+    return state, dict(zip(names, history.T, strict=True))
 
   return multi_step
 
@@ -341,16 +343,9 @@ def with_statistics(g: Generator, state: TrainState) -> TrainState:
   same ones and of all classes, in the collection "statistics" of `state.g.model_state`. Existing statistics
   are kept. Training does not use them: continue it from the original state.
   """
-  variables = {"params": state.ema["g"], **state.g.model_state}
   latents = g.latents(objectives.named_key(jax.random.key(0), "statistics"), NUM_STATISTICS)
-  _, statistics = g.apply(variables, latents, train=False, mutable="statistics")
+  _, statistics = g.apply(state.averaged("g"), latents, train=False, mutable="statistics")
   return state.replace(g=state.g.replace(model_state={**state.g.model_state, **statistics}))
-
-
-def generator_variables(g: Generator, state: TrainState) -> PyTree[Array]:
-  """The averaged G as Flax variables for sampling, see `with_statistics`."""
-  state = with_statistics(g, state)
-  return {"params": state.ema["g"], **state.g.model_state}
 
 
 def make_sampler(
@@ -358,9 +353,9 @@ def make_sampler(
 ) -> Callable[..., Float[Array, "n h w c"]]:
   """Builds `sample(variables, key, num, y=None) -> images [num, H, W, C]` in [0, 1].
 
-  The variables are those of `generator_variables`, so each image depends on its own latent alone. `num` is
-  static under jit; the key is consumed. A class-conditional generator makes images of the classes `y [num]`
-  or, without `y`, of random classes.
+  With the variables `with_statistics(g, state).averaged("g")`, each image depends on its own latent alone.
+  `num` is static under jit; the key is consumed. A class-conditional generator makes images of the classes
+  `y [num]` or, without `y`, of random classes.
   """
 
   def sample(
@@ -385,7 +380,6 @@ def make_classifier(
   """
 
   def classify(state: TrainState, x: Float[Array, "b h w c"]):
-    variables = {"params": state.ema["d"], **state.d.model_state}
-    return d.apply(variables, x, train=False)[:2]
+    return d.apply(state.averaged("d"), x, train=False)[:2]
 
   return classify

@@ -91,8 +91,8 @@ def _real_logit(images: DiscOutputs) -> Float[Array, "b"]:
 def real_images(outputs: StepOutputs, labelled: bool) -> DiscOutputs:
   """The real images of an adversarial loss, with their classes only if D judges images by class.
 
-  Mixing images with and without a class would leave D a loophole: one logit for labelled images and
-  generated images of that class, and any other logit at all for unlabelled images.
+  Mixing images with and without a class would let D satisfy the loss by whether an image has a label: by
+  `l_y` for one kind, by any other logit for the rest.
   """
   if not labelled:
     return outputs.unl
@@ -225,6 +225,9 @@ def class_balance(prior: Sequence[float] | None = None) -> Term:
 
   Args:
     prior: frequencies of the K classes, see `data.class_prior`; None: uniform.
+
+  References:
+    Springenberg, 2016, https://arxiv.org/abs/1511.06390, equation 5, see `losses.class_imbalance`.
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from gan_jax import checkpoint, data, diagnostics, log, parallel, processes, recipes, report, stream
+from gan_jax import checkpoint, data, diagnostics, log, output, parallel, processes, recipes, stream
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, Json, Metrics, Stopped, TrainState
 
@@ -140,7 +140,7 @@ def fit(
         )
       )
       if verbose:
-        report.say(f"{phase}: compiling")
+        output.say(f"{phase}: compiling")
       slowed = recipes.with_learning_rates(split, 0.5 ** len(rollbacks)) if rollbacks else split
       begin = time.perf_counter()
       multi_step = jax.jit(slowed.make_multi_step(dispatches.max_steps), donate_argnums=0)
@@ -169,7 +169,7 @@ def fit(
 
       periods = [dispatches.max_steps, *(every for every, _ in hooks), *filter(None, [save_every])]
       first_step_at, unreadable = None, None
-      with _stop_on_interrupt() as stop:
+      with _stop_on_interrupt(saves=saved is not None) as stop:
         for num in _dispatch_sizes(done, num_steps, periods):
           drawn = None
           if not stop.signum:
@@ -194,7 +194,7 @@ def fit(
       _raise_what_ended_it(stop, unreadable, largest, reached=done if saved and done else None)
       if verbose and idle() > 0.05 * metrics_log.seconds:
         share = f"{idle() / metrics_log.seconds:.0%}"
-        report.say(f"{phase}: reading images did not keep up: the device waited {share} of the time")
+        output.say(f"{phase}: reading images did not keep up: the device waited {share} of the time")
       return Fit(
         state=processes.local(state),
         seconds_train=metrics_log.seconds,
@@ -223,7 +223,7 @@ def _with_rollbacks(attempt: Callable[[bool, Sequence[str]], Fit], *, resume: bo
         raise
       rollbacks = error.rollbacks
     number = f"rollback {len(rollbacks)} of {MAX_ROLLBACKS}"
-    report.say(f"{rollbacks[-1]}: back to the last checkpoint, at half the learning rates ({number})")
+    output.say(f"{rollbacks[-1]}: back to the last checkpoint, at half the learning rates ({number})")
     resume = True
 
 
@@ -241,10 +241,10 @@ def _restore_or_start(
       folder = saved.directory.parent
       raise InputError(f"{folder} holds checkpoints: pass resume=True to continue, or name another folder")
     state = saved.restore(state)
-    report.say(f"{phase}: resuming from step {int(state.step):,}")
+    output.say(f"{phase}: resuming from step {int(state.step):,}")
     return state, saved.extra
   if saved is not None and resume:
-    report.say(f"{phase}: there is no checkpoint to resume from, so training starts over")
+    output.say(f"{phase}: there is no checkpoint to resume from, so training starts over")
   return state if start is None else start(state), {}
 
 
@@ -292,7 +292,7 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[_Stop]:
+def _stop_on_interrupt(*, saves: bool) -> Iterator[_Stop]:
   """The first Ctrl-C, SIGTERM or SIGHUP ends the loop after the current dispatch; a second is immediate."""
   stop = _Stop()
 
@@ -301,7 +301,8 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
     stop.signum = signum
     restore()
     # Not through the console: it may be mid-line and would print that line again.
-    os.write(2, b"\nstopping: saving the progress so far (Ctrl-C again to quit at once)\n")
+    what = b"saving the progress so far" if saves else b"the last steps are still running"
+    os.write(2, b"\nstopping: " + what + b" (Ctrl-C again to quit at once)\n")
 
   def restore():
     for signum, handler in previous.items():

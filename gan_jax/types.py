@@ -1,7 +1,7 @@
 """Types shared between modules: frozen pytrees of arrays, and the contracts of the networks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from flax import struct
@@ -99,6 +99,11 @@ class TrainState(struct.PyTreeNode):
   """Exponential moving averages of the parameters, under `"g"` and `"d"`."""
   aux: PyTree[Array] = struct.field(default_factory=dict)
   """Further state that an algorithm carries from step to step."""
+
+  def averaged(self, name: Literal["g", "d"]) -> PyTree[Array]:
+    """The averaged network of this name as Flax variables."""
+    net: NetState = getattr(self, name)
+    return {"params": self.ema[name], **net.model_state}
 
 
 class LabelSplit(NamedTuple):

@@ -38,7 +38,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 # Tracing allocates millions of small, long-lived objects; scanning them takes a fifth of its time.
 gc.set_threshold(100_000, 50, 50)
 
-from gan_jax import data, datasets, evaluate, networks, objectives, recipes, steps  # noqa: E402
+from gan_jax import augment, data, datasets, evaluate, networks, objectives, recipes, steps, terms  # noqa: E402
 from gan_jax.datasets import Dataset  # noqa: E402
 from gan_jax.types import BatchSizes  # noqa: E402
 
@@ -59,6 +59,21 @@ def _isolated(tmp_path, monkeypatch):
 
 # One object for all tests: `init_state` is compiled once per optimizer.
 ADAM = optax.adam(1e-2, b1=0.5)
+WEAK = augment.affine(shift=0.05)
+FULL = objectives.semi_supervised_gan(consistency_weight=1.0, weak=WEAK, threshold=0.2).plus(
+  class_balance=(3.0, terms.class_balance())
+)
+"""Losses that couple the images of a batch, feature matching and class balance, and losses that do not."""
+
+
+class Consuming:
+  """A D that consumes its noise key, which Flax only folds: otherwise reuse would go unnoticed."""
+
+  def __init__(self, net):
+    self.net = net
+
+  def apply(self, variables, x, *, rngs, **kwargs):
+    return self.net.apply(variables, x + 0 * jax.random.uniform(rngs["noise"]), rngs=rngs, **kwargs)
 
 
 class Tiny:

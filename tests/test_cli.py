@@ -19,7 +19,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import mnist_low_data, mnist_ssgan
-from gan_jax import cli, parsing, program, report
+from gan_jax import cli, output, parsing, program
 from gan_jax.types import BatchSizes, InputError
 
 BAD = [
@@ -114,7 +114,10 @@ def run(monkeypatch, *flags, module=mnist_ssgan) -> int:
     (("--steps", "x"), "error: --steps: must be {None}|INT, not ['x']"),
     (("--learning-rat", "1"), "--learning-rat, 1; perhaps you meant --learning-rate {None}|FLOAT"),
     (("--network", "x"), "error: invalid choice 'x' for argument '--network'"),
-    (("--dataset", "digits", "--batch-size", "2147483647"), "is free: choose a smaller --batch-size"),
+    (
+      ("--dataset", "digits", "--batch-size", "2147483647"),
+      "is free: choose a smaller --image-size or --batch-size",
+    ),
     (("--dataset", "digits", "--image-size", "100000"), "1,797 images of 100000x100000 take 16,735.9 GB"),
     (
       ("--dataset", "digits", "--labels-per-class", "all", "--exclude-labelled"),
@@ -134,13 +137,13 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(flags, sentence, monkeypatch, c
 
 
 def test_a_file_that_cannot_be_written_is_known_before(tmp_path):
-  report.check_file(tmp_path / "new" / "file")
-  report.check_file(Path("/dev/null"))
+  output.check_file(tmp_path / "new" / "file")
+  output.check_file(Path("/dev/null"))
   assert not list(tmp_path.iterdir())
   (tmp_path / "file").touch()
   for path in (tmp_path, tmp_path / "file" / "below", tmp_path / ("x" * 300)):
     with pytest.raises(InputError, match=r"is a folder|cannot be written: (Not a|File name)"):
-      report.check_file(path)
+      output.check_file(path)
 
 
 def test_an_unknown_flag_is_refused(monkeypatch, capsys):
@@ -301,9 +304,28 @@ def test_a_reader_who_leaves_early_sees_no_traceback():
     assert (process.returncode, said) == (141, b"")
 
 
+@pytest.mark.parametrize(
+  ("shell", "code", "said"),
+  [
+    ("> /dev/full", 2, b": No space left on device\n"),
+    (">&-", 0, b""),
+  ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(shell, code, said):
+  code_of = (
+    "from experiments import mnist_ssgan; from gan_jax import program\nmain = lambda c: print(1) or {}\n"
+  )
+  code_of += "program.run(main, mnist_ssgan.Config, flags=[], description='x')"
+  command = f"exec {shlex.join([sys.executable, '-c', code_of])} {shell}"
+  root = Path(cli.__file__).parents[1]
+  found = subprocess.run(command, shell=True, executable="/bin/sh", stderr=subprocess.PIPE, cwd=root)
+  assert (found.returncode, found.stderr.count(b"\n")) == (code, len(said) and 1)
+  assert found.stderr.endswith(said)
+
+
 def test_resume_takes_the_stored_flags_and_refuses_others(tmp_path):
   stored = parsing.with_flags(mnist_ssgan.Config(), labels_per_class=5, workdir="here", overwrite=True)
-  report.write_json(tmp_path / "config.json", {"config": parsing.flags_of(stored)})
+  output.write_json(tmp_path / "config.json", {"config": parsing.flags_of(stored)})
   config = parsing.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
   assert (config.labels.labels_per_class, config.run.overwrite) == (5, False)
   parsing.check(config)
@@ -323,20 +345,20 @@ def test_resume_takes_the_stored_flags_and_refuses_others(tmp_path):
 def test_stored_flags_of_another_type_are_a_sentence(wrong, tmp_path):
   stored = parsing.flags_of(mnist_low_data.Config())
   assert wrong.keys() <= stored.keys()
-  report.write_json(tmp_path / "config.json", {"config": stored | wrong})
+  output.write_json(tmp_path / "config.json", {"config": stored | wrong})
   with pytest.raises(InputError, match="not the configuration of this experiment"):
     parsing.resumed(mnist_low_data.Config, tmp_path, [])
 
 
 def test_a_resumed_run_knows_its_flags_of_many_values(tmp_path):
   config = mnist_low_data.Config(percents=(5.0, 50.0), augments=("fixed",))
-  report.write_json(tmp_path / "config.json", {"config": parsing.flags_of(config)})
+  output.write_json(tmp_path / "config.json", {"config": parsing.flags_of(config)})
   assert parsing.resumed(mnist_low_data.Config, tmp_path, []) == config
 
 
 def test_what_a_run_starts_from_is_one_of_its_flags(tmp_path):
   stored = parsing.with_flags(mnist_ssgan.Config(), init_from="source", freeze_d=2, workdir="here")
-  report.write_json(tmp_path / "config.json", {"config": parsing.flags_of(stored)})
+  output.write_json(tmp_path / "config.json", {"config": parsing.flags_of(stored)})
   config = parsing.resumed(mnist_ssgan.Config, tmp_path, ["--workdir", "here", "--resume"])
   parsing.check(config)  # a run that has begun does not need its source
   assert (config.transfer.init_from, config.transfer.freeze_d) == ("source", 2)

@@ -71,7 +71,7 @@ def test_images_and_held_out_ones_come_from_the_same_permutation():
 
 @pytest.mark.parametrize(("num_images", "num_held_out"), [(36, 5), (0, 0), (None, 40), (41, 0)])
 def test_more_images_than_there_are(num_images, num_held_out):
-  with pytest.raises(InputError, match="change --num-images or --hold-out"):
+  with pytest.raises(InputError, match="while holding out"):
     data.split_labels(np.arange(40) % 4, 1, seed=0, num_images=num_images, num_held_out=num_held_out)
 
 

@@ -174,6 +174,9 @@ def test_with_all_labels_d_is_asked_for_the_class():
   lse = np.log(np.exp(logits).sum(axis=1))
   np.testing.assert_allclose(real[False], [lse.mean(), lse[0], lse.mean()], rtol=1e-5)
   np.testing.assert_allclose(real[True], [1.5, -1.0, 0.5], rtol=1e-5)
+  # Held-out images without a class: all are judged by the same logit, or the gap would be a bias.
+  images = on_device(x, x[:1], [0, 1], [-1])
+  assert diagnostics.make_diagnostics(g, Looks(), by_class=True)(state, images) == found[False]
 
 
 def test_diagnostics_agree_with_the_networks_themselves(key):
@@ -377,6 +380,7 @@ def test_a_rare_class_is_lost_only_relative_to_its_frequency():
   rows = made_up((20, {f"diagnostics/share_{k}": share for k, share in enumerate(shares)}))
   (found,) = sentences(rows, num_steps=20)
   assert "lost 18 of 20 classes (2, 3, " in found
+  assert "and an equal share is 5 %" in found  # what the share of the data is, nobody has said
   assert sentences(rows, num_steps=20, class_prior=(0.95, 0.04, 0.01, *[0.0] * 17)) == []
   (found,) = sentences(rows, num_steps=20, class_prior=(0.45, 0.45, 0.1, *[0.0] * 17))
   assert (

@@ -109,6 +109,23 @@ def test_pipelines_and_cross_validation(digits, small_mlp):
   assert scores.min() > 0.4  # chance is 0.1
 
 
+def test_rows_without_a_label_have_no_score(digits, small_mlp):
+  images, y, few = digits
+  gan = SemiSupervisedGAN(network="mlp", num_steps=40, random_state=0).fit(images, few)
+  labelled = few >= 0
+  weight = np.linspace(1, 2, len(few))
+  expected = gan.score(images[labelled], y[labelled], weight[labelled])
+  assert gan.score(images, few, weight) == expected > 0
+  assert cross_val_score(gan, images, few, cv=2).min() > 0.2  # chance is 0.1
+  with pytest.raises(ValueError, match="no accuracy without labels"):
+    gan.score(images, np.full(len(images), -1))
+
+
+def test_images_with_the_channels_first_are_refused():
+  with pytest.raises(ValueError, match=r"shape \(3, 8, 8\) have no 1 or 3 channels: put the channels last"):
+    SemiSupervisedGAN().fit(np.zeros((6, 3, 8, 8)), np.arange(6))
+
+
 def test_it_learns_the_digits_from_few_labels():
   """The conv pair, on real digits: 5 labels per class, the rest unlabelled."""
   images, y = load_digits(return_X_y=True)
@@ -151,6 +168,7 @@ BAD = [
   ({}, np.array(["a", "b", "-1", "-1", "-1", "-1"]), "y holds the text -1"),
   ({}, np.array(["a", "b", "-1", -1, "a", "b"], object), "y holds the text -1"),
   ({}, np.array(["a", "b", None, -1, "a", "b"], object), "y holds None"),
+  ({}, np.array(["a", "b", "", -1, "a", "b"], object), "y holds ''"),
   ({"network": "unet"}, np.arange(6), "unknown network unet: choose from auto, "),
   ({"augmentation": "signs"}, np.arange(6), "unknown augmentation signs: choose from digits, "),
   ({"num_steps": 0}, np.arange(6), "num_steps must be a whole number of at least 1"),

@@ -94,7 +94,7 @@ def test_the_tensors_are_the_variables_of_the_networks(small_mlp, tiny, tmp_path
   logits, _ = model.recipe.d.apply(d, x, train=False)
   np.testing.assert_allclose(jax.nn.softmax(logits), model.predict(x), atol=1e-6)
   assert (set(d), set(g)) == ({"params", "frozen"}, {"params", "statistics"})
-  expected = steps.generator_variables(model.recipe.g, model.state)
+  expected = steps.with_statistics(model.recipe.g, model.state).averaged("g")
   jax.tree.map(np.testing.assert_array_equal, g, dict(expected))
 
 
@@ -125,6 +125,8 @@ def test_the_card_has_what_was_measured_and_no_path(run, tmp_path):
   assert "The errors are those of one run" in card
   (command,) = re.findall(r"python -m experiments\.mnist_ssgan (.*)`", card)
   assert parsing._parse(mnist_ssgan.Config, shlex.split(command)) == flags
+  words = f"folder:{tmp_path}/my:set", f"{tmp_path}/my:set", "folder:my:set", "--seed"
+  assert [*map(export._last_part, words)] == ["folder:my:set", "my:set", "folder:my:set", "--seed"]
 
 
 def test_an_error_of_other_parameters_is_not_told(run, tmp_path):

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,15 @@ def test_conv_in_loops_has_the_stock_convolutions_third_derivatives(kernel, chan
 
   for stock, ours in zip(third(kernels.lax_conv), third(kernels._conv), strict=True):
     np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-3 * jnp.abs(stock).max())
+
+
+@pytest.mark.parametrize(
+  "kwargs", [{"kernel_dilation": 2}, {"padding": "VALID"}, {"feature_group_count": 2}]
+)
+def test_what_the_fast_convolution_does_not_support_is_refused(kwargs, key):
+  layer = nn.Conv(8, (3, 3), conv_general_dilated=kernels.conv, **kwargs)
+  with pytest.raises(ValueError, match="only convolutions with padding SAME"):
+    layer.init(key, jnp.zeros((1, 8, 8, 2)))
 
 
 @pytest.mark.parametrize("shape", [(7,), (300, 251), (2, 3, 4)])

@@ -7,7 +7,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import datasets, parsing, recipes, run_dir
+from gan_jax import datasets, parsing, recipes, results
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
@@ -218,13 +218,13 @@ def test_flags_that_the_study_does_not_honour_it_does_not_take():
 def test_the_terminal_shows_a_row_a_method_and_a_column_a_budget(tmp_path, read, monkeypatch):
   """The overview of `study.md`."""
   shown = []
-  finish = run_dir.finish
+  finish = results.finish
 
   def spy(run, result, *, table, pictures):
     shown.extend(table)
     return finish(run, result, table=table, pictures=pictures)
 
-  monkeypatch.setattr(run_dir, "finish", spy)
+  monkeypatch.setattr(results, "finish", spy)
   methods = ("supervised", "label_spreading")
   study(tmp_path / "run", methods=methods, budgets=(20, 50))
   header, *rows = shown

@@ -185,8 +185,8 @@ def test_smoothing_is_a_softer_target():
   np.testing.assert_allclose(soft.d(r, f)[1], losses.non_saturating.d(r, f)[1])
   np.testing.assert_allclose(soft.g(r, f), losses.non_saturating.g(r, f))
   # D's optimum is the target's log-odds.
-  rest = jnp.log(jnp.array([0.9 / 0.1]))
-  np.testing.assert_allclose(grad(lambda r: soft.d(r, f)[0].sum())(rest), 0, atol=1e-6)
+  optimum = jnp.log(jnp.array([0.9 / 0.1]))
+  np.testing.assert_allclose(grad(lambda r: soft.d(r, f)[0].sum())(optimum), 0, atol=1e-6)
   squares = losses.smooth(losses.least_squares, 0.9).d(r, f)[0]
   np.testing.assert_allclose(squares, (R - 0.9) ** 2 / 2 + 0.9 * 0.1 / 2, rtol=1e-5, atol=1e-6)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import gan_jax
-from gan_jax import __main__, classify, commands, report, train
+from gan_jax import __main__, classify, commands, output, train
 
 
 def gan_jax_command(*words, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys)
     phases.append(phase)
     return fit(*args, phase=phase, **kwargs)
 
-  rows = lambda: report.read_rows(trained / "metrics.jsonl")
+  rows = lambda: output.read_rows(trained / "metrics.jsonl")
   control = lambda: [row for row in rows() if row["phase"] == "supervised"]
   trained_once = control()
   monkeypatch.setattr(train, "fit", counted)
@@ -165,7 +165,9 @@ def test_a_run_is_resumed_where_its_pictures_have_been_moved(trained, command, t
   (tmp_path / "elsewhere" / "pictures").rename(tmp_path / "others")
   capsys.readouterr()
   assert command("train", *flags, "--dataset", f"folder:{tmp_path / 'others'}") == 2
-  assert "was started with --dataset" in capsys.readouterr().err
+  said = " ".join(capsys.readouterr().err.split())
+  assert "was started on folder:pictures" in said
+  assert "not folder:others" in said
 
 
 def test_a_run_among_its_own_pictures_is_refused(trained, command, tmp_path, monkeypatch, capsys):

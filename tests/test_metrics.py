@@ -12,7 +12,7 @@ import scipy.linalg
 from sklearn.metrics import accuracy_score
 from sklearn.metrics import confusion_matrix as reference
 
-from gan_jax import datasets, metrics, report
+from gan_jax import datasets, metrics, output
 from gan_jax.metrics import feature_extractor, feature_network
 from gan_jax.types import InputError
 
@@ -115,7 +115,7 @@ def cached(digits, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XDG_CACHE_HOME", str(cache))
     patch.setattr(feature_network, "default_steps", lambda num_images: 40)
-    patch.setattr(report, "say", said.append)
+    patch.setattr(output, "say", said.append)
     trained = metrics.load_feature_extractor(digits)
   assert len(said) == 1
   assert "digits" in said[0]
@@ -230,7 +230,7 @@ def test_images_that_cannot_be_scored(x, words, cached):
 def test_an_extractor_needs_enough_real_images(tiny):
   with pytest.raises(InputError, match="at least 256 images, not 60"):
     metrics.load_feature_extractor(tiny.dataset)
-  assert not (report.cache_dir() / "feature_extractors").exists()
+  assert not (output.cache_dir() / "feature_extractors").exists()
 
 
 @pytest.mark.parametrize("shape", [(8, 9, 3), (16, 18, 1)])

@@ -10,7 +10,19 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import checkpoint, data, datasets, networks, parsing, probe, recipes, steps, train
+from gan_jax import (
+  checkpoint,
+  data,
+  datasets,
+  networks,
+  objectives,
+  parsing,
+  probe,
+  recipes,
+  steps,
+  terms,
+  train,
+)
 from gan_jax.recipes import gan, policies, ssgan, study
 from gan_jax.types import InputError
 
@@ -78,12 +90,44 @@ def test_a_control_differs_in_its_other_images_alone():
   assert recipes.without_augmentation(recipe).augment is None
 
 
+@pytest.mark.parametrize("method", [*study.METHODS])
+def test_without_a_generator_no_term_needs_one(method):
+  recipe = study.build(study.tuned("mlp", 500, 8, method), SHAPE, 3)
+  alone = recipes.without_generator(recipe)
+  assert (alone.batch.generated, alone.has_generator) == (0, False)
+  assert "supervised" in alone.objective.d
+  sample = data.make_sample_batch(alone.batch)
+  batch = jax.eval_shape(sample, jax.random.key(0), alone._one_image())
+  jax.eval_shape(alone.make_step(), alone.abstract_state(), batch)
+
+
+def test_further_terms_are_described_by_name_and_only_code_can_train_with_them():
+  recipe = FAMILIES["ssgan"]()
+  more = recipes.with_terms(recipe, own=(0.1, terms.entropy))
+  assert described(more) != described(recipe)
+  again = recipes.rebuild(described(more))
+  assert described(again) == described(more)
+  assert again.d == more.d
+  with pytest.raises(ValueError, match="the terms own are code"):
+    again.flops()
+
+
+@pytest.mark.parametrize("name", objectives.OTHER_METRICS)
+def test_a_term_does_not_take_the_place_of_another_metric(name):
+  with pytest.raises(ValueError, match=f"a term cannot be called {name}"):
+    recipes.with_terms(FAMILIES["ssgan"](), **{name: (0.1, terms.entropy)})
+
+
 def test_more_layers_than_d_has_cannot_be_frozen():
   recipe = FAMILIES["ssgan"]()
   assert recipes.with_frozen(recipe, 0) is recipe
   recipes.with_frozen(recipe, 3)
-  with pytest.raises(InputError, match="D has only 3 layers before its head: 4 cannot be frozen"):
-    recipes.with_frozen(recipe, 4)
+  for num, message in (
+    (4, "D has only 3 layers before its head: 4 cannot be frozen"),
+    (-1, "must not be negative, as -1 is"),
+  ):
+    with pytest.raises(InputError, match=message):
+      recipes.with_frozen(recipe, num)
 
 
 def test_arithmetic_is_matched_by_the_compiled_programs_own_count():
@@ -98,6 +142,13 @@ def test_arithmetic_is_matched_by_the_compiled_programs_own_count():
   assert matched.batch.unlabelled > alone.batch.unlabelled
   again = recipes.rebuild(described(matched))
   assert (again.batch, described(again)) == (matched.batch, described(matched))
+  control = recipes.supervised_control(recipe)
+  for impossible, message in (
+    ((control, recipe), "matched by unlabelled images, but this recipe has none"),
+    ((recipe, control), "even without unlabelled images, this recipe costs more"),
+  ):
+    with pytest.raises(InputError, match=message):
+      recipes.with_flops_of(*impossible)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_fifth_and_no_lower():
@@ -124,9 +175,9 @@ def test_each_method_of_the_study_is_another_objective_over_the_same_batches():
   config = label_study.Config()
   methods = {name: label_study.make_recipe(config, dataset, name) for name in get_args(study.Method)}
   assert len(methods) == 16
-  terms = {name: frozenset(recipe.objective.d) for name, recipe in methods.items()}
-  assert terms["supervised"] == terms["supervised_augmented"] == {"supervised"}
-  assert len(set(terms.values())) == len(methods) - 1
+  names = {name: frozenset(recipe.objective.d) for name, recipe in methods.items()}
+  assert names["supervised"] == names["supervised_augmented"] == {"supervised"}
+  assert len(set(names.values())) == len(methods) - 1
   assert [name for name, recipe in methods.items() if recipe.augment is None] == ["supervised"]
   balanced = {name for name, recipe in methods.items() if "class_balance" in recipe.objective.d}
   aligned = {name for name, recipe in methods.items() if "adamatch" in recipe.objective.d}

@@ -1,122 +1,322 @@
 import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
-from gan_jax import figures, metrics, report
+from gan_jax import evaluate, figures, metrics, output, report, report_sections
 from gan_jax.types import InputError
+
+EVIL = "<script>alert('&')</script>"
+VOID = {"meta", "link", "img"}
+
+
+class Page(HTMLParser):
+  """A parsed page; fails unless every element is closed in order."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.open, self.tags, self.text, self.attributes = [], [], [], []
+    self.feed(path.read_text())
+    self.close()
+    assert self.open == []
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    self.open += [] if tag in VOID else [tag]
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open[-1:] != ["style"]:
+      self.text.append(data.strip())
+
+  def values(self, name):
+    return [value for key, value in self.attributes if key == name]
 
 
 @pytest.fixture
-def figure(monkeypatch):
-  """Captures what is drawn, instead of writing a file."""
-  figure = Figure()
-  monkeypatch.setattr(figures, "_figure", lambda path, size, draw: draw(figure))
-  return figure
+def png(tmp_path):
+  figures.sample_grid(tmp_path / "grid.png", np.zeros((1, 8, 8, 3), np.float32))
+  return tmp_path / "grid.png"
 
 
-def test_json_is_replaced_whole(tmp_path):
-  path = tmp_path / "deep" / "a.json"
-  report.write_json(path, {"a": 1})
-  report.write_json(path, {"b": [2]})
-  assert json.loads(path.read_text()) == {"b": [2]}
-  assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+def test_whatever_a_caller_gives_is_text(png, tmp_path):
+  result = {"experiment": EVIL, "dataset": EVIL, "note": EVIL, "device": EVIL, "class": EVIL}
+  result["alarms"] = [EVIL]
+  section = report.Section(
+    EVIL,
+    EVIL,
+    [EVIL],
+    [[EVIL]],
+    [report.Picture(png, EVIL)],
+    [report.Picture(png.read_bytes(), EVIL)],
+    code=EVIL,
+  )
+  report.write(tmp_path / "p.html", result, [(EVIL, EVIL)], [(EVIL, png)], sections=[section], command=EVIL)
+  found = Page(tmp_path / "p.html")
+  assert "script" not in found.tags
+  # All of it must be visible as text: title and heading 4, note and alarm 2, table 2, picture 1, section 7,
+  # provenance 2, JSON 6.
+  assert sum(text.count(EVIL) for text in found.text) == 24
+  assert not [key for key, _ in found.attributes if key.startswith("on")]
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
-  (tmp_path / "a.json").mkdir()
-  with pytest.raises(OSError, match="directory"):
-    report.write_json(tmp_path / "a.json", {})
-  assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+def test_nothing_lies_elsewhere(png, tmp_path):
+  report.write(tmp_path / "p.html", {"experiment": "e", "dataset": "d"}, [], [("a", png)])
+  found = Page(tmp_path / "p.html")
+  references = found.values("src") + found.values("href")
+  assert len(references) == 2  # the picture, and an empty icon: else a browser asks a server for one
+  assert all(value.startswith("data:") for value in references)
+  assert found.values("alt") == ["a"]
+  html = (tmp_path / "p.html").read_text()
+  assert "default-src 'none'" in html
+  assert "prefers-color-scheme: dark" in html
+  assert "url(" not in html
+  assert "@import" not in html
 
 
-def test_a_name_is_said_as_it_is(capsys):
-  """`:a:` is not shown as an emoji, nor `[b]` as bold type."""
-  report.say("reading folder:a: [b]")
-  report.console.print("folder:a:", markup=False)
-  assert capsys.readouterr().err == "reading folder:a: [b]\nfolder:a:\n"
+def test_the_page_begins_with_the_result_and_ends_with_all_of_it(png, tmp_path):
+  result = {
+    "experiment": "e",
+    "dataset": "d",
+    "num_labels": 50,
+    "num_images": 1437,
+    "steps": 7,
+    "seed": 3,
+    "test_error": 1.234,
+    "supervised_test_error": 8.0,
+    "probe_test_error": 2.0,
+    "test_error_interval": [0.5, 3.3],
+    "num_test_images": 360,
+    "interrupted": True,
+    "alarms": ["collapse"],
+    "versions": {"jax": "1.2"},
+  }
+  table = [
+    ("test error, own", "1.00 %"),
+    ("test error, other", "4.00 %"),
+    ("agreement", "99 %"),
+  ]
+  sections = [report.Section("Extra", "words")]
+  report.write(
+    tmp_path / "p.html", result, table, [("Samples", png)], sections=sections, command="python x"
+  )
+  found = Page(tmp_path / "p.html")
+  text = " ".join(" ".join(found.text).split())
+  expected = (
+    "1.23 % test error from 50 labels and 1,437 images; 8.00 % for the supervised control.",
+    "On 360 test images; 95 % interval of the error 0.50 to 3.30 %",
+    "Stopped after 7 steps",
+    "Alarm: collapse",
+    "test error, own",
+    "Samples",
+    "Extra",
+    "Provenance",
+    "python x",
+    "jax 1.2",
+    "The full result",
+    '"num_labels": 50',
+  )
+  positions = [text.index(words) for words in expected]
+  assert positions == sorted(positions)
+  assert text.count("Alarm: collapse") == 1
+  assert found.values("style") == ["width:25.0%", "width:100.0%"]  # only test errors have bars
+  (whole,) = [data for data in found.text if data.startswith("{")]
+  assert json.loads(whole) == result
 
 
-def test_metrics_without_a_cut_off_line(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  assert report.read_rows(path) == []
-  path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-  assert report.read_rows(path) == [{"step": 1}, {"step": 2}]
+@pytest.mark.parametrize(
+  ("result", "words"),
+  [
+    ({"test_error": None, "probe_test_error": 12.0}, "12.00 % test error of a linear probe"),
+    ({"test_error": 2.0, "num_labels": None}, "2.00 % test error."),
+  ],
+)
+def test_a_result_without_a_control_has_its_own_sentence(result, words, tmp_path):
+  report.write(tmp_path / "p.html", {"experiment": "e", "dataset": "d", **result}, [], [])
+  assert any(
+    text.replace("\N{NO-BREAK SPACE}", " ").startswith(words) for text in Page(tmp_path / "p.html").text
+  )
 
 
-@pytest.mark.parametrize("line", [b"not json", b"5", b'{"step": 1}', b"\xff\x00"])
-def test_a_corrupt_line_of_metrics_is_a_sentence(tmp_path, line):
-  path = tmp_path / "metrics.jsonl"
-  path.write_bytes(b'{"step": 1, "phase": "gan"}\n' + line + b"\n")
-  with pytest.raises(InputError, match=r"line 2 of .*metrics\.jsonl is not a complete row: repair"):
-    report.read_rows(path, ("step", "phase"))
+def classified(num_classes, tmp_path, num=300):
+  """Random predictions for random images, and the pictures of their run."""
+  rng = np.random.default_rng(0)
+  y = rng.integers(0, num_classes, num)
+  logits = (
+    rng.normal(size=(num, num_classes)).astype(np.float32) + 2 * np.eye(num_classes, dtype=np.float32)[y]
+  )
+  x = rng.integers(0, 255, (num, 8, 8, 1), dtype=np.uint8)
+  for name in ("confusion.png", "reliability.png"):
+    figures.sample_grid(tmp_path / name, np.zeros((1, 8, 8, 1), np.float32))
+  return evaluate.Evaluation(0.0, {}, {}, logits, y, x, np.arange(num))
 
 
-def test_sample_grid_puts_images_in_rows(tmp_path):
-  x = np.zeros((11, 64, 64, 1), np.float32)
-  x[1] = 0.5
-  figures.sample_grid(tmp_path / "grid.png", x)
-  pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-  assert pixels.shape == (132, 660)
-  assert pixels[30, 30] == 0
-  assert pixels[30, 100] == 128
-  assert pixels[100, 100] == 255  # no twelfth image
+def sections_of(found, tmp_path, num_classes):
+  names = [f"name {k}" for k in range(num_classes)]
+  y_lab = np.repeat(np.arange(num_classes), 12)
+  x_lab = np.zeros((len(y_lab), 8, 8, 1), np.uint8)
+  return {each.title: each for each in report_sections.sections(tmp_path, found, names, x_lab, y_lab)}
 
 
-def test_the_names_of_a_thousand_classes_are_not_drawn(figure, tmp_path):
-  figures.confusion(tmp_path / "c.png", np.eye(1000, dtype=int), [f"class {k}" for k in range(1000)])
-  assert len(figure.axes[0].get_xticks()) < 20
+def test_sections_of_a_classifier(tmp_path):
+  found = classified(3, tmp_path)
+  sections = sections_of(found, tmp_path, 3)
+  titles = ["Labelled images", "Least certain images", "Worst mistakes", "Reliability"]
+  assert list(sections) == [*titles, "Abstention", "Confusion matrix", "Recall by class"]
+  for limit, threshold, share in sections["Abstention"].rows:
+    kept = found.probs.max(axis=1) >= np.float32(threshold)  # exactly: none may slip in
+    wrong = found.probs.argmax(axis=1) != found.y
+    assert share == f"{100 * kept.mean():.1f} %"
+    assert 100 * wrong[kept].mean() <= float(limit.removesuffix(" %")) + 5e-3
+  strips = sections["Labelled images"].pictures
+  assert [each.caption for each in strips] == [f"name {k}, 10 of 12" for k in range(3)]
+  tile = sections["Least certain images"].tiles[1].caption
+  i = found.probs.max(axis=1).argsort()[1]
+  p, y = found.probs[i], found.y[i]
+  assert tile.startswith(f"true name {y}, {100 * p[y]:.0f}")
+  assert tile.endswith(f"no. {i}")
+  assert ("correct" in tile) == (p.argmax() == y)
+  rows = sections["Recall by class"].rows
+  recall = metrics.recall(found.confusion)
+  assert [row[2] for row in rows] == [f"{r:.1f} %" for r in sorted(recall)]
 
 
-def test_numbers_in_the_confusion_matrix_can_be_read(figure, tmp_path):
-  """Their contrast with the cell is at least 4.5, the guideline for text, on light and dark cells."""
-  counts = np.arange(16).reshape(4, 4) ** 2
-  figures.confusion(tmp_path / "c.png", counts, "abcd")
-  (axes,) = figure.axes
-  (picture,) = axes.images
-  luminance = lambda rgb: np.asarray(rgb)[:3] ** 2.2 @ [0.2126, 0.7152, 0.0722]
-  assert len(axes.texts) == 15
-  for text in axes.texts:
-    j, i = text.get_position()
-    cell = luminance(picture.to_rgba(picture.get_array())[i, j])
-    low, high = sorted([luminance(to_rgb(text.get_color())), cell])
-    assert (high + 0.05) / (low + 0.05) >= 4.5, (i, j)
+def test_pictures_have_the_names_of_their_files(tmp_path):
+  found = classified(3, tmp_path)
+  names = [f"cat/{i}.jpg" for i in range(len(found.y))]
+  x, y = np.zeros((3, 8, 8, 1), np.uint8), np.arange(3)
+  of = lambda **kwargs: report_sections.sections(tmp_path, found, ("a", "b", "c"), x, y, **kwargs)
+  tiles = {each.title: each.tiles for each in of(image_names=names)}["Least certain images"]
+  expected = [f"cat/{i}.jpg" for i in found.least_certain.indices]
+  assert [tile.caption.split("\n")[-1] for tile in tiles] == expected
+  assert not any(each.tiles for each in of(visible=False))
+  assert "Labelled images" not in [each.title for each in of(visible=False)]
 
 
-def test_names_of_classes_are_no_formulas_and_leave_room_for_the_matrix(figure, tmp_path):
-  figures.confusion(tmp_path / "c.png", np.eye(3, dtype=int), ("$\\nonsense$", 40 * "x", "\u732b"))
-  FigureCanvasAgg(figure).draw()  # an invalid formula raises here
-  (axes,) = figure.axes
-  assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\nonsense$", 15 * "x" + "…", "2"]
+@pytest.mark.parametrize(("num_classes", "full_size"), [(10, False), (11, True)])
+def test_the_numbers_of_a_large_confusion_matrix_do_not_shrink(num_classes, full_size, tmp_path):
+  section = sections_of(classified(num_classes, tmp_path), tmp_path, num_classes)["Confusion matrix"]
+  assert section.full_size == full_size
+  report.write(tmp_path / "p.html", {"experiment": "e", "dataset": "d"}, [], [], sections=[section])
+  assert ("pictures full-size" in Page(tmp_path / "p.html").values("class")) == full_size
 
 
-def test_the_reliability_diagram_shows_accuracy_and_number_of_every_bin(figure, tmp_path):
-  probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
-  found = metrics.reliability(probs, np.array([0, 1, 0]), bins=4)
-  figures.reliability_diagram(tmp_path / "r.png", found)
-  above, below = figure.axes
-  assert [bar.get_height() for bar in above.patches] == [0, 0, 1, 0.5]
-  assert [bar.get_height() for bar in below.patches] == [0, 0, 1, 2]
+def test_many_classes_have_their_largest_mistakes_as_a_table(tmp_path):
+  found = classified(21, tmp_path)
+  sections = sections_of(found, tmp_path, 21)
+  assert "Confusion matrix" not in sections
+  mistakes = sections["Most frequent mistakes"].rows
+  off = np.where(np.eye(21, dtype=bool), 0, found.confusion)
+  assert [int(row[2]) for row in mistakes] == sorted(off.ravel().tolist(), reverse=True)[:20]
+  true, predicted = (int(name.split()[1]) for name in mistakes[0][:2])
+  assert off[true, predicted] == off.max()
+  assert len(sections["Recall by class"].rows) == 20
 
 
-def test_every_kind_of_curve_has_a_panel(figure, tmp_path):
-  rows = [{"phase": "p", "step": t, "d/loss": 1.0 / t, "d/error": 5.0} for t in (1, 2)]
-  figures.learning_curves(tmp_path / "curves.png", rows)
-  assert [axes.get_title() for axes in figure.axes] == ["losses of D", "error on the labelled batch, %"]
-  (line,) = figure.axes[0].lines
-  assert list(line.get_ydata()) == [1.0, 0.5]
+# --- Several runs
 
 
-def test_every_split_of_every_method_is_a_point(figure, tmp_path):
-  cells = {"a": {20: [3.0, 1.0, 2.0], 50: [0.0]}, "b": {20: [4.0]}}
-  figures.errors_of_methods(tmp_path / "errors.png", cells, smallest=0.1, xlabel="error")
-  few, more = figure.axes
-  assert (few.get_title(), more.get_title()) == ("20 labels", "50 labels")
-  drawn = lambda axes: [(line.get_xdata().tolist(), list(line.get_ydata())) for line in axes.lines]
-  assert drawn(few) == [([3, 1, 2], [0] * 3), ([2], [0]), ([4], [1]), ([4], [1])]
-  assert drawn(more)[:2] == [([0.1], [0]), ([0.1], [0])]
-  assert [label.get_text() for label in few.get_yticklabels()] == ["a", "b"]
+def write_run(path, **config):
+  result = {
+    "experiment": "e",
+    "dataset": EVIL,
+    "note": "",
+    "num_labels": 50,
+    "steps": 4,
+    "seconds_train": 1.5,
+    "test_error": 1.25,
+    "supervised_test_error": None,
+    "test_error_interval": [0.5, 3.0],
+    "label_split_sha256": "0123456789",
+    "alarms": ["collapse"],
+  }
+  output.write_json(path / "result.json", result)
+  output.write_json(path / "config.json", {"config": config, "command": "python x"})
+  figures.sample_grid(path / "samples" / "last.png", np.zeros((1, 8, 8, 1), np.float32))
+
+
+def test_runs_side_by_side(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write_run(tmp_path / "a", steps=4, class_balance=[1.0, 0.0], workdir="a")
+  write_run(tmp_path / "b", steps=4, class_balance=None, workdir="b")
+  for name in "ab":
+    result = json.loads((tmp_path / name / "result.json").read_text())
+    result["error_from"] = "labelled images, each left out once in 2 folds"
+    output.write_json(tmp_path / name / "result.json", result)
+  report.compare(tmp_path / "deep" / "p.html", [tmp_path.relative_to(tmp_path) / name for name in "ab"])
+  found = Page(tmp_path / "deep" / "p.html")
+  assert [found.text.count(words) for words in ("1.25", "0.50 to 3.00", "50", "01234567")] == [2] * 4
+  assert found.text.count("labelled images, each left out once in 2 folds") == 2
+  assert "test images" not in " ".join(found.text)
+  assert "--class-balance" in found.text
+  assert {"1.0 0.0", "default"} <= set(found.text)
+  assert not {"--steps", "--workdir"} & set(found.text)
+  assert found.text.count("a: collapse") == 1
+  assert len(found.values("src")) == 2  # learning curves are not there
+  assert str(tmp_path) not in (tmp_path / "deep" / "p.html").read_text()
+  assert "script" not in found.tags
+
+
+def test_what_is_no_run_is_a_sentence(tmp_path):
+  write_run(tmp_path / "a")
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "file").write_text("")
+  out = tmp_path / "p.html"
+  for name in ("empty", "nowhere", "file"):
+    with pytest.raises(InputError, match="is not the folder of a run: it has no config"):
+      report.compare(out, [tmp_path / "a", tmp_path / name])
+  (tmp_path / "a" / "result.json").write_text("[]")
+  with pytest.raises(InputError, match="is not the result of a run"):
+    report.compare(out, [tmp_path / "a"])
+  (tmp_path / "a" / "result.json").write_text("{")
+  with pytest.raises(InputError, match="cannot be read"):
+    report.compare(out, [tmp_path / "a"])
+  (tmp_path / "a" / "result.json").unlink()
+  with pytest.raises(
+    InputError, match=r"is not complete: it has no result\.json; continue it with --resume"
+  ):
+    report.compare(out, [tmp_path / "a"])
+  with pytest.raises(InputError, match="at least one run"):
+    report.compare(out, [])
+  assert not out.exists()
+  write_run(tmp_path / "a")
+  with pytest.raises(InputError, match="name a file"):
+    report.compare(tmp_path, [tmp_path / "a"])
+  with pytest.raises(InputError, match=r"p\.html cannot be written"):
+    report.compare(tmp_path / "file" / "p.html", [tmp_path / "a"])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no browser")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_has_nothing_to_complain_of(width, tmp_path):
+  """Every kind of section, at phone and desktop width: no console message, no wider than the window."""
+  sections = list(sections_of(classified(3, tmp_path), tmp_path, 3).values())
+  result = {"experiment": "train", "dataset": "x", "test_error": 1.25, "num_labels": 3, "num_images": 9}
+  table = [("test error", "1.25 %")]
+  report.write(tmp_path / "page.html", result, table, [], sections=sections, command="a " * 99)
+  measure = "<script>if (document.documentElement.scrollWidth > innerWidth) console.error('wide')</script>"
+  html, policies = re.subn(
+    r"<meta http-equiv=.Content-Security.*?>", "", (tmp_path / "page.html").read_text()
+  )
+  assert policies == 1  # without it, the page would let scripts run
+  (tmp_path / "measured.html").write_text(html.replace("</html>", f"{measure}</html>"))
+  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+  for name in ("page", "measured"):
+    window = f"--window-size={width},2000", f"--screenshot={tmp_path / name}.png"
+    command = [BROWSER, *flags, *window, f"file://{tmp_path}/{name}.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+  with Image.open(tmp_path / "page.png") as picture:
+    assert picture.width == width
+    assert len(picture.convert("L").getcolors()) > 10

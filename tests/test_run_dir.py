@@ -10,7 +10,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import mnist_ssgan
-from gan_jax import checkpoint, cli, parsing, provenance, recipes, report, run_dir
+from gan_jax import checkpoint, cli, output, overwrite, parsing, provenance, recipes, run_dir
 from gan_jax.types import InputError, Stopped
 
 
@@ -64,7 +64,7 @@ def test_only_runs_are_replaced(files, open_run, tmp_path):
 
 @pytest.mark.parametrize("killed_in", ["config.json", "labels.json"])
 def test_a_run_that_was_killed_at_its_first_files_can_be_started_again(killed_in, open_run, monkeypatch):
-  write_json = report.write_json
+  write_json = output.write_json
 
   def killed(path, value):
     if path.name == killed_in:
@@ -72,10 +72,10 @@ def test_a_run_that_was_killed_at_its_first_files_can_be_started_again(killed_in
       raise SystemExit
     write_json(path, value)
 
-  monkeypatch.setattr(report, "write_json", killed)
+  monkeypatch.setattr(output, "write_json", killed)
   with pytest.raises(SystemExit):
     opened(open_run(workdir="here"))
-  monkeypatch.setattr(report, "write_json", write_json)
+  monkeypatch.setattr(output, "write_json", write_json)
   opened(open_run(workdir="here", overwrite=True))
 
 
@@ -124,6 +124,14 @@ def test_a_run_is_resumed_with_its_own_split_and_recipe(open_run, tiny):
   other = recipes.ssgan.Hparams(threshold=0.9)
   with pytest.raises(InputError, match="started with another recipe"):
     opened(open_run(hparams=other, workdir="here", resume=True))
+  labels = json.loads((run.path / "labels.json").read_text())
+  for key, message in (
+    ("dataset", "was started on other, not .*: see --dataset"),
+    ("experiment", "holds a run of other, not of test"),
+  ):
+    (run.path / "labels.json").write_text(json.dumps(labels | {key: "other"}))
+    with pytest.raises(InputError, match=message):
+      opened(open_run(workdir="here", resume=True))
   (run.path / "labels.json").write_text('{"sha')
   with pytest.raises(InputError, match="cannot be read"):
     opened(open_run(workdir="here", resume=True))
@@ -239,9 +247,9 @@ def test_a_process_killed_while_it_replaces_a_run_loses_none(open_run, finished,
       with monkeypatch.context() as patch, contextlib.suppress(ZeroDivisionError):
         patch.setattr(os, "rename", killed)
         if not (path / ".replaced").exists() and not (path / ".replacing").exists():
-          run_dir._move_aside(path, owned)
+          overwrite.set_aside(path, owned)
           (path / "config.json").write_text("new")
-        run_dir._settle(path, owned)
+        overwrite.settle(path, owned)
     with pytest.raises(InputError, match="already holds a run"):
       opened(open_run(workdir="here", files=FILES))
     assert content("here") == finished

@@ -11,7 +11,7 @@ import pytest
 from conftest import Tiny, leaves_equal, make_builder
 from PIL import Image
 
-from gan_jax import checkpoint, data, datasets, report, steps, stream, train
+from gan_jax import checkpoint, data, datasets, memory, output, steps, stream, train
 from gan_jax.types import BatchSizes, InputError
 
 
@@ -82,8 +82,8 @@ def test_a_streamed_run_stopped_and_resumed_is_the_run_in_memory(tmp_path, monke
   last = fit(tiny, images, workdir=there, resume=True)
   assert all(leaves_equal(last.state, expected.state))
   assert images.stream.source.reads == 9 - step  # what was drawn before is not read again
-  losses = {row["step"]: row["d/loss"] for row in report.read_rows(tmp_path / "metrics.jsonl")}
-  rows, before = report.read_rows(there / "metrics.jsonl"), 0
+  losses = {row["step"]: row["d/loss"] for row in output.read_rows(tmp_path / "metrics.jsonl")}
+  rows, before = output.read_rows(there / "metrics.jsonl"), 0
   for row in rows:
     mean = np.mean([losses[i] for i in range(before + 1, row["step"] + 1)])
     np.testing.assert_allclose(row["d/loss"], mean, rtol=1e-6)
@@ -187,6 +187,33 @@ def test_records_streamed_are_the_records_in_memory(tmp_path):
   assert len(found.x_train[rows[:0]]) == 0
 
 
+class Busy:
+  """The result of a dispatch that takes this long from now on."""
+
+  def __init__(self, seconds):
+    self._end = time.monotonic() + seconds
+
+  def block_until_ready(self):
+    time.sleep(max(0, self._end - time.monotonic()))
+
+
+def test_the_device_is_idle_from_the_end_of_its_work_until_the_images_are_there():
+  """One step a dispatch, so that the wait for its images has begun while the device was busy."""
+  tiny = Tiny(network="mlp")
+  images = streamed(tiny, Source(tiny.dataset.x_train, lambda n: time.sleep(0.5)), workers=0)
+  state = tiny.recipe().init_state(jax.random.key(0), images)
+  with stream.Dispatches(images, tiny.recipe().batch, state, num_steps=9, max_steps=1) as dispatches:
+    dispatches.take(1, Busy(0))  # draws the rows of all steps
+    idle = [dispatches.seconds_idle]
+    for seconds in (0, 0.3, 2):
+      dispatches.take(1, Busy(seconds))
+      idle.append(dispatches.seconds_idle)
+  waits = np.diff(idle)
+  assert waits[0] > 0.45
+  assert 0.1 < waits[1] < waits[0] - 0.15
+  assert waits[2] == 0
+
+
 def test_auto_streams_what_does_not_fit_and_says_so(monkeypatch, capsys):
   free = lambda num: monkeypatch.setattr(
     "psutil.virtual_memory", lambda: types.SimpleNamespace(available=num)
@@ -198,3 +225,14 @@ def test_auto_streams_what_does_not_fit_and_says_so(monkeypatch, capsys):
   said = "1,198 training images take 0.0 GB, more than 25% of the free memory (0.0 GB): they are read"
   assert capsys.readouterr().err.startswith(said)
   assert datasets.load("digits", stream="no").workers is None
+
+
+def test_a_container_has_less_memory_than_the_machine(monkeypatch, tmp_path):
+  monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=1000))
+  monkeypatch.setattr(memory, "CGROUP", tmp_path)
+  assert memory.free() == 1000
+  for name, text in (("current", "700"), ("stat", "anon 500\ninactive_file 150"), ("max", "max")):
+    (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+  assert memory.free() == 1000  # without a limit
+  (tmp_path / "memory.max").write_text("800\n")
+  assert memory.free() == 250

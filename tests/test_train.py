@@ -11,7 +11,7 @@ import pytest
 import rich.console
 from conftest import leaves_equal
 
-from gan_jax import checkpoint, data, diagnostics, log, recipes, report, stream, train
+from gan_jax import checkpoint, data, diagnostics, log, output, recipes, stream, terms, train
 from gan_jax.types import InputError, Stopped
 
 
@@ -29,7 +29,7 @@ def test_two_and_two_steps_are_four_bit_for_bit(tiny, tmp_path):
   refuse = lambda state: pytest.fail("a resumed run is not started")
   second = fit(tiny, 4, workdir=tmp_path, resume=True, start=refuse)
   assert all(leaves_equal(second.state, straight.state))
-  assert [row["step"] for row in report.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+  assert [row["step"] for row in output.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
 
 
 def test_a_directory_that_holds_training_is_not_overwritten(tiny, tmp_path):
@@ -54,11 +54,28 @@ def test_arrays_are_enough(tiny, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_second_training_of_a_recipe_traces_nothing(tiny):
+  """As in every fold of a cross-validation."""
+  traced = []
+
+  def term(outputs):
+    traced.append(outputs)
+    return terms.entropy(outputs)
+
+  recipe = recipes.with_terms(tiny.recipe(2), own=(0.1, term))
+  first = train.fit(recipe, tiny.data, jax.random.key(0))
+  assert traced
+  before = len(traced)
+  second = train.fit(recipe, tiny.data, jax.random.key(1))
+  assert len(traced) == before
+  assert not all(leaves_equal(first.state, second.state))
+
+
 def test_the_log_has_every_metric_and_means_over_the_dispatch(tiny, tmp_path):
   rows, means = {}, {}
   for size in (3, 1):
     fit(tiny, 7, workdir=tmp_path / str(size), steps_per_dispatch=size, checkpoint_every=None)
-    rows[size] = report.read_rows(tmp_path / str(size) / "metrics.jsonl")
+    rows[size] = output.read_rows(tmp_path / str(size) / "metrics.jsonl")
   assert [row["step"] for row in rows[3]] == [1, 3, 6, 7]
   assert {"phase", "step", "seconds", "d/loss", "g/loss", "d/error"} <= rows[3][0].keys()
   assert len(rows[1]) == 7
@@ -105,7 +122,7 @@ def test_a_rollback_halves_the_learning_rates(tiny, tmp_path, monkeypatch, capsy
   assert f"{found}: back to the last checkpoint, at half the learning rates (rollback 1 of 3)" in said
   assert "resuming from step 2" in said.split("rollback 1")[1]
   assert (int(result.state.step), result.rollbacks, factors) == (4, (found,), [0.5])
-  assert [row["step"] for row in report.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+  assert [row["step"] for row in output.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
   assert fit(tiny, 4, workdir=tmp_path, resume=True).rollbacks == (found,)
   assert factors == [0.5, 0.5]
 
@@ -207,7 +224,7 @@ def test_waiting_for_images_is_counted_over_all_parts_of_a_run(tiny, tmp_path, m
 @pytest.mark.parametrize("second", SIGNALS)
 def test_a_second_signal_is_immediate(handler, second):
   handler(ended)
-  with train._stop_on_interrupt() as stop:
+  with train._stop_on_interrupt(saves=True) as stop:
     signal.raise_signal(signal.SIGTERM)
     assert stop.signum == signal.SIGTERM
     with pytest.raises(SystemExit, match="at once"):
@@ -228,9 +245,9 @@ def test_an_interrupt_in_the_middle_of_a_line_does_not_print_it_twice(monkeypatc
       pass
 
   console = rich.console.Console(file=Stream())
-  monkeypatch.setattr(report, "console", console)
+  monkeypatch.setattr(output, "console", console)
   handler(signal.default_int_handler)
-  with train._stop_on_interrupt() as stop:
+  with train._stop_on_interrupt(saves=True) as stop:
     console.print("step 400")
   assert stop.signum
   assert "".join(written).count("step 400") == 1
@@ -275,7 +292,7 @@ def test_diagnostics_are_logged_and_alarms_reach_the_result(tiny, tmp_path, monk
   monkeypatch.setattr(diagnostics, "make_diagnostics", lambda *_, **__: diagnose)
   kwargs = {"workdir": tmp_path, "diagnose": True, "class_names": tiny.dataset.class_names}
   result = fit(tiny, 20, **kwargs)
-  rows = report.read_rows(tmp_path / "metrics.jsonl")
+  rows = output.read_rows(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in rows if "diagnostics/variance_ratio" in row] == list(range(1, 21))
   (alarm,) = result.alarms
   assert "has lost 2 of 3 classes (b, c)" in alarm
@@ -289,6 +306,6 @@ def test_diagnostics_are_logged_and_alarms_reach_the_result(tiny, tmp_path, monk
 def test_diagnostics_see_every_kind_of_image(tiny, tmp_path):
   tiny.data = tiny.data.replace(x_held_out=tiny.data.x_unl[:7], y_held_out=jnp.full(7, -1))
   fit(tiny, 1, workdir=tmp_path, diagnose=True)
-  (row,) = report.read_rows(tmp_path / "metrics.jsonl")
+  (row,) = output.read_rows(tmp_path / "metrics.jsonl")
   names = {"real_logit_gap", "share_2", "variance_ratio"}
   assert {f"diagnostics/{name}" for name in names} <= row.keys()

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import networks, report
+from gan_jax import networks, output
 from gan_jax.dataset import Dataset
 from gan_jax.metrics import classification, feature_network, frechet
 from gan_jax.types import InputError, Params
@@ -64,7 +64,7 @@ def load_feature_extractor(dataset: Dataset) -> FeatureExtractor:
 
   A dataset is identified by its content, so its name and the order of its images do not matter. Training
   takes minutes, longer for larger images, and is announced. A damaged file in the cache, the folder
-  `feature_extractors` in `report.cache_dir()`, is rebuilt, and a folder that cannot be written is no error.
+  `feature_extractors` in `output.cache_dir()`, is rebuilt, and a folder that cannot be written is no error.
 
   Raises:
     InputError: the images are too small or too few, or the bundled file is damaged.
@@ -72,14 +72,14 @@ def load_feature_extractor(dataset: Dataset) -> FeatureExtractor:
   known_as = fingerprint(dataset)
   if known_as == MNIST_FINGERPRINT:
     return read_feature_extractor(MNIST_PATH, MNIST_SHA256)
-  folder = report.cache_dir() / "feature_extractors"
+  folder = output.cache_dir() / "feature_extractors"
   for path in sorted(folder.glob(f"{known_as}-*.npz")):
     with contextlib.suppress(InputError):
       return read_feature_extractor(path, path.stem.removeprefix(f"{known_as}-"))
-  report.say(f"training a feature extractor for {dataset.name}, once: it is kept in {folder}")
+  output.say(f"training a feature extractor for {dataset.name}, once: it is kept in {folder}")
   content = train_feature_extractor(dataset)
   with contextlib.suppress(OSError):
-    report.write_bytes(folder / f"{known_as}-{_sha256(content)}.npz", content)
+    output.write_bytes(folder / f"{known_as}-{_sha256(content)}.npz", content)
   return _decode(content)
 
 

@@ -235,5 +235,5 @@ def check_image_shape(shape: Sequence[int]) -> None:
   if min(shape[:2]) < 8:
     raise InputError(
       f"images of {shape[0]}x{shape[1]} are too small for the conv networks, which need 8x8 or more:"
-      " choose a larger --image-size, or a network without convolutions"
+      " choose a larger image size, or a network without convolutions"
     )

@@ -12,20 +12,20 @@ import numpy as np
 import PIL
 from jaxtyping import UInt8
 
+from gan_jax import memory
 from gan_jax.dataset import Choice, Dataset, is_streamed
-from gan_jax.pictures.layout import Found, raise_first, scan
+from gan_jax.output import cache_dir, write_cache
+from gan_jax.pictures.layout import Found, printable, raise_first, scan
 from gan_jax.pictures.reader import (
   GREY,
   Fit,
   Header,
   Pictures,
   Reader,
-  check_memory,
   for_all,
   listed,
   open_upright,
 )
-from gan_jax.report import cache_dir, write_cache
 from gan_jax.types import ImageSource, InputError
 
 
@@ -66,7 +66,7 @@ def load_folder(
   notes = [*found.notes, *read.notes]
   if found.skipped:
     notes.append(f"skipped, as hidden or not a picture: {len(found.skipped):,} ({listed(found.skipped)})")
-  name = f"folder:{found.root.name}"
+  name = f"folder:{printable(found.root.name)}"
   return Dataset(
     name=name if image_size is None else f"{name}@{image_size}",
     x_train=read.x_train,
@@ -131,7 +131,7 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice)
   shape = (*size, reader.channels)
   lazy = is_streamed(stream, (len(there), *shape))
   hint = "choose a smaller --image-size" if reader.size else "resize them with --image-size N"
-  check_memory(len(test if lazy else paths + test), shape, hint)
+  memory.check(len(test if lazy else paths + test), shape, hint)
   if lazy:
     if reader.channels == 3 and _is_grey(Pictures(there, reader, size)):
       reader = replace(reader, channels=1)
@@ -219,13 +219,13 @@ def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
 
 # --- Decoded pictures in the user's cache
 
-_FORMAT = f"2, Pillow {PIL.__version__}"
+_FORMAT = f"3, Pillow {PIL.__version__}"
 _CACHE_BYTES = 2 * 10**9
 
 
 def _cache_key(found: Found, image_size: int | None, fit: Fit) -> str:
   """SHA-256 of the inputs of the decoded pictures, as far as known without reading them."""
-  digest = hashlib.sha256(f"{_FORMAT} {found.root} {image_size} {fit} {len(found.train)}".encode())
+  digest = hashlib.sha256(os.fsencode(f"{_FORMAT} {found.root} {image_size} {fit} {len(found.train)}"))
   for path, _ in found.train + found.test:
     try:
       stat = path.stat()
@@ -243,8 +243,8 @@ def _from_cache(key: str, found: Found) -> _Read | None:
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
       x_train, x_test = file["x_train"], file["x_test"]
       about = json.loads(str(file["about"]))
-    read = _Read(x_train, x_test, Reader(**about["reader"]), about["unreadable"], about["notes"])
-    whole = len(x_train) + len(read.unreadable) == len(found.train) and len(x_test) == len(found.test)
+    read = _Read(x_train, x_test, Reader(**about["reader"]), [], about["notes"])
+    whole = (len(x_train), len(x_test)) == (len(found.train), len(found.test))
     if not whole or x_train.ndim != 4 or x_train.shape[1:] != x_test.shape[1:]:
       return None
     if {x_train.dtype, x_test.dtype} != {np.dtype(np.uint8)}:
@@ -256,10 +256,12 @@ def _from_cache(key: str, found: Found) -> _Read | None:
 
 
 def _to_cache(key: str, read: _Read) -> None:
+  if read.unreadable:  # perhaps not for good
+    return
   if not isinstance(read.x_train, np.ndarray) or read.x_train.nbytes + read.x_test.nbytes > _CACHE_BYTES:
     return
   folder = cache_dir() / "pictures"
-  about = {"reader": asdict(read.reader), "unreadable": read.unreadable, "notes": read.notes}
+  about = {"reader": asdict(read.reader), "notes": read.notes}
   arrays = {"x_train": read.x_train, "x_test": read.x_test, "about": np.array(json.dumps(about))}
   try:
     folder.mkdir(parents=True, exist_ok=True)

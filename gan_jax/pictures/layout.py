@@ -146,10 +146,10 @@ def raise_first(problems: Sequence[str]) -> None:
 
 def _below(path: Path, folder: Path) -> str:
   """A path relative to a folder; `Path.relative_to` is far slower, and there may be millions."""
-  return _plain(str(path).removeprefix(os.path.join(folder, "")))
+  return printable(str(path).removeprefix(os.path.join(folder, "")))
 
 
-def _plain(name: str) -> str:
+def printable(name: str) -> str:
   """A printable name that is the same on every system."""
   return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="replace"))
 
@@ -215,7 +215,7 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
     examples = []
     for sub in level.folders:
       pictures = found.below(sub)
-      label = _plain(sub.name)
+      label = printable(sub.name)
       if sub.name.casefold() in _UNLABELLED:
         label = None
       elif "\ufffd" in label:
@@ -298,7 +298,7 @@ def _read_table(found: Found, table: Path) -> dict[str, str]:
   """Labels by file name; an empty one means no label."""
   try:
     rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-    columns = rows.fieldnames or []
+    columns = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
     if not {"file_name", "label"} <= {*columns}:
       found.problems.append(
         f"{table} needs the columns file_name and label, separated by commas, but its first line is"
@@ -314,7 +314,7 @@ def _read_table(found: Found, table: Path) -> dict[str, str]:
     return {}
   labels = {}
   for number, row in lines:
-    clean = lambda column, row=row: _plain((row[column] or "").strip())
+    clean = lambda column, row=row: printable((row[column] or "").strip())
     name = clean("file_name")
     path = posixpath.normpath(name)
     wrong = None

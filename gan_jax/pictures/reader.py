@@ -1,6 +1,5 @@
 """Reads pictures as arrays, one or many at a time."""
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import psutil
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gan_jax.report import console
+from gan_jax.output import console
 from gan_jax.types import InputError
 
 Fit = Literal["crop", "pad"]
@@ -97,17 +95,6 @@ def resize_all(
     for c in range(x.shape[-1]):  # Pillow takes no arrays with one channel
       found[i, ..., c] = resize(Image.fromarray(image[..., c]), size, fit)
   return found
-
-
-def check_memory(num: int, image_shape: tuple[int, int, int], hint: str, *, num_bytes: int = 1) -> None:
-  """Raises `InputError` with the hint if the images, at `num_bytes` per value, exceed the free memory."""
-  needed, free = num_bytes * num * math.prod(image_shape), psutil.virtual_memory().available
-  if needed > free:
-    height, width, _ = image_shape
-    raise InputError(
-      f"{num:,} images of {height}x{width} take {needed / 2**30:,.1f} GB, but only {free / 2**30:,.1f} GB"
-      f" of memory is free: {hint}"
-    )
 
 
 def open_upright(path: str | Path) -> Image.Image:

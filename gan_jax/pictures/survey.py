@@ -10,7 +10,7 @@ import numpy as np
 
 from gan_jax.pictures.arrays import array_problems, is_uint16, load_arrays, open_arrays
 from gan_jax.pictures.folder import size_problems, suggested_side, unreadable_problems
-from gan_jax.pictures.layout import scan
+from gan_jax.pictures.layout import printable, scan
 from gan_jax.pictures.reader import Header, for_all, listed, open_upright
 from gan_jax.types import InputError, Json
 
@@ -71,7 +71,7 @@ def print_check(found: Json) -> None:
       classes.add_row(escape(name), f"{numbers['train']:,}", f"{numbers['test']:,}")
     console.print(classes)
   for problem in found["problems"]:
-    console.print(f"[bold red]problem:[/] {escape(problem)}", soft_wrap=True)
+    console.print(f"[bold red]problem:[/] {escape(printable(problem))}", soft_wrap=True)
   for note in found["notes"]:
     console.print(f"note: {escape(note)}", soft_wrap=True)
   both = found["in_train_and_test"]
@@ -95,7 +95,14 @@ def _nothing(path: Path) -> Json:
   counts = dict.fromkeys(("labelled", "unlabelled", "test"))
   lists = {name: [] for name in ("problems", "notes", "skipped", "duplicates", "in_train_and_test")}
   tables = {name: {} for name in ("classes", "sizes", "modes", "bits", "unreadable")}
-  return {"path": str(path), **counts, **lists, **tables, "largest_value": None, "image_size": None}
+  return {
+    "path": printable(str(path)),
+    **counts,
+    **lists,
+    **tables,
+    "largest_value": None,
+    "image_size": None,
+  }
 
 
 class _Look(NamedTuple):

@@ -65,9 +65,8 @@ class Hparams(base.Hparams):
   norm: Norm = "none"
   """Normalisation in D."""
   augmentation: Augmentation = "none"
-  """Augmentation of all inputs of D. none; affine: that of classifiers of such pictures, affine maps and,
-  for colour images, colour changes; fixed: the policy for generators, always applied; adaptive: the same,
-  with a probability that grows while D overfits (ADA)."""
+  """Augmentation of all inputs of D. affine: the policy's strong augmentation, for classifiers; fixed: its
+  augmentation for generators; adaptive: the same, with a probability that grows while D overfits (ADA)."""
   policy: policies.Name = "digits"
   """The augmentation policy, see `policies`."""
   flip: bool = False
@@ -146,9 +145,9 @@ def check(hparams: Hparams) -> None:
 
 
 def check_adaptive(hparams: Hparams) -> None:
-  """Raises `InputError` for adaptive augmentation with a loss that `steps.make_step` would refuse it with.
+  """Raises `InputError` for adaptive augmentation with a loss that has no decision boundary.
 
-  Not a part of `check`: a run that was trained so can still be opened.
+  Not a part of `check`, so that runs of earlier versions can still be opened.
   """
   if hparams.augmentation == "adaptive" and LOSSES[hparams.loss].boundary is None:
     raise InputError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Key
 from gan_jax import augment, data, objectives, provenance, steps
 from gan_jax.networks import Pair, Precision
 from gan_jax.objectives import Objective
-from gan_jax.terms import Term
+from gan_jax.terms import StepOutputs, Term
 from gan_jax.types import (
   Augment,
   BatchSizes,
@@ -120,8 +121,20 @@ class Recipe:
     return data.DeviceData.from_arrays(x, np.zeros(1, np.int32), x)
 
   def make_multi_step(self, max_steps: int) -> steps.MultiStep:
-    """Many steps in one call, on batches sampled on the device, see `steps.make_multi_step`."""
-    return steps.make_multi_step(self.make_step(), data.make_sample_batch(self.batch), max_steps=max_steps)
+    """Many steps in one call, on batches sampled on the device, see `steps.make_multi_step`.
+
+    A recipe returns the same function each time, so JAX traces and compiles it once, for all folds.
+    """
+    if max_steps not in self._multi_steps:
+      sample_batch = data.make_sample_batch(self.batch)
+      self._multi_steps[max_steps] = steps.make_multi_step(
+        self.make_step(), sample_batch, max_steps=max_steps
+      )
+    return self._multi_steps[max_steps]
+
+  @functools.cached_property
+  def _multi_steps(self) -> dict[int, steps.MultiStep]:
+    return {}
 
 
 # --- Optimizers
@@ -180,8 +193,8 @@ def supervised_control(recipe: Recipe) -> Recipe:
 
 
 def without_generator(recipe: Recipe) -> Recipe:
-  """The same recipe without the GAN: no generated images, no adversarial loss, no training of G."""
-  d = {name: term for name, term in recipe.objective.d.items() if name != "adversarial"}
+  """The same recipe without the GAN: no training of G, and of D's terms none that needs a generator."""
+  d = {name: term for name, term in recipe.objective.d.items() if name not in objectives.GAN_TERMS}
   return dataclasses.replace(
     recipe,
     objective=Objective(d=d),
@@ -193,10 +206,21 @@ def without_generator(recipe: Recipe) -> Recipe:
 def with_terms(recipe: Recipe, **d: tuple[objectives.Weight, Term]) -> Recipe:
   """The same recipe with further terms in D's objective: metric name = (weight, term).
 
-  The result is not described by its family and hyper-parameters: a stored run of it cannot be rebuilt.
+  Of these, `describe` holds the names alone. `rebuild` makes a recipe that serves to open a stored run, for
+  predictions and samples; its steps raise ValueError.
   """
-  objective = dataclasses.replace(recipe.objective, d={**recipe.objective.d, **d})
-  return dataclasses.replace(recipe, objective=objective)
+  return dataclasses.replace(
+    recipe,
+    objective=recipe.objective.plus(**d),
+    derived=(*recipe.derived, ("with_terms", {"names": list(d)})),
+  )
+
+
+def _with_unknown_terms(recipe: Recipe, names: Sequence[str]) -> Recipe:
+  def unknown(outputs: StepOutputs) -> Array:
+    raise ValueError(f"the terms {', '.join(names)} are code, which a stored description does not hold")
+
+  return with_terms(recipe, **dict.fromkeys(names, (1.0, unknown)))
 
 
 def without_augmentation(recipe: Recipe) -> Recipe:
@@ -217,21 +241,31 @@ def with_flops_of(recipe: Recipe, other: Recipe) -> Recipe:
   """The same recipe with its number of unlabelled images set to match the compute of a step of `other`.
 
   Compute is `Recipe.flops`, which is linear in the number of images; the match is to within half an image.
+
+  Raises:
+    InputError: the recipe has no unlabelled images, or costs more without any than `other`.
   """
   num = recipe.batch.unlabelled
+  if not num:
+    raise InputError("compute is matched by unlabelled images, but this recipe has none")
   one, two = (with_unlabelled(recipe, k * num).flops() for k in (1, 2))
-  return with_unlabelled(recipe, round(num * (1 + (other.flops() - one) / (two - one))))
+  matched = round(num * (1 + (other.flops() - one) / (two - one)))
+  if matched < 1:
+    raise InputError("even without unlabelled images, this recipe costs more than the one to match")
+  return with_unlabelled(recipe, matched)
 
 
 def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
   """The same recipe with the first layers of D frozen (FreezeD, see `steps.freeze_layers`).
 
   Raises:
-    InputError: D has fewer layers.
+    InputError: D has fewer layers, or the number is negative.
   """
   if not num_layers:
     return recipe
   layers = recipe.d.layers(recipe.image_shape)
+  if num_layers < 0:
+    raise InputError(f"the number of frozen layers must not be negative, as {num_layers} is")
   if num_layers > len(layers):
     raise InputError(f"D has only {len(layers)} layers before its head: {num_layers} cannot be frozen")
   return dataclasses.replace(
@@ -244,7 +278,7 @@ def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
 def with_learning_rates(recipe: Recipe, factor: float) -> Recipe:
   """The same recipe with every update of G and D scaled by `factor`; the optimizer states are unaffected.
 
-  For use within a training run: as with `with_terms`, `describe` does not record it.
+  For use within a training run: `describe` does not record it.
   """
 
   def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -262,6 +296,7 @@ DERIVATIONS = {
   "without_generator": without_generator,
   "without_augmentation": without_augmentation,
   "with_frozen": with_frozen,
+  "with_terms": _with_unknown_terms,
   "with_unlabelled": with_unlabelled,
 }
 """Derivations by name, so that a stored run can be rebuilt."""

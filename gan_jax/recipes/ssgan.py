@@ -11,14 +11,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
 import optax
+from jaxtyping import Int
 
-from gan_jax import augment, networks, objectives
+from gan_jax import augment, data, networks, objectives, terms
 from gan_jax.recipes import policies
 from gan_jax.recipes import recipe as base
 from gan_jax.recipes.policies import Ranges
 from gan_jax.recipes.recipe import Recipe
-from gan_jax.types import Augment, BatchSizes, InputError
+from gan_jax.types import Augment, BatchSizes, ImageSource, InputError
 
 Tuned = Literal["conv", "vgg", "resnet", "mlp"]
 """Pairs that `tuned` supports."""
@@ -139,6 +141,32 @@ def for_images(
   return dataclasses.replace(tuned(start, num_images, policy), network=network, **given)
 
 
+def for_data(
+  x: ImageSource,
+  y_lab: Int[np.ndarray, "n"],
+  num_classes: int,
+  *,
+  num_images: int | None = None,
+  **given: Any,
+) -> Hparams:
+  """The tuned hyper-parameters for these data, with the given ones in their place.
+
+  They are those of `for_images` and, measured here, the class prior and the norm of VAT's perturbation.
+
+  Args:
+    x: training images, bytes `[N, H, W, C]`.
+    y_lab: the known labels, `[n]`.
+    num_classes: K.
+    num_images: number of images that the run sees (default: all).
+    given: arguments of `for_images`, and hyper-parameters; None keeps the tuned value.
+  """
+  measured: dict[str, Any] = {"class_prior": data.class_prior(y_lab, num_classes)}
+  if given.get("vat"):
+    measured["vat_epsilon"] = VAT_EPSILON * data.mean_norm(x)
+  height, width, channels = x.shape[1:]
+  return for_images((height, width, channels), num_images or len(x), **measured | given)
+
+
 def with_policy(hparams: Hparams, name: policies.Name) -> Hparams:
   """The same hyper-parameters with the augmentation policy of this name."""
   policy = policies.POLICIES[name]
@@ -156,14 +184,14 @@ def build(hparams: Hparams, image_shape: tuple[int, int, int], num_classes: int)
     threshold=h.threshold,
   )
   if h.vat:
-    objective = dataclasses.replace(objective, d={**objective.d, **vat(h).d})
+    objective = objective.plus(**vat(h).d)
   uses_unlabelled = h.adversarial or h.consistency or h.vat or any(h.class_balance)
   return Recipe(
     g=g,
     d=d,
     g_tx=base.adam(h, h.g_learning_rate),
     d_tx=base.adam(h, h.d_learning_rate),
-    objective=objectives.with_class_balance(objective, class_balance(h), h.class_prior),
+    objective=objective.plus(class_balance=class_balance(h)),
     batch=BatchSizes(
       h.num_labelled,
       h.num_unlabelled if uses_unlabelled else 0,
@@ -193,14 +221,15 @@ def weak(hparams: Hparams) -> Augment:
   return policies.build(hparams.weak) or augment.chain()
 
 
-def ramped(hparams: Hparams, weight: float) -> float | optax.Schedule:
+def ramped(hparams: Hparams, weight: float) -> objectives.Weight:
   """From 0 to `weight` over the ramp; a weight of 0 stays a number, so that it removes its term."""
   return (
     optax.linear_schedule(0.0, weight, max(1, int(hparams.ramp * hparams.num_steps))) if weight else 0.0
   )
 
 
-def class_balance(hparams: Hparams) -> float | optax.Schedule:
-  """The weight of class balance as a function of the step."""
+def class_balance(hparams: Hparams) -> tuple[objectives.Weight, terms.Term]:
+  """Class balance with its weight as a function of the step."""
   first, last = hparams.class_balance
-  return optax.linear_schedule(first, last, hparams.num_steps) if first or last else 0.0
+  weight = optax.linear_schedule(first, last, hparams.num_steps) if first or last else 0.0
+  return weight, terms.class_balance(hparams.class_prior)

@@ -42,7 +42,7 @@ First = Literal["conditional_generator"]
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-  """Weights of method-specific terms. The defaults were tuned on the digits, or are where tuning begins."""
+  """Weights of method-specific terms. The defaults were tuned on the digits, or are initial guesses."""
 
   teacher: float = 5.0
   """Weight of the averaged teacher in mean_teacher."""
@@ -191,9 +191,7 @@ def _gan_augmented(recipe: Recipe, h: Hparams) -> Recipe:
 
 
 def _with_objective(recipe: Recipe, h: Hparams, objective: objectives.Objective) -> Recipe:
-  return dataclasses.replace(
-    recipe, objective=objectives.with_class_balance(objective, ssgan.class_balance(h), h.class_prior)
-  )
+  return dataclasses.replace(recipe, objective=objective.plus(class_balance=ssgan.class_balance(h)))
 
 
 def _class_conditional(recipe: Recipe, h: Hparams) -> Recipe:

@@ -9,7 +9,7 @@ from jaxtyping import Int, UInt8
 
 from gan_jax import figures, metrics
 from gan_jax.evaluate import Evaluation, Shown
-from gan_jax.page import PERCENT, Picture, Section
+from gan_jax.report import PERCENT, Picture, Section
 
 _PER_CLASS = 10
 """Labelled images shown per class."""
@@ -53,7 +53,7 @@ def sections(
     Section(
       "Reliability",
       text=f"Expected calibration error {ece:.1f} % in 15 bins: how far confidence and accuracy are apart"
-      " on average. Bars below the diagonal: the classifier is too sure of itself.",
+      " on average. Bars below the diagonal: the classifier is overconfident.",
       pictures=[Picture(folder / "reliability.png")],
     )
   )
@@ -94,9 +94,9 @@ def _abstaining(found: Evaluation, measured_on: str) -> list[Section]:
       # Full precision: most thresholds are close to 1, where rounding would admit other images.
       rows.append((f"{limit:.2f} %", str(np.float32(kept[0])), f"{100 * kept[1]:.1f} %"))
   section = Section(
-    "Leaving images undecided",
-    text=f"The error where images below a confidence are left to a person. Of these {measured_on}: other"
-    " images may have another error at the same threshold.",
+    "Abstention",
+    text=f"The error if the classifier abstains below a confidence, on these {measured_on}: on other"
+    " images, the same threshold may give another error.",
     header=("error of the rest at most", "confidence at least", "images decided"),
     rows=rows,
   )
