@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from gan_jax import data, parallel
+from gan_jax import data, replicates
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan, ssgan
 from gan_jax.types import LabelSplit, TrainState
@@ -60,7 +60,7 @@ def start(recipe: Recipe, dataset: Dataset, seeds: Sequence[int]) -> tuple[Train
   states = [recipe.init_state(jax.random.key(seed), images) for seed in seeds]
   if len(seeds) == 1:
     return states[0], images
-  return parallel.place(parallel.stack(states), data.to_device_splits(dataset, splits))
+  return replicates.place(replicates.stack(states), data.to_device_splits(dataset, splits))
 
 
 def penalty_every(recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _recipes
-from gan_jax import data, datasets, parallel, provenance, steps
+from gan_jax import data, datasets, provenance, replicates, steps
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan
 from gan_jax.types import Json, TrainState
@@ -48,7 +48,7 @@ class Ours:
     self.state, self.images, self._dispatch = state, images, dispatch
     multi_step = recipe.make_multi_step(dispatch)
     if state.step.ndim:
-      multi_step = parallel.replicate(multi_step, strategy=strategy)
+      multi_step = replicates.replicate(multi_step, strategy=strategy)
     begin = time.perf_counter()
     self.lowered = jax.jit(multi_step, donate_argnums=0).lower(state, images, np.int32(0))
     self.compiled = self.lowered.compile()

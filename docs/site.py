@@ -20,7 +20,7 @@ ROOMS = {
   "core": "types losses penalties terms objectives steps augment networks kernels",
   "recipes": "recipes recipes.ssgan recipes.gan recipes.study recipes.policies",
   "data": "dataset datasets prepared data stream pictures",
-  "training": "train log parallel processes checkpoint",
+  "training": "train replicates log parallel processes checkpoint",
   "evaluation": "evaluate metrics probe diagnostics",
   "use": "model estimator export classify commands figures report report_sections",
   "runs": "cli parsing program output run_dir provenance memory overwrite results",

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -47,11 +46,11 @@ from gan_jax import (
   networks,
   output,
   overwrite,
-  parallel,
   parsing,
   program,
   provenance,
   recipes,
+  replicates,
   results,
   run_dir,
 )
@@ -246,8 +245,7 @@ class Study:
 
   def __init__(self, dataset: Dataset, checkpoints: Path, *, seed: int):
     self._dataset, self._checkpoints, self._seed = dataset, checkpoints, seed
-    self._programs: dict[tuple[str, int], Any] = {}
-    self._flops: dict[str, float] = {}
+    self._programs: dict[tuple[str, int], replicates.Program] = {}
     self._evaluate: dict[tuple[str, bool], Callable] = {}
 
   def cell(self, method: str, recipe: Recipe | None, splits: Sequence[LabelSplit]) -> list[Json]:
@@ -268,70 +266,48 @@ class Study:
     images = data.to_device_splits(self._dataset, splits, repeats=repeats)
     # All methods start from the same parameters and see the same batches: one key per split.
     keys = [jax.random.fold_in(jax.random.key(self._seed), split.seed) for split in splits]
-    states, seconds, last = self.train(method, num_labels, recipe, keys, images)
-    for split, loss in zip(splits, last["d/loss"], strict=True):
+    fit = self.train(method, num_labels, recipe, keys, images)
+    for split, loss in zip(splits, fit.metrics["d/loss"], strict=True):
       if not np.isfinite(loss):
         say(f"{method} diverged on split {split.seed}: its loss is not finite")
-    readings = self._read(recipe, states, splits, every_layer=method == "gan_consistency")
+    readings = self._read(recipe, fit.states, splits, every_layer=method == "gan_consistency")
     shared |= {
       "steps": recipe.num_steps,
       "images_per_step": recipe.batch._asdict(),
-      "mflop_per_step": round(self._flops[method] / 1e6, 1),
+      "mflop_per_step": round(fit.program.flops / 1e6, 1),
     }
     rows = [{"reading": name, **shared, "errors": errors} for name, errors in readings.items()]
-    rows[-1] |= seconds
-    rows[-1]["last"] = {
-      metric: [float(v) if np.isfinite(v) else None for v in values] for metric, values in last.items()
-    }
+    rows[-1] |= {"seconds_train": fit.seconds_train, "seconds_compile": fit.seconds_compile}
+    finite = lambda values: [float(v) if np.isfinite(v) else None for v in values]
+    rows[-1]["last"] = {metric: finite(values) for metric, values in fit.metrics.items()}
     return rows
 
   def train(
     self, method: str, num_labels: int, recipe: Recipe, keys: Sequence[Array], images: data.DeviceData
-  ) -> tuple[TrainState, dict[str, float], dict[str, np.ndarray]]:
-    """The replicates' final states, total seconds, and means of the last metrics, `[S]` each."""
-    states = parallel.stack([recipe.init_state(key, images) for key in keys])
-    name, spent = f"{num_labels} labels, {method}", {"seconds_train": 0.0, "seconds_compile": 0.0}
-    with checkpoint.Checkpoints(self._checkpoints / name) as saved:
-      first = study.generator_of(recipe)
-      if saved.latest_step is not None:
-        states, spent = _of_replicates(saved.restore(_of_one(states)), len(keys)), saved.extra
-        say(f"{name}: resuming from step {int(states.step[0]):,}")
-      elif first is not None:
-        made, spent, _ = self.train(f"{method}'s generator", num_labels, first, keys, images)
-        states = states.replace(g=states.g.replace(params=made.ema["g"], model_state=made.g.model_state))
-      states, images = parallel.place(states, images)
-      dispatch, done = min(STEPS_PER_DISPATCH, recipe.num_steps), int(states.step[0])
-      begin = time.perf_counter()
-      program = self._program(method, recipe, dispatch, states, images)
-      compiled = time.perf_counter()
-      seconds = lambda: {
-        "seconds_train": round(spent["seconds_train"] + time.perf_counter() - compiled, 2),
-        "seconds_compile": round(spent["seconds_compile"] + compiled - begin, 2),
-      }
-      history, num = {}, 0
-      while done < recipe.num_steps:
-        num = min(dispatch, recipe.num_steps - done)
-        states, history = jax.block_until_ready(program(states, images, np.int32(num)))
-        done += num  # one dispatch at a time: a process that a signal ends waits for those that it has sent
-        if done % STEPS_PER_CHECKPOINT == 0 and done < recipe.num_steps:
-          saved.save(_of_one(states), seconds())
-          say(f"{name}: step {done:,} of {recipe.num_steps:,}")
-    last = {metric: np.asarray(values)[:, :num].mean(axis=1) for metric, values in history.items()}
-    return states, seconds(), last
+  ) -> replicates.Fit:
+    """Trains a method, and before it the generator that it starts from, if any."""
+    name, case = f"{num_labels} labels, {method}", (method, images.y_lab.shape[1])
+    generator = study.generator_of(recipe)
 
-  def _program(
-    self, method: str, recipe: Recipe, dispatch: int, states: TrainState, images: data.DeviceData
-  ) -> Any:
-    """`(states, images, num) -> (states, metrics)`, compiled once per size of the labelled set."""
-    case = method, images.y_lab.shape[1]
-    if case not in self._programs:
-      multi_step = parallel.replicate(recipe.make_multi_step(dispatch))
-      lowered = jax.jit(multi_step, donate_argnums=0).lower(states, images, np.int32(0))
-      self._programs[case] = lowered.compile()
-      # The body of a loop counts once: one step of one replicate, if they run sequentially.
-      one = jax.default_backend() == "cpu"
-      self._flops[method] = self._programs[case].cost_analysis()["flops"] if one else recipe.flops()
-    return self._programs[case]
+    def from_generator(states: TrainState) -> replicates.Fit:
+      assert generator is not None
+      made = self.train(f"{method}'s generator", num_labels, generator, keys, images)
+      g = states.g.replace(params=made.states.ema["g"], model_state=made.states.g.model_state)
+      return made._replace(states=states.replace(g=g))
+
+    fit = replicates.fit(
+      recipe,
+      images,
+      keys,
+      name=name,
+      workdir=self._checkpoints / name,
+      start=from_generator if generator else None,
+      program=self._programs.get(case),
+      steps_per_dispatch=STEPS_PER_DISPATCH,
+      checkpoint_every=STEPS_PER_CHECKPOINT,
+    )
+    self._programs[case] = fit.program
+    return fit
 
   def _read(
     self, recipe: Recipe, states: TrainState, splits: Sequence[LabelSplit], *, every_layer: bool
@@ -342,8 +318,8 @@ class Study:
       self._evaluate[case] = evaluate.make_evaluate(recipe, every_layer=every_layer)
     labelled = [data.labelled(self._dataset, split) for split in splits]
     averages = jax.device_get(checkpoint.averages(states))  # if sharded, each device would do all the work
-    replicates = [jax.device_put(parallel.pick(averages, i)) for i in range(len(splits))]
-    found = self._evaluate[case](self._dataset, replicates, labelled)
+    each = [jax.device_put(replicates.pick(averages, i)) for i in range(len(splits))]
+    found = self._evaluate[case](self._dataset, each, labelled)
     readings: dict[str, list[float]] = {}
     if every_layer:
       for layer in found[0].linear:
@@ -351,16 +327,6 @@ class Study:
         readings[f"nearest neighbour, {layer}"] = [each.nearest[layer] for each in found]
     readings[_study_tables.CLASSIFIER] = [each.error for each in found]
     return readings
-
-
-def _of_one(states: TrainState) -> TrainState:
-  """Replicates as one state for `Checkpoints`: they are at the same step."""
-  return states.replace(step=states.step[0])
-
-
-def _of_replicates(state: TrainState, num: int) -> TrainState:
-  """The inverse of `_of_one`."""
-  return state.replace(step=jnp.full(num, state.step))
 
 
 def pixel_error(name: str, dataset: Dataset, split: LabelSplit) -> float:

@@ -1,21 +1,15 @@
-"""Several devices: the images of a step split over them, or replicates of a run spread over them.
+"""One run on several devices: the images of each step are split over them.
 
-**One run**, `over_devices`: on each device the networks see a part of each batch; everything else is as on
-one device. The step stays one function of the whole batch, so losses that compare images of a batch, batch
+With `over_devices`, the networks see a part of each batch on each device; everything else is as on one
+device. The step stays one function of the whole batch, so losses that compare images of a batch, batch
 statistics, and ADA's signal are those of the whole batch by construction. The devices may belong to several
 `processes`. `over_axis` does the same for code that uses `jax.pmap`.
-
-**Replicates**, `replicate`: a replicate is an independent run with its own label split and seed. States and
-labelled sets carry a leading axis `[S]`; the unlabelled images are stored once. Nothing is averaged over
-replicates, so spreading them over devices does not change them. Trained sequentially on one device, a
-replicate equals its single run bit for bit; otherwise the compiled program differs, and they agree up to
-rounding.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +17,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Int
 
-from gan_jax.data import DeviceData
-from gan_jax.steps import MultiStep
-from gan_jax.types import BatchSizes, InputError, TrainState
+from gan_jax.types import BatchSizes, InputError
 
 if TYPE_CHECKING:
   from gan_jax.recipes import Recipe
 
 
-def _mesh_of(devices: Sequence[Any], axis: str = "batch") -> Mesh:
+def mesh_of(devices: Sequence[Any], axis: str = "batch") -> Mesh:
   """These devices in this order: `jax.make_mesh` refuses subsets of a TPU's chips that are no cuboid."""
   return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
-
-
-# --- One run
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def over_devices(recipe: "Recipe", devices: Sequence[Any]) -> "Recipe":
       f"{num} {name} images per step cannot be split evenly over {len(devices)} devices: choose a multiple"
       f" of {len(devices)}, or {instead}"
     )
-  mesh = _mesh_of(devices)
+  mesh = mesh_of(devices)
   return dataclasses.replace(recipe, g=_Split(recipe.g, mesh), d=_Split(recipe.d, mesh))
 
 
@@ -99,7 +88,7 @@ def most_devices(sizes: BatchSizes, num: int, multiple: int = 1) -> int:
 
 def replicated(tree: Any, devices: Sequence[Any]) -> Any:
   """The same arrays on each of these devices; with several processes, each supplies its own copy."""
-  whole = NamedSharding(_mesh_of(devices), PartitionSpec())
+  whole = NamedSharding(mesh_of(devices), PartitionSpec())
   if jax.process_count() == 1:
     return jax.device_put(tree, whole)
 
@@ -116,7 +105,7 @@ def sharding_of_steps(devices: Sequence[Any]) -> Sharding:
   default device."""
   if not devices:
     return jnp.zeros(()).sharding
-  return NamedSharding(_mesh_of(devices), PartitionSpec(None, "batch"))
+  return NamedSharding(mesh_of(devices), PartitionSpec(None, "batch"))
 
 
 def rows_here(sharding: Sharding, shape: Sequence[int]) -> Int[np.ndarray, "n"]:
@@ -194,83 +183,3 @@ _are_transposes(_to_parts, _total)
 
 def _part(x: Array) -> Array:
   return _own_part(x) if jnp.issubdtype(x.dtype, jnp.floating) else _own(x)  # classes have no gradient
-
-
-# --- Replicates
-
-Strategy = Literal["sequential", "vmap"]
-
-_EACH, _WHOLE = PartitionSpec("replicate"), PartitionSpec()
-_DATA = DeviceData(_EACH, _EACH, _WHOLE, _WHOLE, _WHOLE)  # pyright: ignore[reportArgumentType]
-
-
-def replicate(
-  multi_step: MultiStep, *, strategy: Strategy | None = None, devices: Sequence[Any] | None = None
-) -> MultiStep:
-  """`multi_step` for S replicates.
-
-  Args:
-    multi_step: from `steps.make_multi_step`.
-    strategy: `sequential` trains one replicate after the other; `vmap` trains all in lockstep, so they must
-      be at the same step. Defaults to `sequential` on CPU, where `vmap` turns convolutions with one kernel
-      per replicate into grouped ones, which XLA has no fast code for; else to `vmap`, because one small
-      network does not fill the device.
-    devices: devices to spread the replicates over evenly (default: all); the most that divide S are used.
-
-  Returns:
-    `multi_step(states, data, num) -> (states, metrics)` with a leading `[S]` in every leaf of `states` and
-    `metrics`, and in `x_lab` and `y_lab` of `data`. Uncompiled; its inputs come from `place`.
-  """
-  strategy = strategy or ("sequential" if jax.default_backend() == "cpu" else "vmap")
-
-  def one(state: TrainState, labelled: tuple[Array, Array], data: DeviceData, num: Array):
-    x_lab, y_lab = labelled
-    return multi_step(state, data.replace(x_lab=x_lab, y_lab=y_lab), num)
-
-  def local(states: TrainState, data: DeviceData, num: Array):
-    labelled = data.x_lab, data.y_lab
-    if strategy == "vmap":
-      # One step count for all: with one per replicate, a term due every k steps would always be computed.
-      axes = jax.tree.map(lambda _: 0, states).replace(step=None)
-      all_as_one = jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=(axes, 0))
-      after, metrics = all_as_one(states.replace(step=states.step[0]), labelled, data, num)
-      return after.replace(step=jnp.full_like(states.step, after.step)), metrics
-    return jax.lax.map(lambda each: one(each[0], each[1], data, num), (states, labelled))
-
-  def replicated(states: TrainState, data: DeviceData, num: Array):
-    mesh = _mesh(len(states.step), devices)
-    if mesh.size == 1:
-      return local(states, data, num)
-    # Nothing crosses the mesh, so there is nothing for JAX to check.
-    specs = {"in_specs": (_EACH, _DATA, _WHOLE), "out_specs": _EACH}
-    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(states, data, jnp.asarray(num))
-
-  return replicated
-
-
-def place(
-  states: TrainState, data: DeviceData, *, devices: Sequence[Any] | None = None
-) -> tuple[TrainState, DeviceData]:
-  """Puts replicates and data where `replicate` needs them; on one device they stay where they are."""
-  mesh = _mesh(len(states.step), devices)
-  if mesh.size == 1:
-    return states, data
-  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _DATA)
-  return jax.device_put(states, NamedSharding(mesh, _EACH)), jax.device_put(data, shardings)
-
-
-@jax.jit  # one program for all leaves
-def stack(trees: Sequence[Any]) -> Any:
-  """Stacks replicates: each leaf gets a leading `[S]`."""
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def pick(tree: Any, i: int) -> Any:
-  """Replicate `i` alone."""
-  return jax.tree.map(lambda leaf: leaf[i], tree)
-
-
-def _mesh(num_replicates: int, devices: Sequence[Any] | None) -> Mesh:
-  devices = jax.devices() if devices is None else devices
-  num = max(n for n in range(1, len(devices) + 1) if num_replicates % n == 0)
-  return _mesh_of(devices[:num], "replicate")

@@ -171,3 +171,18 @@ def test_every_label_is_left_out_once(num, counts, seed):
 def test_class_prior_is_the_smoothed_frequency_of_the_labels():
   assert data.class_prior(np.array([0, 1, 2, 2, 1, 0]), 3) is None
   assert data.class_prior(np.array([0, 0, 0, 1]), 3) == (4 / 7, 2 / 7, 1 / 7)
+
+
+def test_repeats_are_copies_of_the_labelled_images(tiny):
+  splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(2)]
+  once, thrice = (data.to_device_splits(tiny.dataset, splits, repeats=n) for n in (1, 3))
+  assert thrice.x_lab.shape == (2, 18, 8, 8, 1)
+  for i in range(2):
+    np.testing.assert_array_equal(thrice.x_lab[i], np.tile(once.x_lab[i], (3, 1, 1, 1)))
+    np.testing.assert_array_equal(thrice.y_lab[i], np.tile(tiny.dataset.y_train[[*splits[i].indices]], 3))
+
+
+def test_splits_of_different_images_cannot_share_them(tiny):
+  splits = [data.split_labels(tiny.dataset.y_train, 2, seed, num_images=40) for seed in range(2)]
+  with pytest.raises(InputError, match="the same images"):
+    data.to_device_splits(tiny.dataset, splits)

@@ -7,7 +7,7 @@ import pytest
 from conftest import leaves_equal
 
 from experiments import label_study
-from gan_jax import datasets, parsing, recipes, results
+from gan_jax import datasets, parsing, recipes, replicates, results
 from gan_jax.types import InputError
 
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
@@ -51,27 +51,31 @@ def test_an_interrupted_cell_goes_on_where_it_was_saved(tmp_path, read, monkeypa
   monkeypatch.setattr(label_study, "STEPS_PER_CHECKPOINT", 2)
   flags = {"methods": ("gan_augmented",), "steps": 5}
   study(tmp_path / "whole", **flags)
-  program, calls = label_study.Study._program, []
+  compile_steps, calls = replicates.compile_steps, []
 
-  def interrupted(self, *args):
-    step = program(self, *args)
-    return lambda *args: (calls.append(args) if len(calls) < 8 else 1 / 0) or step(*args)
+  def interrupted(recipe, *args):
+    program = compile_steps(recipe, *args)
+
+    def run(*now):
+      if len(calls) == 8:
+        raise ZeroDivisionError
+      calls.append(recipe.hparams.method)
+      return program.run(*now)
+
+    return program._replace(run=run)
 
   with monkeypatch.context() as patch:  # in the fourth step of D, after the five of its generator
-    patch.setattr(label_study.Study, "_program", interrupted)
+    patch.setattr(replicates, "compile_steps", interrupted)
     with pytest.raises(ZeroDivisionError):
       study(tmp_path / "run", **flags)
   saved = tmp_path / "run" / "checkpoints"
   assert [path.name for path in sorted(saved.glob("*/*"))] == ["2", "2", "4"]
   # The generator has its two checkpoints, D its first; with that one D goes on and G is not trained again.
-  steps = []
-  monkeypatch.setattr(
-    label_study.Study,
-    "_program",
-    lambda self, method, *args: lambda *now: steps.append(method) or program(self, method, *args)(*now),
-  )
-  study(tmp_path / "run", **flags, resume=True)
-  assert steps == ["gan_augmented"] * 3
+  calls.clear()
+  with monkeypatch.context() as patch:
+    patch.setattr(replicates, "compile_steps", interrupted)
+    study(tmp_path / "run", **flags, resume=True)
+  assert calls == ["gan_augmented"] * 3
   assert all(leaves_equal(*read))
   assert not saved.exists()
 
@@ -109,12 +113,12 @@ def test_all_methods_start_from_the_same_parameters_and_the_splits_do_not(tmp_pa
   """Whatever the objective, D starts from the same parameters and key on the same split."""
   started = []
 
-  def no_steps(self, method, recipe, dispatch, states, images):
+  def no_steps(recipe, states, images, max_steps):
     started.append(states)
-    self._flops[method] = 0.0
-    return lambda states, images, num: (states, {"d/loss": np.zeros((2, 1))})
+    run = lambda states, images, num: (states, {"d/loss": np.zeros((2, 1))})
+    return replicates.Program(run, max_steps, flops=0.0)
 
-  monkeypatch.setattr(label_study.Study, "_program", no_steps)
+  monkeypatch.setattr(replicates, "compile_steps", no_steps)
   monkeypatch.setattr(label_study.Study, "_read", lambda *_, **__: {"classifier": [0.0, 0.0]})
   methods = ("supervised", "gan_consistency", "vat", "gan_augmented")
   study(tmp_path / "run", methods=methods)
@@ -131,10 +135,10 @@ def test_gan_augmented_starts_with_the_generator_that_was_trained_for_it(tmp_pat
   found = {}
 
   def spy(self, method, num_labels, recipe, keys, images):
-    states, *rest = train(self, method, num_labels, recipe, keys, images)
-    averages, initial = states.ema["g"], recipe.init_state(keys[0], images).g.params
-    found[method] = jax.tree.map(np.array, (states.g.params, averages, initial))
-    return states, *rest
+    fit = train(self, method, num_labels, recipe, keys, images)
+    averages, initial = fit.states.ema["g"], recipe.init_state(keys[0], images).g.params
+    found[method] = jax.tree.map(np.array, (fit.states.g.params, averages, initial))
+    return fit
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(label_study.Study, "train", spy)

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -13,25 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FULL, WEAK, leaves_equal
+from conftest import FULL, WEAK
 
 from gan_jax import (
   augment,
   cli,
-  data,
   losses,
   networks,
   objectives,
   parallel,
   processes,
-  steps,
+  replicates,
   train,
 )
 from gan_jax.types import BatchSizes, InputError
-
-# Bit-identical if XLA fuses as it does outside of the tests, see conftest.py.
-AS_EVER = {"xla_cpu_use_fusion_emitters": True} if metadata.version("jaxlib") < "0.12" else None
-
 
 RELATIVISTIC = objectives.gan(losses.relativistic, penalty="r1_r2", gamma=0.1)
 
@@ -70,7 +64,7 @@ def test_eight_devices_compute_what_one_does(case, make_tiny):
   flops, (expected, metrics) = compiled.cost_analysis()["flops"], compiled(*args, num)
   mesh = jax.jit(parallel.over_devices(recipe, devices).make_multi_step(3))
   pmap = jax.pmap(parallel.over_axis(recipe).make_multi_step(3), parallel.AXIS, in_axes=(0, 0, None))
-  each = tuple(parallel.stack([tree] * 8) for tree in args)
+  each = tuple(replicates.stack([tree] * 8) for tree in args)
   for program, arguments in ((mesh, parallel.replicated(args, devices)), (pmap, each)):
     lowered = program.lower(*arguments, num)
     compiled = lowered.compile()
@@ -78,7 +72,7 @@ def test_eight_devices_compute_what_one_does(case, make_tiny):
     if program is pmap:
       for leaf in jax.tree.leaves((found.g.params, found.d.params, metrics_found)):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-      found, metrics_found = parallel.pick((found, metrics_found), 0)
+      found, metrics_found = replicates.pick((found, metrics_found), 0)
     assert len(devices) == 8
     if program is mesh:
       assert compiled.cost_analysis()["flops"] < flops / 4  # each device computes a part
@@ -123,7 +117,7 @@ def test_a_mean_for_each_device_is_another_loss():
 
 
 def test_what_pmap_cannot_split(tiny):
-  args = tuple(parallel.stack([tree] * 8) for tree in (tiny.state(), tiny.data))
+  args = tuple(replicates.stack([tree] * 8) for tree in (tiny.state(), tiny.data))
   recipe = parallel.over_axis(tiny.recipe())
   multi_step = jax.pmap(recipe.make_multi_step(1), parallel.AXIS, in_axes=(0, 0, None))
   with pytest.raises(InputError, match="6 images cannot be split evenly over 8 devices"):
@@ -298,73 +292,3 @@ def test_a_batch_that_cannot_be_split(tiny):
     match=r"50 labelled images per step cannot be split evenly over 8 devices: .* of 8, or --devices 2$",
   ):
     parallel.over_devices(recipe, jax.devices())
-
-
-def replicates(tiny):
-  """Four splits and seeds of the tiny problem: their steps, their states, their data."""
-  splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(4)]
-  x_init = data.to_float(tiny.data.x_unl)
-  states = [
-    steps.init_state(jax.random.key(i), tiny.g, tiny.d, **tiny.txs, x_init=x_init) for i in range(4)
-  ]
-  multi_step = steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3)
-  singles = [data.to_device(tiny.dataset, split) for split in splits]
-  return multi_step, states, singles, data.to_device_splits(tiny.dataset, splits)
-
-
-def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
-  """Sequentially: bit for bit on one device, up to rounding on four, which compile another program."""
-  multi_step, states, singles, together = replicates(make_tiny(network="mlp"))
-  single = jax.jit(multi_step, compiler_options=AS_EVER)
-  expected = [single(*pair, 3) for pair in zip(states, singles, strict=True)]
-  assert not any(leaves_equal(expected[0][0].d.params, expected[1][0].d.params))
-  for num in (1, 4):
-    devices = jax.devices()[:num]
-    replicated = parallel.replicate(multi_step, strategy="sequential", devices=devices)
-    run = jax.jit(replicated, compiler_options=AS_EVER if num == 1 else None)
-    placed = parallel.place(parallel.stack(states), together, devices=devices)
-    found, metrics = run(*placed, 3)
-    assert len(found.step.sharding.device_set) == num
-    assert metrics["d/loss"].shape == (4, 3)
-    for i, (state, history) in enumerate(expected):
-      each = parallel.pick(found, i)
-      if num == 1:
-        assert all(leaves_equal(each, state))
-        np.testing.assert_array_equal(metrics["d/loss"][i], history["d/loss"])
-      close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
-      jax.tree.map(close, (each.d, each.g, each.ema), (state.d, state.g, state.ema))
-    with jax.no_tracing():  # the states stay where they were placed
-      run(found, placed[1], 3)
-
-
-def test_in_step_they_are_nearly_the_same(make_tiny):
-  """With convolutions, which then have one kernel per replicate."""
-  multi_step, states, singles, together = replicates(make_tiny(objective=objectives.supervised_only()))
-  devices = jax.devices()[:1]
-  run, looped = (
-    jax.jit(parallel.replicate(multi_step, strategy=strategy, devices=devices))
-    for strategy in ("vmap", "sequential")
-  )
-  stacked = parallel.stack(states)
-  assert run.lower(stacked, together, 1).as_text() != looped.lower(stacked, together, 1).as_text()
-  found, _ = run(stacked, together, 1)
-  single = jax.jit(multi_step)
-  for i in (0, 3):
-    expected, _ = single(states[i], singles[i], 1)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
-    jax.tree.map(close, parallel.pick(found, i).ema, expected.ema)
-
-
-def test_repeats_are_copies_of_the_labelled_images(tiny):
-  splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(2)]
-  once, thrice = (data.to_device_splits(tiny.dataset, splits, repeats=n) for n in (1, 3))
-  assert thrice.x_lab.shape == (2, 18, 8, 8, 1)
-  for i in range(2):
-    np.testing.assert_array_equal(thrice.x_lab[i], np.tile(once.x_lab[i], (3, 1, 1, 1)))
-    np.testing.assert_array_equal(thrice.y_lab[i], np.tile(tiny.dataset.y_train[[*splits[i].indices]], 3))
-
-
-def test_splits_of_different_images_cannot_share_them(tiny):
-  splits = [data.split_labels(tiny.dataset.y_train, 2, seed, num_images=40) for seed in range(2)]
-  with pytest.raises(InputError, match="the same images"):
-    data.to_device_splits(tiny.dataset, splits)

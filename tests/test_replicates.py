@@ -1,0 +1,60 @@
+import jax
+import numpy as np
+from conftest import AS_EVER, leaves_equal
+
+from gan_jax import data, objectives, replicates, steps
+
+
+def four(tiny):
+  """Four splits and seeds of the tiny problem: their steps, their states, their data."""
+  splits = [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(4)]
+  x_init = data.to_float(tiny.data.x_unl)
+  states = [
+    steps.init_state(jax.random.key(i), tiny.g, tiny.d, **tiny.txs, x_init=x_init) for i in range(4)
+  ]
+  multi_step = steps.make_multi_step(tiny.step(), tiny.sample_batch, max_steps=3)
+  singles = [data.to_device(tiny.dataset, split) for split in splits]
+  return multi_step, states, singles, data.to_device_splits(tiny.dataset, splits)
+
+
+def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
+  """Sequentially: bit for bit on one device, up to rounding on four, which compile another program."""
+  multi_step, states, singles, together = four(make_tiny(network="mlp"))
+  single = jax.jit(multi_step, compiler_options=AS_EVER)
+  expected = [single(*pair, 3) for pair in zip(states, singles, strict=True)]
+  assert not any(leaves_equal(expected[0][0].d.params, expected[1][0].d.params))
+  for num in (1, 4):
+    devices = jax.devices()[:num]
+    replicated = replicates.replicate(multi_step, strategy="sequential", devices=devices)
+    run = jax.jit(replicated, compiler_options=AS_EVER if num == 1 else None)
+    placed = replicates.place(replicates.stack(states), together, devices=devices)
+    found, metrics = run(*placed, 3)
+    assert len(found.step.sharding.device_set) == num
+    assert metrics["d/loss"].shape == (4, 3)
+    for i, (state, history) in enumerate(expected):
+      each = replicates.pick(found, i)
+      if num == 1:
+        assert all(leaves_equal(each, state))
+        np.testing.assert_array_equal(metrics["d/loss"][i], history["d/loss"])
+      close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+      jax.tree.map(close, (each.d, each.g, each.ema), (state.d, state.g, state.ema))
+    with jax.no_tracing():  # the states stay where they were placed
+      run(found, placed[1], 3)
+
+
+def test_in_step_they_are_nearly_the_same(make_tiny):
+  """With convolutions, which then have one kernel per replicate."""
+  multi_step, states, singles, together = four(make_tiny(objective=objectives.supervised_only()))
+  devices = jax.devices()[:1]
+  run, looped = (
+    jax.jit(replicates.replicate(multi_step, strategy=strategy, devices=devices))
+    for strategy in ("vmap", "sequential")
+  )
+  stacked = replicates.stack(states)
+  assert run.lower(stacked, together, 1).as_text() != looped.lower(stacked, together, 1).as_text()
+  found, _ = run(stacked, together, 1)
+  single = jax.jit(multi_step)
+  for i in (0, 3):
+    expected, _ = single(states[i], singles[i], 1)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
+    jax.tree.map(close, replicates.pick(found, i).ema, expected.ema)
