@@ -6,6 +6,7 @@ them. Trained sequentially on one device, a replicate equals its single run bit 
 compiled program differs, and they agree up to rounding.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,8 +54,8 @@ def fit(
   images: DeviceData,
   keys: Sequence[Key[Array, ""]],
   *,
-  name: str,
-  workdir: Path,
+  name: str = "replicates",
+  workdir: Path | None = None,
   start: Callable[[TrainState], Fit] | None = None,
   program: Program | None = None,
   steps_per_dispatch: int = 100,
@@ -70,6 +71,7 @@ def fit(
     keys: one per replicate, consumed; each determines an initial state and all randomness of its run.
     name: name of this training in messages.
     workdir: folder for the checkpoints. Training resumes from the newest one, bit for bit, if there is one.
+      If None, nothing is saved.
     start: an earlier phase, called with the fresh states unless training resumes. This one begins with its
       states, and its seconds count.
     program: that of an earlier fit of the recipe to arrays of these shapes; None compiles it.
@@ -78,8 +80,8 @@ def fit(
   """
   states = stack([recipe.init_state(key, images) for key in keys])
   before, means = (0.0, 0.0), {}
-  with checkpoint.Checkpoints(workdir) as saved:
-    if saved.latest_step is not None:
+  with contextlib.nullcontext() if workdir is None else checkpoint.Checkpoints(workdir) as saved:
+    if saved is not None and saved.latest_step is not None:
       state = saved.restore(_of_one(states))
       states = state.replace(step=jnp.full(len(keys), state.step))
       before = saved.extra["seconds_train"], saved.extra["seconds_compile"]
@@ -102,7 +104,7 @@ def fit(
       done += num
       if done == recipe.num_steps:
         means = {metric: np.asarray(values)[:, :num].mean(axis=1) for metric, values in history.items()}
-      elif done % checkpoint_every == 0:
+      elif saved is not None and done % checkpoint_every == 0:
         saved.save(_of_one(states), seconds())
         say(f"{name}: step {done:,} of {recipe.num_steps:,}")
   return Fit(states, means, program, **seconds())

@@ -47,6 +47,8 @@ def test_what_extending_builds_can_be_trained(monkeypatch):
     batch = jax.eval_shape(data.make_sample_batch(recipe.batch), jax.random.key(0), namespace["images"])
     assert metric in jax.eval_shape(recipe.make_step(), state, batch)[1]
   assert namespace["mine"].image_shape == (8, 4, 1)
+  assert namespace["fit"].states.step.tolist() == [4, 4]
+  assert namespace["first"].step == 4
 
 
 def test_the_notebook_runs_and_is_stored_without_outputs():

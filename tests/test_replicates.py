@@ -2,7 +2,7 @@ import jax
 import numpy as np
 from conftest import AS_EVER, leaves_equal
 
-from gan_jax import data, objectives, replicates, steps
+from gan_jax import data, objectives, replicates, steps, train
 
 
 def four(tiny):
@@ -58,3 +58,21 @@ def test_in_step_they_are_nearly_the_same(make_tiny):
     expected, _ = single(states[i], singles[i], 1)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
     jax.tree.map(close, replicates.pick(found, i).ema, expected.ema)
+
+
+def test_a_fit_of_replicates_is_their_single_fits(make_tiny, tmp_path):
+  """Up to rounding: this is another program. An earlier phase comes first, and its seconds count."""
+  tiny = make_tiny(network="mlp")
+  recipe, splits = tiny.recipe(4), [data.split_labels(tiny.dataset.y_train, 2, seed) for seed in range(2)]
+  images, keys = data.to_device_splits(tiny.dataset, splits), [jax.random.key(seed) for seed in range(2)]
+  found = replicates.fit(recipe, images, keys, steps_per_dispatch=3)
+  assert found.metrics["d/loss"].shape == (2,)
+  for i, split in enumerate(splits):
+    single = train.fit(recipe, data.to_device(tiny.dataset, split), keys[i], verbose=False)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(close, replicates.pick(found.states, i).ema, single.state.ema)
+  start = lambda states: found._replace(states=states, seconds_train=100.0)
+  again = replicates.fit(recipe, images, keys, start=start, program=found.program, workdir=tmp_path)
+  assert again.seconds_train > 100
+  assert again.program is found.program
+  assert all(leaves_equal(again.states.ema, found.states.ema))
