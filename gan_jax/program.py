@@ -165,7 +165,7 @@ def enable_compilation_cache() -> None:
   if jax.config.values["jax_compilation_cache_dir"] is None:  # the attribute is untyped in JAX 0.10
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_compilation_cache_max_size", 2**30)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     replace_damaged(cache_dir() / "xla")
 
 

@@ -323,14 +323,12 @@ def make_multi_step(step: Step, sample_batch: Callable[..., Batch], *, max_steps
     def body(i: Array, carry):
       state, history = carry
       state, metrics = one(state, data, i)
-      row = jnp.stack([metrics[name] for name in names])  # one buffer for all, so one write per step
-      return state, history.at[i].set(row)
+      return state, {name: history[name].at[i].set(metrics[name]) for name in history}
 
     first = jnp.int32(0)  # a Python 0 is weakly typed, and would need a separate trace
-    _, names = jax.eval_shape(one, state, data, first)
-    history = jnp.zeros((max_steps, len(names)))
-    state, history = jax.lax.fori_loop(first, num, body, (state, history))
-    return state, dict(zip(names, history.T, strict=True))
+    _, shapes = jax.eval_shape(one, state, data, first)
+    history = {name: jnp.zeros(max_steps, shape.dtype) for name, shape in shapes.items()}
+    return jax.lax.fori_loop(first, num, body, (state, history))
 
   return multi_step
 
