@@ -232,8 +232,8 @@ def test_a_signal_outside_of_training_is_a_sentence(lose, signum, code, said, ma
   assert sys.unraisablehook is before
 
 
-def test_a_damaged_compile_cache_is_made_again(tmp_path):
-  """JAX detects the damage, but would recompile at every start from then on."""
+def test_a_damaged_compile_cache_is_made_again(tmp_path, monkeypatch):
+  """JAX detects the damage, but would recompile at every start. One that may only be read stays."""
   options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: jax.config.values[name] for name in options}
   x = np.ones((3, 3), np.float32)
@@ -255,6 +255,10 @@ def test_a_damaged_compile_cache_is_made_again(tmp_path):
         path.write_bytes(damaged)
         assert len(compiled().read_bytes()) > 100
         assert path.read_bytes() != damaged
+      path.write_bytes(b"")
+      with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        assert compiled().read_bytes() == b""
   finally:
     for name, value in before.items():
       jax.config.update(name, value)

@@ -191,13 +191,15 @@ def test_a_folder_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
   assert sorted(tmp_path.iterdir()) == before
   out.mkdir()
   export.export(path, out, ["safetensors"])
-  for taken in (out, out / "config.json"):
+  (tmp_path / "link").symlink_to("nowhere")
+  for taken in (out, out / "config.json", tmp_path / "link"):
     with pytest.raises(InputError, match="not an empty folder"):
       export.export(path, taken, ["safetensors"])
   for formats, found in ((["onnxx"], "onnxx"), ([], "none")):
     with pytest.raises(InputError, match=f"safetensors, onnx, stablehlo, not {found}"):
       export.export(path, tmp_path / "other", formats)
   assert [file.name for file in sorted(out.iterdir())] == FILES
+  (tmp_path / "link").unlink()
   assert sorted(tmp_path.iterdir()) == sorted([*before, out])
 
 
