@@ -235,7 +235,9 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
   if before["experiment"] != labels["experiment"]:
     raise InputError(f"{path} holds a run of {before['experiment']}, not of {labels['experiment']}")
   if before["dataset"] != labels["dataset"]:
-    raise InputError(f"{path} was started on {before['dataset']}, not {labels['dataset']}: see --dataset")
+    raise InputError(
+      f"{path} was started on {before['dataset']}, not {labels['dataset']}: name it with --dataset"
+    )
   noted = {"note": None}  # the note also counts files that are not pictures, which may come and go
   if stored["labels.json"] | noted != labels | noted:
     raise InputError(f"{path / 'labels.json'} does not hold the split that this run would use")

@@ -126,7 +126,7 @@ def test_a_run_is_resumed_with_its_own_split_and_recipe(open_run, tiny):
     opened(open_run(hparams=other, workdir="here", resume=True))
   labels = json.loads((run.path / "labels.json").read_text())
   for key, message in (
-    ("dataset", "was started on other, not .*: see --dataset"),
+    ("dataset", "was started on other, not .*: name it with --dataset"),
     ("experiment", "holds a run of other, not of test"),
   ):
     (run.path / "labels.json").write_text(json.dumps(labels | {key: "other"}))
