@@ -1,7 +1,7 @@
 """The map of when the GAN helps, over datasets, labels and training lengths. Not a benchmark."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from benchmarks import _runs
 from experiments import _study_tables
@@ -36,30 +36,7 @@ def table(files: Mapping[str, _runs.Rows]) -> str:
   for length in LENGTHS:
     head += [f"{length}: steps", "n", "GAN", "no GAN", "difference"]
   note = f"Errors in percent. {_study_tables.VERDICTS} The correction is for all {len(done)} cells."
-  return _with_environment(head, lines, done, note)
-
-
-def excerpt(files: Mapping[str, _runs.Rows], chosen: Sequence[tuple[str, int, int]]) -> str:
-  """One row per chosen cell: dataset, with `, no augmentation` if nothing is augmented, steps, budget.
-
-  Raises:
-    InputError: as in `table`, or a cell is missing.
-  """
-  _, cells = _read(files)
-  lines, used = [], []
-  for name, steps, budget in chosen:
-    dataset, _, plain = name.partition(", ")
-    cell = cells.get((dataset, bool(plain), False, budget), {}).get(steps)
-    if cell is None:
-      raise InputError(f"the map has no cell {name}, {steps} steps, {budget} labels")
-    lines.append([name, budget, *_map_cell(cell)])
-    used.append(cell)
-  head = ["data", "labels", "steps", "n", "with GAN", "without", "difference"]
-  return _with_environment(head, lines, used, f"Errors in percent. {_study_tables.VERDICTS}")
-
-
-def _with_environment(head: Sequence[str], lines: Sequence, cells: Sequence[Json], note: str) -> str:
-  rows = [row for cell in cells for row in cell["pair"]]
+  rows = [row for cell in done for row in cell["pair"]]
   return _runs.with_environment(_runs.markdown(head, lines), rows, note)
 
 

@@ -97,15 +97,27 @@ FEW_LABELS = {
 """File of splits -> data and network."""
 
 
-def results(files: Mapping[str, _runs.Rows]) -> str:
-  """One row per file of splits, abridged."""
-  lines = []
-  for name, rows in files.items():
-    gan, control, _ = (_runs.mean_std([row[key] for row in rows]) for key in splits.ERRORS)
-    lines.append([FEW_LABELS[name] + _runs.mark(*rows), rows[0]["num_labels"], len(rows)])
-    lines[-1] += [f"**{gan}**", control, f"{_runs.spread(rows, 'seconds_train')} s a split"]
-  head = "data, network", "labels", "n", "semi-supervised GAN", "supervised control", "training"
-  return _runs.with_environment(_runs.markdown(head, lines), _all(files))
+def headline(of_splits: _runs.Rows, studies: Mapping[str, tuple[_runs.Rows, int]]) -> str:
+  """One row per dataset: errors with a GAN, without one at equal compute, and from the labels alone.
+
+  Args:
+    of_splits: runs of the default recipe on MNIST, one split each.
+    studies: description of a dataset -> the lines of a study, and the number of labels.
+  """
+  gan, control, _ = (_runs.mean_std([row[key] for row in of_splits]) for key in splits.ERRORS)
+  lines: list[list[str | int]] = [
+    ["MNIST", of_splits[0]["num_labels"], len(of_splits), f"**{gan}**", "not run", control]
+  ]
+  used = list(of_splits)
+  for name, (rows, num_labels) in studies.items():
+    rows = [row for row in rows if (row["num_labels"], row["reading"]) == (num_labels, "classifier")]
+    found = {row["method"]: row for row in rows}
+    arms = [found[method] for method in (*_gan_map.ARMS, "supervised_augmented")]
+    errors = [_runs.mean_std(row["errors"]) for row in arms]
+    lines.append([name + _runs.mark(*arms), f"{num_labels:,}", len(arms[0]["splits"]), *errors])
+    used += arms
+  head = "data", "labels", "n", "semi-supervised GAN", "no GAN, equal compute", "labels alone"
+  return _runs.with_environment(_runs.markdown(head, lines), used)
 
 
 def few_labels(files: Mapping[str, _runs.Rows]) -> str:
@@ -347,19 +359,12 @@ def _map() -> dict[str, _runs.Rows]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-  "results": lambda: results(_files(list(FEW_LABELS)[:3])),
-  "with-without": lambda: _gan_map.excerpt(
-    _map(),
-    [
-      ("mnist", 10_000, 20),
-      ("mnist", 10_000, 50),
-      ("mnist", 1500, 100),
-      ("mnist, no augmentation", 1500, 20),
-      ("mnist, no augmentation", 1500, 200),
-      ("digits", 1600, 50),
-      ("digits, no augmentation", 1600, 200),
-      ("sign_digits@32", 400, 50),
-    ],
+  "headline": lambda: headline(
+    _lines("mnist-conv-100.jsonl"),
+    {
+      "photographs of hands": (_lines("map/sign_digits@32-augmentation-400.jsonl"), 100),
+      "digits of 8x8 pixels": (_lines("label_study-digits.jsonl"), 50),
+    },
   ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
   "budgets": lambda: budgets(_lines("map/mnist-augmentation-10000.jsonl"), _lines("mnist-conv-100.jsonl")),

@@ -126,8 +126,9 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def mean(cell: Json) -> str:
-  """Mean and standard deviation of a cell."""
-  return f"{cell['mean']:.2f} +- {cell['std']:.2f}"
+  """Mean and standard deviation of a cell; the error alone if there is one split."""
+  spread = f" +- {cell['std']:.2f}" if len(cell["errors"]) > 1 else ""
+  return f"{cell['mean']:.2f}{spread}"
 
 
 def interval(found: Sequence[float] | None, sign: str = "") -> str:

@@ -25,6 +25,7 @@ its lines to benchmarks/results/tuning.
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def main(config: Config) -> Json:
       found = [shared | row for row in train.cell(method, used.get(method), splits[budget])]
       rows += found
       if config.tune and TUNING.is_dir():  # first: no tuning stays unrecorded
-        with open(TUNING / f"{dataset.name.replace('/', '_')}.jsonl", "ab") as file:
+        with open(tuning_file(dataset), "ab") as file:
           about = {"flags": parsing.flags_of_recipe(config), "note": dataset.note}
           file.write(_lines([about | found[-1]]))
       with open(path, "ab") as file:
@@ -168,6 +169,11 @@ def main(config: Config) -> Json:
     }
     table = _study_tables.overview(cells, f"{where}, %", _study_tables.mean)  # study.md has the rest
     return results.finish(run, result, table=table, pictures=[("Errors of each split", "study.png")])
+
+
+def tuning_file(dataset: Dataset) -> Path:
+  """Where --tune appends its lines: named like the dataset, or the folder or file it is read from."""
+  return TUNING / f"{re.split('[:/]', dataset.name)[-1]}.jsonl"
 
 
 def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:

@@ -86,19 +86,3 @@ def test_wrong_files_of_the_map_are_a_sentence(name, cell, words):
     files = {f"digits-augmentation-{n}": arms([1.0], [2.0], steps=n) for n in (1, 2)}
   with pytest.raises(InputError, match=words):
     _gan_map.table(files | {name: cell})
-
-
-def test_an_excerpt_has_the_cells_of_the_map():
-  """With the same verdict, corrected for all cells; a missing cell is reported in one sentence."""
-  rng = np.random.default_rng(0)
-  without = rng.uniform(3, 5, 4)
-  plain = arms(list(without - 1 + 0.1 * rng.normal(size=4)), list(without), steps=1600, budget=50)
-  files = {
-    "digits-augmentation-400": arms([1.0, 2.0, 4.0], [1.5, 2.5, 2.0]),
-    "digits-no-augmentation-1600": plain,
-  }
-  (row,) = cells_of(_gan_map.excerpt(files, [("digits, no augmentation", 1600, 50)]))
-  _, whole = cells_of(_gan_map.table(files))
-  assert row == ["digits, no augmentation", "50", *whole[8:]]
-  with pytest.raises(InputError, match="the map has no cell digits, 1600 steps, 50 labels"):
-    _gan_map.excerpt(files, [("digits", 1600, 50)])

@@ -83,7 +83,7 @@ def test_golden_steps(name, request):
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps({**golden, name: found}, indent=1, sort_keys=True) + "\n")
     return
-  hint = "if the change is meant: pytest -n 0 tests/test_steps.py -k golden --regenerate-golden"
+  hint = "if the change is meant: pytest -n 0 tests/test_golden.py --regenerate-golden"
   for t, metrics in golden[name].items():
     assert metrics.keys() == found[t].keys(), hint
     for metric, value in metrics.items():

@@ -214,6 +214,14 @@ def test_tuning_leaves_its_lines(tmp_path, read, monkeypatch):
   assert str(tmp_path) not in json.dumps(row)
 
 
+@pytest.mark.parametrize(
+  ("name", "file"), [("mnist", "mnist"), ("folder:hands@32", "hands@32"), ("folder:../my/hands", "hands")]
+)
+def test_tuning_lines_have_a_file_name_that_any_system_takes(name, file):
+  dataset = dataclasses.replace(datasets.load("digits"), name=name)
+  assert label_study.tuning_file(dataset) == label_study.TUNING / f"{file}.jsonl"
+
+
 def test_flags_that_the_study_does_not_honour_it_does_not_take():
   flags = parsing.flags_of(label_study.Config())
   assert not flags.keys() & {"labels_per_class", "split_seed", "num_images", "hold_out", "init_from"}

@@ -49,6 +49,7 @@ def test_what_extending_builds_can_be_trained(monkeypatch):
   assert namespace["mine"].image_shape == (8, 4, 1)
   assert namespace["fit"].states.step.tolist() == [4, 4]
   assert namespace["first"].step == 4
+  assert namespace["difference"].interval is not None
 
 
 def test_the_notebook_runs_and_is_stored_without_outputs():
