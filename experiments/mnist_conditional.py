@@ -64,13 +64,13 @@ def main(config: Config) -> Json:
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = gan.build(config.hparams(dataset), dataset.image_shape, dataset.num_classes)
   recipe = recipes.with_frozen(recipe, config.transfer.freeze_d)
+  devices = cli.devices(config.loop.devices, recipe)
   with run_dir.open_run(
     "mnist_conditional", config, dataset, split, recipes_used={"gan": recipe}, files=FILES
   ) as run:
-    extractor = mnist_gan.load_extractor(config.gan_flags, dataset)
-    images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
-    fit = mnist_gan.fit_gan(run, config, recipe, images, extractor)
-    result, table, num_classes, seed = {}, [], dataset.num_classes, config.train.seed
+    extractor = mnist_gan.load_extractor(config.gan_flags.num_scored, dataset)
+    fit = mnist_gan.fit_gan(run, config, recipe, devices, extractor)
+    result, table, num_classes, seed = {}, [], dataset.num_classes, run.seed
     if extractor is not None:
       y = np.arange(config.gan_flags.num_scored) % num_classes
       x = evaluate.sample(recipe, fit.state, len(y), seed=seed, purpose="classes", y=y)
@@ -82,7 +82,7 @@ def main(config: Config) -> Json:
       figures.confusion(run.path / "confusion.png", counts, dataset.class_names)
     y = np.repeat(np.arange(num_classes), 10)
     grid = evaluate.sample(recipe, fit.state, len(y), seed=seed, y=y)
-    return mnist_gan.finish(run, config, recipe, images, fit, extractor, grid, result, table)
+    return mnist_gan.finish(run, config.gan_flags, recipe, fit, extractor, grid, result, table)
 
 
 if __name__ == "__main__":

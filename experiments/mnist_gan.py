@@ -102,14 +102,14 @@ def main(config: Config) -> Json:
   hparams = make_hparams(config.gan_flags, config.train, dataset, augmentation=config.augment)
   recipe = gan.build(hparams, dataset.image_shape, dataset.num_classes)
   recipe = recipes.with_frozen(recipe, config.transfer.freeze_d)
+  devices = cli.devices(config.loop.devices, recipe)
   with run_dir.open_run(
     "mnist_gan", config, dataset, split, recipes_used={"gan": recipe}, files=FILES
   ) as run:
-    extractor = load_extractor(config.gan_flags, dataset)
-    images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
-    fit = fit_gan(run, config, recipe, images, extractor)
-    x_fake = evaluate.sample(recipe, fit.state, 100, seed=config.train.seed)
-    return finish(run, config, recipe, images, fit, extractor, x_fake)
+    extractor = load_extractor(num_scored(config.gan_flags, dataset), dataset)
+    fit = fit_gan(run, config, recipe, devices, extractor)
+    x_fake = evaluate.sample(recipe, fit.state, 100, seed=run.seed)
+    return finish(run, config.gan_flags, recipe, fit, extractor, x_fake)
 
 
 def make_hparams(
@@ -132,44 +132,52 @@ def make_hparams(
   return dataclasses.replace(tuned, loss=flags.loss, real_label=flags.real_label, **given)
 
 
-def load_extractor(flags: GanFlags, dataset: Dataset) -> metrics.FeatureExtractor | None:
-  """The dataset's feature extractor, if needed; `InputError` if the images do not fit in memory."""
-  hint = "choose a smaller --num-scored"
-  memory.check(flags.num_scored, dataset.image_shape, hint, num_bytes=8)
-  return evaluate.load_feature_extractor(dataset) if flags.num_scored else None
+def num_scored(flags: GanFlags, dataset: Dataset) -> int:
+  """Generated images for the Frechet distance, which is comparable only at equal numbers."""
+  return min(flags.num_scored, len(dataset.x_train))
+
+
+def load_extractor(num: int, dataset: Dataset) -> metrics.FeatureExtractor | None:
+  """The dataset's feature extractor, if `num` images are to be scored.
+
+  Raises:
+    InputError: they do not fit in memory.
+  """
+  memory.check(num, dataset.image_shape, "choose a smaller --num-scored", num_bytes=8)
+  return evaluate.load_feature_extractor(dataset) if num else None
 
 
 def fit_gan(
   run: run_dir.Run,
   config: Any,
   recipe: Recipe,
-  images: data.DeviceData,
+  devices: Sequence[Any],
   extractor: metrics.FeatureExtractor | None,
 ) -> train.Fit:
   """Trains the recipe with diagnostics; the extractor classifies the generated images."""
+  assert run.split is not None
   return train.fit(
     recipe,
-    images,
+    data.to_device(run.dataset, run.split, exclude_labelled=run.exclude_labelled),
     jax.random.key(run.seed),
     workdir=run.path,
     resume=config.run.resume,
     phase="gan",
     checkpoint_every=config.loop.steps_between_checkpoints(recipe.num_steps),
     on_nonfinite=config.loop.on_nonfinite,
-    start=run_dir.start_from(config.transfer, recipe),
+    start=run_dir.start_from(config.transfer, recipe, run.dataset.class_names),
     diagnose=True,
     classify=extractor and extractor.classify,
     class_names=run.dataset.class_names,
     tensorboard=config.loop.tensorboard,
-    devices=cli.devices(config.loop.devices, recipe),
+    devices=devices,
   )
 
 
 def finish(
   run: run_dir.Run,
-  config: Any,
+  flags: GanFlags,
   recipe: Recipe,
-  images: data.DeviceData,
   fit: train.Fit,
   extractor: metrics.FeatureExtractor | None,
   grid: Float[np.ndarray, "n h w c"],
@@ -177,20 +185,20 @@ def finish(
   table: Sequence[tuple[str, str]] = (),
 ) -> Json:
   """Scores the generator, probes the discriminator, writes the pictures and completes the result."""
-  dataset, flags, table = run.dataset, config.gan_flags, list(table)
-  labelled = [(images.x_lab, images.y_lab)]
-  (found,) = evaluate.make_evaluate(recipe)(dataset, [fit.state], labelled)
+  dataset, table = run.dataset, list(table)
+  assert run.split is not None
+  labelled = data.labelled(dataset, run.split)
+  (found,) = evaluate.make_evaluate(recipe)(dataset, [fit.state], [labelled])
   if found.error is not None:
     table.append(("test error of the discriminator as a classifier", f"{found.error:.2f} %"))
   quality = {}
   if extractor is not None:
-    num = min(flags.num_scored, len(dataset.x_train))  # distances are comparable only at equal numbers
-    x_fake = evaluate.sample(recipe, fit.state, num, seed=run.seed, purpose="frechet")
-    quality = metrics.generator_quality(extractor, x_fake)
+    num = num_scored(flags, dataset)
+    quality = evaluate.generator_quality(extractor, recipe, fit.state, num, seed=run.seed)
     replay = metrics.replay_quality(extractor, dataset, num)["frechet"]
     quality["frechet_replayed_training_set"] = replay
     table = [
-      (f"{next(iter(quality))}: distance to the test set", f"{quality['frechet']:.2f}"),
+      (f"{extractor.metric(num)}: distance to the test set", f"{quality['frechet']:.2f}"),
       ("the same of the replayed training set", f"{replay:.2f}"),
       ("classes covered", f"{quality['classes_covered']} of {dataset.num_classes}"),
       *table,
@@ -199,7 +207,7 @@ def finish(
   figures.learning_curves(run.path / "learning_curves.png", output.read_rows(run.metrics_path))
   result = {
     **results.training(fit),
-    "network": flags.network,
+    "network": recipe.hparams.network,
     "recipe": recipes.describe(recipe),
     "test_error": found.error,
     "probe_test_error": found.linear["features"],

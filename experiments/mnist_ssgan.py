@@ -18,7 +18,7 @@ from gan_jax.types import Json
 
 
 def main(config: Config) -> Json:
-  """Trains the semi-supervised GAN and its two controls; returns the contents of `result.json`."""
+  """Trains the semi-supervised GAN and its control; returns the contents of `result.json`."""
   return classify.main(config, name="mnist_ssgan")
 
 

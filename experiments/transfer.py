@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments import mnist_gan, mnist_ssgan
-from gan_jax import classify, cli, program, recipes, results, run_dir
+from gan_jax import classify, cli, output, program, recipes, results, run_dir
 from gan_jax.types import InputError, Json
 
 
@@ -56,9 +56,11 @@ def main(config: Config) -> Json:
   split = cli.split_labels(dataset, config.labels, config.images)
   seeds = range(config.labels.split_seed, config.labels.split_seed + config.splits)
   source_data = dataclasses.replace(config.data, dataset=config.source)
+  if cli.is_own(config.source):
+    source_data = dataclasses.replace(source_data, data_dir=None, manual_dir=None)
   source_shape = cli.load(source_data).image_shape
   if source_shape != dataset.image_shape:
-    found = ("x".join(map(str, shape)) for shape in (source_shape, dataset.image_shape))
+    found = map(output.shape_text, (source_shape, dataset.image_shape))
     raise InputError("--source has images of {} and --dataset of {}: they must match".format(*found))
   recipes.with_frozen(classify.make_recipe(_pair(config), dataset, split), config.freeze_d)  # or it raises
   parts = ("pretrained", *(f"split-{seed}" for seed in seeds))

@@ -209,7 +209,12 @@ def _newest(run_dir: str | Path) -> Iterator[Checkpoints]:
 
 
 def transfer(
-  state: TrainState, run_dir: str | Path, *, layers: Sequence[str], parts: Sequence[str] = ("g", "d")
+  state: TrainState,
+  run_dir: str | Path,
+  *,
+  layers: Sequence[str],
+  parts: Sequence[str] = ("g", "d"),
+  fresh: Sequence[str] = (),
 ) -> tuple[TrainState, list[str]]:
   """Initialises networks from the averaged ones in another run's newest checkpoint.
 
@@ -221,9 +226,10 @@ def transfer(
     run_dir: the directory of the other run, which is not modified.
     layers: `d.layers(image_shape)`; the other modules of D are its heads.
     parts: the networks to initialise, "g", "d", or both.
+    fresh: heads of D that stay fresh although they have the same size.
 
   Returns:
-    The state, and one sentence for each head of D that was not transferred.
+    The state, and one sentence for each head of D that has another size there.
 
   Raises:
     InputError: no checkpoint, a damaged one, or networks of another kind or image size.
@@ -245,7 +251,8 @@ def transfer(
             f" {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
           )
       notes += [_new_head(name, here, there) for name in sorted(new_heads)]
-      wanted |= {path for path, name in modules.items() if name not in new_heads}
+      kept = new_heads.union(fresh if part == "d" else ())
+      wanted |= {path for path, name in modules.items() if name not in kept}
     abstract = {path: _abstract(leaf) for path, leaf in _leaves(_pack(state)).items() if path in wanted}
     loaded = _leaves(checkpoints.load(step, _map(lambda path, _: abstract.get(path, ...), saved)))
     return {path: loaded[path] for path in wanted}, notes
@@ -314,6 +321,11 @@ def _check_same(source: Path, expected: Shapes, found: Shapes) -> None:
 
 SAFETENSORS: dict[Literal["g", "d"], str] = {"d": "model.safetensors", "g": "generator.safetensors"}
 """The files of the two networks. A tensor is named by its path in the network's Flax variables."""
+
+
+def is_export(folder: Path) -> bool:
+  """Whether a folder holds networks as `save_averages` writes them."""
+  return (folder / SAFETENSORS["d"]).exists()
 
 
 def save_averages(folder: Path, state: TrainState) -> None:

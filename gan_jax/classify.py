@@ -94,14 +94,15 @@ class Config:
 
 
 def main(config: Config, *, name: str = "train") -> Json:
-  """Trains the semi-supervised GAN and its two controls; returns the contents of `result.json`."""
+  """Trains the semi-supervised GAN and its control; returns the contents of `result.json`."""
   dataset = cli.load(config.data, config.stream, needs_test=config.frechet)
   if config.frechet and dataset.workers is not None:
     raise InputError("--frechet needs all training images in memory: leave it out, or pass --stream no")
   if config.frechet and dataset.of_vectors:
     raise InputError("--frechet needs images, but these are vectors: leave it out")
+  num_scored = min(_NUM_SCORED, len(dataset.x_train))  # as in mnist_gan: distances depend on the number
   if config.frechet:
-    memory.check(_NUM_SCORED, dataset.image_shape, "leave --frechet out", num_bytes=8)
+    memory.check(num_scored, dataset.image_shape, "leave --frechet out", num_bytes=8)
   split = cli.split_labels(dataset, config.labels, config.images)
   recipe = make_recipe(config, dataset, split)
   control, afresh = recipes.supervised_control(recipe), recipe
@@ -118,6 +119,7 @@ def main(config: Config, *, name: str = "train") -> Json:
     extractor = evaluate.load_feature_extractor(dataset) if config.frechet else None
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
     fits = _fit(run, config, recipe, control, images, devices)
+    del images  # each fold has its own
     if not processes.writes():  # the first process does the rest
       return {"interrupted": fits[0].interrupted}
     if folds:
@@ -125,12 +127,10 @@ def main(config: Config, *, name: str = "train") -> Json:
       found = [] if stopped else cross_validate(config, dataset, (afresh, control), folds, run.path)
       measured_on = f"labelled images, each left out once in {len(folds)} folds"
     else:
-      found, measured_on = _read_test_set(recipe, dataset, split, fits), "test images"
+      found, measured_on = _read_test_set(recipe, dataset, split, fits), report.TEST_IMAGES
     quality = {}
     if extractor is not None:
-      num = min(_NUM_SCORED, len(dataset.x_train))  # as in mnist_gan: distances depend on the number
-      x_fake = evaluate.sample(recipe, fits[0].state, num, seed=run.seed, purpose="frechet")
-      quality = metrics.generator_quality(extractor, x_fake)
+      quality = evaluate.generator_quality(extractor, recipe, fits[0].state, num_scored, seed=run.seed)
     errors = {
       "test_error": found[0].error if found else None,
       "supervised_test_error": found[1].error if found[1:] else None,
@@ -152,8 +152,9 @@ def main(config: Config, *, name: str = "train") -> Json:
     }
     table = [(f"test error, {NAMES[key]}", _percent(error)) for key, error in errors.items()]
     table += [("measured on", measured_on)] if folds and found else []
-    if quality:
-      table.append((f"{next(iter(quality))}: distance to the test set", f"{quality['frechet']:.2f}"))
+    if extractor is not None:
+      name = extractor.metric(num_scored)
+      table.append((f"{name}: distance to the test set", f"{quality[name]:.2f}"))
     shown, sections = _pictures(run, recipe, fits[0].state, found, split, measured_on)
     return results.finish(run, result, table=table, pictures=shown, sections=sections)
 
@@ -212,8 +213,8 @@ def cross_validate(
     if stored := _stored_fold(path, left_out):
       parts.append(stored)
       continue
+    images, states = None, []  # without the images of the last fold
     images = data.to_device(dataset, split, exclude_labelled=config.labels.exclude_labelled)
-    states = []
     for recipe in trained:
       name, key = f"fold {i + 1} of {len(folds)}", jax.random.key(config.train.seed)
       verbose, on_nonfinite = recipe is trained[0], config.loop.on_nonfinite
@@ -250,7 +251,7 @@ def _fit(
     phase="semi-supervised",
     resume=config.run.resume,
     checkpoint_every=config.loop.steps_between_checkpoints(recipe.num_steps),
-    start=run_dir.start_from(config.transfer, recipe),
+    start=run_dir.start_from(config.transfer, recipe, run.dataset.class_names),
     diagnose=recipe.has_generator,
     class_names=run.dataset.class_names,
     snapshot=_snapshot(run, recipe) if _draws_images(recipe, run.dataset) else None,
@@ -335,7 +336,7 @@ def _pictures(
     first, names = found[0], run.dataset.class_names
     figures.confusion(run.path / "confusion.png", first.confusion, names)
     figures.reliability_diagram(run.path / "reliability.png", metrics.reliability(first.probs, first.y))
-    dataset, in_folds = run.dataset, measured_on != "test images"
+    dataset, in_folds = run.dataset, measured_on != report.TEST_IMAGES
     sections = report_sections.sections(
       run.path,
       first,
@@ -380,7 +381,7 @@ def _folds(dataset: Dataset, split: LabelSplit, num: int) -> list[tuple[LabelSpl
 def _announce(run: run_dir.Run, recipe: Recipe, split: LabelSplit, num_folds: int) -> None:
   """Prints what the run will do."""
   dataset = run.dataset
-  size = "x".join(map(str, dataset.image_shape))
+  size = output.shape_text(dataset.image_shape)
   of = f"vectors of {dataset.image_shape[1]:,} numbers" if dataset.of_vectors else f"images of {size}"
   measured = f"{len(dataset.x_test):,} test" if len(dataset.x_test) else "no test"
   say(

@@ -3,6 +3,7 @@
 An experiment composes only the groups that it honours; `parsing` handles whole configurations.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ class DataFlags:
     at_least_one(self, "image_size")
     if self.fit != "crop" and self.image_size is None:
       raise InputError(f"--fit {self.fit} needs --image-size, the side to resize to")
-    if self.dataset.startswith(("folder:", "arrays:")):
+    if is_own(self.dataset):
       for name in ("data_dir", "manual_dir"):
         if getattr(self, name) is not None:
           raise InputError(
@@ -45,11 +46,16 @@ class DataFlags:
           )
 
 
+def is_own(dataset: str) -> bool:
+  """Whether the value of --dataset or of another flag names the user's own data."""
+  return dataset.startswith(("folder:", "arrays:"))
+
+
 @dataclass(frozen=True)
 class StreamFlags:
   """Streaming of training images that do not fit in memory."""
 
-  stream: datasets.Choice = "auto"
+  stream: memory.Streaming = "auto"
   """Stream training images during training, or hold them on the device. auto streams images that, decoded,
   take more than a quarter of the free memory or half of the device's, and says so."""
   workers: int | None = None
@@ -138,8 +144,8 @@ class ObjectiveFlags:
   @property
   def hparams(self) -> Json:
     """The values under the names of hyper-parameters; None: the recipe's."""
-    values = dict(vars(self))
-    return values | {"d_learning_rate": values.pop("learning_rate")}
+    named = {"learning_rate": "d_learning_rate"}
+    return {named.get(name, name): value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,8 @@ class LoopFlags:
 
   def check(self) -> None:
     at_least_one(self, "checkpoint_every", "devices")
+    if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+      raise InputError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'")
 
   def steps_between_checkpoints(self, num_steps: int) -> int:
     """The checkpoint interval for a run of `num_steps` steps."""
@@ -316,9 +324,6 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
   Raises:
     InputError: there are too few devices, or the batch cannot be split over them or exceeds all memory.
   """
-  # Activations and gradients take more than 64 bytes per value; how much more depends on the networks.
-  hint = "choose a smaller --image-size or --batch-size"
-  memory.check(sum(recipe.batch), recipe.image_shape, hint, num_bytes=64)
   there, num_processes = jax.devices(), jax.process_count()
   if num is None:
     num = 1 if num_processes == 1 else parallel.most_devices(recipe.batch, len(there), num_processes)
@@ -333,8 +338,12 @@ def devices(num: int | None, recipe: Recipe) -> list[Any]:
       f" --batch-size as multiples of {num_processes}"
     )
   taken = [[d for d in there if d.process_index == i][: num // num_processes] for i in range(num_processes)]
-  devices = [device for those in taken for device in those]
+  shared = [device for those in taken for device in those]
   if num > 1:
-    parallel.over_devices(recipe, devices)  # reports a batch that cannot be split before training
+    parallel.over_devices(recipe, shared)  # reports a batch that cannot be split before training
     say(f"{num} of {len(there)} devices share each step")
-  return devices if num > 1 else []
+  # Activations and gradients take more than 64 bytes per value; how much more depends on the networks.
+  hint = "choose a smaller --image-size or --batch-size"
+  here, room = sum(recipe.batch) // num_processes, memory.of_devices(taken[jax.process_index()])
+  memory.check(here, recipe.image_shape, hint, num_bytes=64, room=room)
+  return shared if num > 1 else []

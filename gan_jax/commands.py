@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from tyro.conf import Positional, arg
 
-from gan_jax import cli, figures, memory, output
+from gan_jax import cli, figures, losses, memory, output
 from gan_jax.output import say
 from gan_jax.types import InputError, Json
 
@@ -67,13 +68,15 @@ def predict(config: Predict) -> Json:
   known = pictures.labelled(first, loaded.classes) if config.review and alone else set()
   names, images = loaded.read(config.images)
   say(f"{len(images):,} images, {len(loaded.classes)} classes")
-  probs = loaded.predict(images)
+  logits = jnp.asarray(loaded.logits(images))
+  probs = np.asarray(losses.class_probs(logits))
   if config.review is None:
-    rows = _predictions(loaded.classes, names, probs, loaded.real_logit(images), config.top_k)
+    real_logit = np.asarray(losses.real_logit(logits))
+    rows = _predictions(loaded.classes, names, probs, real_logit, config.top_k)
   else:
     rest = np.flatnonzero([name not in known for name in names])
-    chosen = rest[to_review(probs[rest], loaded.features(images[rest]), config.review)]
-    rows = [["file_name", "label"], *([names[i], ""] for i in chosen)]
+    chosen = to_review(probs[rest], lambda some: loaded.features(images[rest[some]]), config.review)
+    rows = [["file_name", "label"], *([names[i], ""] for i in rest[chosen])]
   text = io.StringIO()
   csv.writer(text, lineterminator="\n").writerows(rows)
   _write(config.out, text.getvalue())
@@ -93,18 +96,19 @@ def _predictions(
   return rows
 
 
-def to_review(probs: np.ndarray, features: np.ndarray, num: int) -> list[int]:
-  """Positions of the `num` images most worth labelling.
+def to_review(probs: np.ndarray, features: Callable[[np.ndarray], np.ndarray], num: int) -> list[int]:
+  """Positions of the `num` images most worth labelling, from all class probabilities `[N, K]`.
 
   A diverse subset of the `10 num` least certain images, by the margin between the two most probable
   classes: the least certain one, then repeatedly the one farthest in feature space from all chosen so far
-  (Sener & Savarese, 2018, https://arxiv.org/abs/1708.00489, algorithm 1).
+  (Sener & Savarese, 2018, https://arxiv.org/abs/1708.00489, algorithm 1). `features` returns the features
+  of the images at given positions.
   """
   if not len(probs):
     return []
   best = np.sort(probs, axis=-1)[:, -2:]
   uncertain = np.argsort(best[:, -1] - best[:, 0], kind="stable")[: 10 * num]
-  z = features[uncertain]
+  z = features(uncertain)
   chosen, nearest = [0], np.full(len(z), np.inf)
   while len(chosen) < min(num, len(z)):
     nearest = np.minimum(nearest, np.square(z - z[chosen[-1]]).sum(axis=-1))

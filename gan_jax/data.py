@@ -150,12 +150,12 @@ class Stream:
     return sizes._replace(labelled=0 if self.labelled is None else sizes.labelled)
 
 
-def evenly_spaced(x: Any) -> Any:
-  """`NUM_SPACED` evenly spaced rows, or all rows if there are no more. Idempotent.
+def evenly_spaced(x: Any, num: int | None = None) -> Any:
+  """`num` evenly spaced rows (default: `NUM_SPACED`), or all rows if there are no more. Idempotent.
 
   Evenly spaced, because the images of a folder are sorted by class.
   """
-  num = min(len(x), NUM_SPACED)
+  num = min(len(x), NUM_SPACED if num is None else num)
   return x[np.arange(num) * len(x) // max(num, 1)]
 
 

@@ -1,24 +1,18 @@
-"""The `Dataset` type: images as bytes, labels and names. Decides whether images are streamed."""
+"""The `Dataset` type: images as bytes, labels and names."""
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from gan_jax import memory
-from gan_jax.output import say
 from gan_jax.types import ImageSource, InputError
 
 if TYPE_CHECKING:
   from gan_jax.pictures import Reader, Scaling  # which imports this module
 
-Choice = Literal["auto", "yes", "no"]
-HOST_SHARE, DEVICE_SHARE = 0.25, 0.5
-"""Shares of the host's free memory and of the device's memory that `auto` lets training images take."""
 _OBJECTS = ("fashion_mnist", "cifar10", "cifar100", "cifar10_1", "stl10", "imagenette", "oxford_flowers102")
 
 
@@ -95,27 +89,4 @@ class Dataset:
   @property
   def of_objects(self) -> bool:
     """Whether its images show upright objects: a flip keeps the class, a rotation is noticeable."""
-    return self.name.partition("@")[0] in _OBJECTS
-
-
-def is_streamed(choice: Choice, shape: Sequence[int], *, held: int = 0) -> bool:
-  """Whether training images of shape `[N, H, W, C]` are streamed; prints a message if `auto` decides so.
-
-  Host memory counts as available if it is free now or `held` by the images themselves, in bytes.
-  """
-  if choice != "auto":
-    return choice == "yes"
-  room, where = (
-    HOST_SHARE * (memory.free() + held),
-    f"{HOST_SHARE:.0%} of the free memory",
-  )
-  on_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-  if DEVICE_SHARE * on_device < room:
-    room, where = DEVICE_SHARE * on_device, f"{DEVICE_SHARE:.0%} of the device's memory"
-  needed = math.prod(shape)
-  if needed > room:
-    say(
-      f"{shape[0]:,} training images take {needed / 1e9:.1f} GB, more than {where} ({room / 1e9:.1f} GB):"
-      " they are read during training; pass --stream no to hold them in memory"
-    )
-  return needed > room
+    return re.split("[:/@]", self.name)[0] in _OBJECTS  # without version and image size

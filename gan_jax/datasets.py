@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from gan_jax import memory, pictures, prepared
-from gan_jax.dataset import Choice, Dataset, is_streamed
+from gan_jax.dataset import Dataset
 from gan_jax.types import ImageSource, InputError
 
-__all__ = ["Choice", "Dataset", "for_tuning", "is_streamed", "load"]
+__all__ = ["Dataset", "for_tuning", "load"]
 
 
 def load(
@@ -27,7 +27,7 @@ def load(
   manual_dir: str | None = None,
   image_size: int | None = None,
   fit: Literal["crop", "pad"] = "crop",
-  stream: Choice = "no",
+  stream: memory.Streaming = "no",
   workers: int = 2,
 ) -> Dataset:
   """Loads a dataset, preparing it first if possible.
@@ -41,7 +41,7 @@ def load(
     image_size: resizes all images to squares of this side and appends `@` and the side to the name.
     fit: how resizing keeps the aspect ratio: `crop` takes the centred square, `pad` takes the whole image
       and repeats its edges.
-    stream: whether training images are read during training, see `is_streamed`.
+    stream: whether training images are read during training, see `memory.is_streamed`.
     workers: threads that read streamed images.
 
   Raises:
@@ -55,12 +55,12 @@ def load(
     dataset = _load(name, data_dir, manual_dir, stream)
     dataset = dataset if image_size is None else _resized(dataset, image_size, fit)
   x = dataset.x_train
-  if not isinstance(x, np.ndarray) or is_streamed(stream, x.shape, held=x.nbytes):
+  if not isinstance(x, np.ndarray) or memory.is_streamed(stream, x.shape, held=x.nbytes):
     return replace(dataset, workers=workers)
   return dataset
 
 
-def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice) -> Dataset:
+def _load(name: str, data_dir: str | None, manual_dir: str | None, stream: memory.Streaming) -> Dataset:
   if name == "digits":
     return _load_digits()
   if name.startswith("arrays:"):

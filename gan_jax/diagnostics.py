@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from gan_jax import data, losses
 from gan_jax.types import ClassLatents, Discriminator, Generator, InputError, Json, Metrics, TrainState
@@ -38,6 +38,17 @@ SATURATED_ACCURACY = 99.5
 """Percent of training and of generated images that D classifies correctly once it has saturated."""
 SATURATED_LOSS = 0.01
 """D's loss at a confidence of 99 %; healthy runs on MNIST and the digits stayed above 0.08."""
+
+
+def check(images: data.DeviceData, *, by_class: bool) -> None:
+  """Raises `InputError` if there are too few images for `make_diagnostics`."""
+  num = len(_training_images(images, by_class))
+  if num < 2:
+    raise InputError(f"diagnostics need at least 2 training images to compare with, not {num}")
+
+
+def _training_images(images: data.DeviceData, by_class: bool) -> UInt8[Array, "n h w c"]:
+  return images.x_lab if by_class else images.x_unl
 
 
 def make_diagnostics(
@@ -79,7 +90,7 @@ def make_diagnostics(
   Returns:
     `diagnose`, which uses the same latents in every call. `data` should hold at least ten training images
     per class; without held-out images the metrics that need them are omitted. Metrics are float32 scalars.
-    Fewer than two training images raise `InputError`.
+    See `check` for the number of images that it needs.
 
   References:
     Karras et al., 2020, https://arxiv.org/abs/2006.06676, equation 1 (r_v).
@@ -87,10 +98,8 @@ def make_diagnostics(
 
   def diagnose(state: TrainState, images: data.DeviceData) -> Metrics:
     x_held_out = data.to_float(data.evenly_spaced(images.x_held_out))
-    x_train = data.to_float(data.evenly_spaced(images.x_lab if by_class else images.x_unl))
+    x_train = data.to_float(data.evenly_spaced(_training_images(images, by_class)))
     num = len(x_train)
-    if num < 2:
-      raise InputError(f"diagnostics need at least 2 training images to compare with, not {num}")
     # No step has this number, so training never uses these latents.
     latents = g.latents(jax.random.fold_in(state.key, 2**32 - 1), num)
     x_fake = g.apply(state.averaged("g"), latents, train=False)

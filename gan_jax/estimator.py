@@ -1,5 +1,7 @@
 """The semi-supervised GAN as a scikit-learn classifier."""
 
+import functools
+import json
 import warnings
 from numbers import Integral
 from typing import Any, Literal
@@ -205,4 +207,11 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       consistency=self.consistency,
       vat=self.vat,
     )
-    return ssgan.build(hparams, x.shape[1:], len(self.classes_))  # pyright: ignore[reportArgumentType]
+    recipe = ssgan.build(hparams, x.shape[1:], len(self.classes_))  # pyright: ignore[reportArgumentType]
+    return _shared(json.dumps(recipes.describe(recipe)))
+
+
+@functools.lru_cache(maxsize=16)
+def _shared(described: str) -> recipes.Recipe:
+  """One recipe for all estimators that are alike, so that those of a cross-validation compile it once."""
+  return recipes.rebuild(json.loads(described))

@@ -28,6 +28,8 @@ def with_test_set(dataset: Dataset) -> Dataset:
 
 # --- Discriminators
 
+NUM_PROBED = 60_000
+"""The most labelled images, evenly spaced, that the probes are fitted on: their features are in memory."""
 NUM_SHOWN = 16
 """Test images of each kind that are kept for inspection."""
 
@@ -89,6 +91,7 @@ class Evaluation:
     return Shown(self.indices[rows], self.x[rows], self.y[rows], self.probs[rows])
 
 
+_fit_linear = jax.jit(probe.fit_linear, static_argnames="num_classes")  # traced once for equal shapes
 Labelled = tuple[Any, Int[Any, "n"]]
 """Labelled images as bytes, an array `[N, H, W, C]` or `data.Chosen`, and their classes."""
 
@@ -99,7 +102,7 @@ def make_evaluate(
   """Builds `evaluate(dataset, states, labelled)`, which opens the test set once for all states.
 
   It evaluates the averaged discriminators, compiled once for all of them. The probes of each state are
-  fitted on the labelled images that it was trained on.
+  fitted on the labelled images that it was trained on, at most `NUM_PROBED` of them.
 
   Args:
     recipe: the recipe of the states; only its objective may differ.
@@ -119,8 +122,7 @@ def make_evaluate(
 
   @jax.jit
   def fit(features: dict[str, Array], y: Array) -> tuple[dict[str, Any], dict[str, Any]]:
-    fit_linear = lambda h: probe.fit_linear(h, y, num_classes=recipe.num_classes)
-    linear = {name: fit_linear(h) for name, h in features.items()}
+    linear = {name: _fit_linear(h, y, num_classes=recipe.num_classes) for name, h in features.items()}
     return linear, {name: probe.fit_nearest(h, y) for name, h in features.items() if every_layer}
 
   @jax.jit
@@ -138,6 +140,9 @@ def make_evaluate(
       raise InputError(f"{dataset.name} has no test images to evaluate on")
     y = np.asarray(test.y_test)
     for state, (x_lab, y_lab) in zip(states, labelled, strict=True):
+      if len(y_lab) > NUM_PROBED:
+        rows = data.evenly_spaced(np.arange(len(y_lab)), NUM_PROBED)
+        x_lab, y_lab = data.Chosen(x_lab, rows), np.asarray(y_lab)[rows]
       _, features = metrics.predict(partial(read, state), x_lab)
       probes = fit(features, jnp.asarray(y_lab, jnp.int32))
       logits, *classes = metrics.predict(partial(answers, state, probes), test.x_test)
@@ -211,6 +216,13 @@ _sampler = cache(lambda g: jax.jit(steps.make_sampler(g), static_argnums=2))
 def load_feature_extractor(dataset: Dataset) -> metrics.FeatureExtractor:
   """The feature extractor for Frechet distances to this test set, see `metrics.load_feature_extractor`."""
   return metrics.load_feature_extractor(with_test_set(dataset))
+
+
+def generator_quality(
+  extractor: metrics.FeatureExtractor, recipe: Recipe, state: TrainState, num: int, *, seed: int
+) -> Json:
+  """`metrics.generator_quality` of `num` images of the averaged generator."""
+  return metrics.generator_quality(extractor, sample(recipe, state, num, seed=seed, purpose="frechet"))
 
 
 def sample(

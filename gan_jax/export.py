@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gan_jax import checkpoint, losses, output, recipes, steps
+from gan_jax import checkpoint, losses, output, recipes, report, steps
 from gan_jax.model import Model, load
 from gan_jax.types import InputError, Json
 
@@ -254,9 +254,9 @@ def _card(model: Model, config: Json) -> str:
   return environment.get_template("model_card.md").render(
     model=model,
     network=model.recipe.hparams.network,
-    shape="x".join(map(str, model.recipe.image_shape)),
+    shape=output.shape_text(model.recipe.image_shape),
     step=int(model.state.step),
     config=dict.fromkeys(_PROVENANCE) | config,
     result=result,
-    in_folds=result["error_from"] not in (None, "test images"),
+    in_folds=result["error_from"] not in (None, report.TEST_IMAGES),
   )

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Array
@@ -66,7 +65,9 @@ class MetricsLog:
       output.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
       self._file = open(path, "a", buffering=1)  # noqa: SIM115
       if tensorboard:
-        self._tensorboard = _tensorboard(workdir / "tensorboard" / phase)
+        from tensorboardX import SummaryWriter
+
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard" / phase))
     self._phase = phase
     self._find = functools.partial(
       diagnostics.alarms, num_steps=num_steps, class_names=class_names, class_prior=class_prior
@@ -132,21 +133,14 @@ class MetricsLog:
     """Prints each kind of alarm when it first appears."""
     found = self._find(self._rows)
     self.alarms = tuple(found.values())
-    for kind in set(found) - self._said:
-      console.print(f"alarm: {found[kind]}", style="yellow", markup=False, soft_wrap=True)
+    for kind, text in found.items():
+      if kind not in self._said:
+        console.print(f"alarm: {text}", style="yellow", markup=False, soft_wrap=True)
     self._said |= set(found)
 
 
 def _is_diagnosed(row: Json) -> bool:
   return any(name.startswith("diagnostics/") for name in row)
-
-
-def _tensorboard(path: Path) -> Any:
-  try:
-    from tensorboardX import SummaryWriter
-  except ImportError as error:
-    raise InputError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'") from error
-  return SummaryWriter(str(path))
 
 
 @contextlib.contextmanager

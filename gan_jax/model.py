@@ -1,5 +1,6 @@
 """A finished run as a model: predictions, features, novelty, samples."""
 
+import itertools
 import json
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import checkpoint, data, evaluate, losses, output, pictures, probe, recipes, steps
+from gan_jax import checkpoint, data, evaluate, losses, memory, output, pictures, probe, recipes, steps
 from gan_jax.pictures import Reader, Scaling, below, for_all, listed
 from gan_jax.recipes import Recipe
 from gan_jax.types import InputError, TrainState
@@ -57,9 +58,17 @@ class Model:
     Raises:
       InputError: the images have another shape or range, or the model has no classifier.
     """
+    return _batched(losses.class_probs, self.logits(images))
+
+  def logits(self, images: Images) -> Float[np.ndarray, "n k"]:
+    """The K logits of the discriminator, `[N, K]`: `predict` is their softmax.
+
+    Raises:
+      InputError: as by `predict`.
+    """
     if not self.has_classifier:
       raise InputError("this model has no classifier: its run trained a GAN without labels")
-    return _batched(lambda x: losses.class_probs(self._read(x)[0]), self._checked(images))
+    return _batched(lambda x: self._read(x)[0], self._checked(images))
 
   def features(self, images: Images, layer: str | None = None) -> Float[np.ndarray, "n f"]:
     """Features of the discriminator, `[N, F]`; with `layer`, those of that layer, see `probe.make_layers`.
@@ -124,57 +133,79 @@ class Model:
       InputError: a path is none of these, a picture given by its own path or every picture of a folder
         cannot be decoded, or an array has another shape.
     """
-    paths = [paths] if isinstance(paths, str | Path) else paths
-    names, images = [], []
-    shape = self.recipe.image_shape
-    reader = self.reader or Reader(channels=shape[2], size=shape[:2])  # pyright: ignore[reportArgumentType]
-    for path in map(Path, paths):
-      if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would block
-        raise InputError(f"{path} is neither a file nor a folder")
-      if path.suffix in (".npy", ".npz"):
-        x = self._from_array(path)
-        names += [f"{path}[{i}]" for i in range(len(x))]
-        images.append(x)
-      elif self.scaling is not None:
-        raise InputError(
-          f"{path} is not an array: this model was trained on vectors, so name .npy or .npz files"
-        )
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    parts: list[tuple[list[str], np.ndarray]] = []
+    for are_arrays, group in itertools.groupby(paths, lambda path: path.suffix in (".npy", ".npz")):
+      if are_arrays:
+        parts += map(self._from_array, group)
       else:
-        files, skipped = below(path) if path.is_dir() else ({"": path}, [])
-        if skipped:
-          output.say(f"skipped, as hidden or not a picture: {len(skipped):,} ({listed(skipped)})")
-        alone = len(paths) == 1 and path.is_dir()
-        read = _read_pictures(reader, files if alone else {str(file): file for file in files.values()})
-        names += read
-        images += [image[None] for image in read.values()]
-    if not images:
+        files: dict[str, Path] = {}
+        for path in group:
+          files |= self._pictures_at(path, alone=len(paths) == 1)
+        parts += [self._from_pictures(files)] if files else []
+    if not parts:
       raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
-    first = 0
-    for x in images:
-      if x.shape[1:] != shape:
-        wanted, found = ("x".join(map(str, each)) for each in (shape, x.shape[1:]))
-        raise InputError(f"this model takes images of {wanted}, but {names[first]} is {found}: resize it")
-      first += len(x)
-    return names, np.concatenate(images)
+    names = [name for part, _ in parts for name in part]
+    return names, parts[0][1] if len(parts) == 1 else np.concatenate([x for _, x in parts])
 
-  def _from_array(self, path: Path) -> np.ndarray:
+  def _pictures_at(self, path: Path, *, alone: bool) -> dict[str, Path]:
+    """A picture, or those in a folder, by the names that `read` gives them."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would block
+      raise InputError(f"{path} is neither a file nor a folder")
+    if self.scaling is not None:
+      raise InputError(
+        f"{path} is not an array: this model was trained on vectors, so name .npy or .npz files"
+      )
+    if not path.is_dir():
+      return {str(path): path}
+    files, skipped = below(path)
+    if skipped:
+      output.say(f"skipped, as hidden or not a picture: {len(skipped):,} ({listed(skipped)})")
+    return files if alone else {str(file): file for file in files.values()}
+
+  def _from_pictures(self, files: dict[str, Path]) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
+    """The pictures that can be decoded, and their names; reports those that cannot."""
+    names, paths, shape = list(files), list(files.values()), self.recipe.image_shape
+    memory.check(len(files), shape, "predict fewer pictures at a time")
+    reader = self.reader or Reader(channels=shape[2], size=shape[:2])  # pyright: ignore[reportArgumentType]
+    x = np.empty((len(files), *shape), np.uint8)
+
+    def read(i: int) -> tuple[int, ...]:
+      pixels = reader.read(paths[i])
+      if pixels.shape == shape:
+        x[i] = pixels
+      return pixels.shape
+
+    found = for_all(read, range(len(files)), f"reading {len(files):,} pictures")
+    failed = [reason for reason in found if isinstance(reason, str)]
+    if failed and len(failed) == len(files):
+      raise InputError(failed[0])
+    for name, each in zip(names, found, strict=True):
+      if not isinstance(each, str) and each != shape:
+        wanted, given = map(output.shape_text, (shape, each))
+        raise InputError(f"this model takes images of {wanted}, but {name} is {given}: resize it")
+    for reason in failed:
+      output.say(f"left out: {reason}")
+    kept = [i for i, each in enumerate(found) if not isinstance(each, str)]
+    return [names[i] for i in kept], x[kept] if failed else x
+
+  def _from_array(self, path: Path) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
     if not path.exists():
       raise InputError(f"{path} does not exist")
     try:
-      with np.load(path, allow_pickle=False) as file:
-        x = file["x"]
-    except TypeError:  # an .npy file is one array
       x = np.load(path, allow_pickle=False)
+      if not isinstance(x, np.ndarray):  # an .npz file
+        with x:
+          x = x["x"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
       raise InputError(
         f"{path} holds no readable array: save one with numpy.save, or as x with numpy.savez"
       ) from error
-    if self.scaling is not None:
-      return self.scaling.apply(x)
-    if self.reader is not None and x.ndim > 2:
+    if self.scaling is None and self.reader is not None and x.ndim > 2:
       x = pictures.read_images(x, self.reader, str(path))
-    x = self._checked(x)
-    return x if x.dtype == np.uint8 else data.to_bytes(x)
+    x = self.scaling.apply(x) if self.scaling is not None else self._checked(x)
+    x = x if x.dtype == np.uint8 else data.to_bytes(x)
+    return [f"{path}[{i}]" for i in range(len(x))], x
 
   def _read(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
     return _classify(self.recipe.d)(self.state, x)
@@ -198,7 +229,7 @@ class Model:
     if x.ndim == 3 and shape[-1] == 1:
       x = x[..., None]
     if x.shape[1:] != shape:
-      wanted, found = ("x".join(map(str, each)) for each in (shape, x.shape[1:]))
+      wanted, found = map(output.shape_text, (shape, x.shape[1:]))
       raise InputError(f"this model takes images [N, {wanted}], not [N, {found}]")
     if x.dtype == np.uint8:
       return x
@@ -232,25 +263,14 @@ def load(run: str | Path) -> Model:
     raise InputError(f"{path} holds no model: its config.json contains no recipe") from error
   recipe = recipes.rebuild(described)
   like = recipe.abstract_state()
-  if (path / checkpoint.SAFETENSORS["d"]).exists():
+  if checkpoint.is_export(path):
     like = jax.eval_shape(partial(steps.with_statistics, recipe.g), like)
     return Model(recipe, checkpoint.read_averages(path, like), classes, *read_alike)
   return Model(recipe, checkpoint.restore_averages(path, like), classes, *read_alike)
 
 
-def _read_pictures(reader: Reader, files: dict[str, Path]) -> dict[str, UInt8[np.ndarray, "h w c"]]:
-  """The pictures that can be decoded, by the same names; reports those that cannot."""
-  read = for_all(reader.read, list(files.values()), f"reading {len(files):,} pictures")
-  failed = [reason for reason in read if isinstance(reason, str)]
-  if failed and len(failed) == len(files):
-    raise InputError(failed[0])
-  for reason in failed:
-    output.say(f"left out: {reason}")
-  return {name: image for name, image in zip(files, read, strict=True) if not isinstance(image, str)}
-
-
 def _batched(read: Any, x: np.ndarray) -> Any:
-  """Applies `read` to many images in full batches."""
+  """Applies `read` to many rows in full batches; images as bytes become floats."""
   outputs = []
   for start in range(0, max(len(x), 1), _BATCH):
     rows = x[start : start + _BATCH]

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ from rich.console import Console
 from gan_jax.types import InputError, Json
 
 console = Console(stderr=True, highlight=False, emoji=False)  # else `folder:a:` shows as a boxed letter
+
+
+def shape_text(shape: Iterable[int]) -> str:
+  """A shape in words: 28x28x1."""
+  return "x".join(map(str, shape))
 
 
 def say(text: str) -> None:

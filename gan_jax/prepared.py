@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from gan_jax.dataset import Choice, Dataset, is_streamed
-from gan_jax.output import write_cache
+from gan_jax import memory
+from gan_jax.dataset import Dataset
+from gan_jax.output import shape_text, write_cache
 from gan_jax.pictures.reader import check_shape, reason_of
 from gan_jax.types import InputError
 
@@ -31,7 +32,7 @@ def _tfds() -> Any:
   return tensorflow_datasets
 
 
-def load(name: str, data_dir: str | None, manual_dir: str | None, stream: Choice) -> Dataset:
+def load(name: str, data_dir: str | None, manual_dir: str | None, stream: memory.Streaming) -> Dataset:
   builder = _builder(name, data_dir)
   if not builder.is_prepared():
     if name not in MNIST_FAMILY:
@@ -159,7 +160,7 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
   return builder
 
 
-def _read(builder: Any, name: str, stream: Choice) -> Dataset:
+def _read(builder: Any, name: str, stream: memory.Streaming) -> Dataset:
   """Reads a prepared dataset; decoded arrays are cached in its folder, so preparing it again drops them.
 
   For a streamed dataset, these are the labels and the test images.
@@ -172,7 +173,7 @@ def _read(builder: Any, name: str, stream: Choice) -> Dataset:
     shape, source = (splits["train"].num_examples, *features["image"].shape), {}
     if None in shape and stream == "auto":
       shape = Records(_source(builder, name, "train"), name).shape
-    if is_streamed(stream, shape):
+    if memory.is_streamed(stream, shape):
       source = {"x_train": Records(_source(builder, name, "train"), name)}
     folder = Path(os.fspath(builder.data_dir))
     cache = folder / ("gan_jax_labels.npz" if source else "gan_jax_arrays.npz")
@@ -253,7 +254,7 @@ def _decode(builder: Any, name: str, split: str, part: str = "train") -> dict[st
     labels.append(int(example["label"]))
   shapes = {image.shape for image in images}
   if len(shapes) != 1:
-    found = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3]) or "no images"
+    found = ", ".join(map(shape_text, sorted(shapes)[:3])) or "no images"
     raise InputError(f"{name} must hold images of one size, not {found}: resize them first")
   return {f"x_{part}": np.stack(images), f"y_{part}": np.asarray(labels, np.int64)}
 

@@ -132,6 +132,7 @@ def run(
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
       console.quiet = False
       hint = ": choose a smaller --batch-size or --image-size" if hasattr(config, "train") else ""
+      hint += ", or --stream yes" if hasattr(config, "stream") else ""
       say(f"error: the device has too little memory{hint}")
       _leave(2)
     if not jax.distributed.is_initialized():

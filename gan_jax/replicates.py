@@ -45,8 +45,8 @@ class Fit(NamedTuple):
   """Means over the last dispatch, one per replicate."""
   program: Program
   seconds_train: float
-  """Like `seconds_compile`, for resumed training from its beginning."""
   seconds_compile: float
+  """Both include earlier parts of a resumed training."""
 
 
 def fit(
@@ -99,7 +99,7 @@ def fit(
     }
     done = int(states.step[0])
     while done < recipe.num_steps:
-      num = min(program.max_steps, recipe.num_steps - done)
+      num = min(program.max_steps, recipe.num_steps - done, checkpoint_every - done % checkpoint_every)
       states, history = jax.block_until_ready(program.run(states, images, np.int32(num)))
       done += num
       if done == recipe.num_steps:

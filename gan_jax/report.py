@@ -14,6 +14,8 @@ from gan_jax import checkpoint, cli, output, parsing
 from gan_jax.types import InputError, Json
 
 PERCENT = "\N{NO-BREAK SPACE}%"
+TEST_IMAGES = "test images"
+"""What an error was measured on, unless it is an estimate from folds."""
 
 
 class Picture(NamedTuple):
@@ -147,8 +149,8 @@ def _detail(result: Json) -> str:
   """The uncertainty of the error."""
   if not result.get("test_error_interval"):
     return ""
-  (low, high), images = result["test_error_interval"], result.get("error_from") or "test images"
-  whose = "for this one classifier" if images == "test images" else "of those trained for the folds"
+  (low, high), images = result["test_error_interval"], result.get("error_from") or TEST_IMAGES
+  whose = "for this one classifier" if images == TEST_IMAGES else "of those trained for the folds"
   return (
     f"On {result['num_test_images']:,} {images}; 95{PERCENT} interval of the error"
     f" {low:.2f} to {high:.2f}{PERCENT}, {whose}. Lower is better."
@@ -179,7 +181,7 @@ def _compared(name: str, result: Json) -> Sequence[str]:
   low, high = result.get("test_error_interval") or (None, None)
   interval = "" if low is None else f"{low:.2f} to {high:.2f}"
   split = (result.get("label_split_sha256") or "")[:8]
-  measured_on = result.get("error_from") or ("" if result.get("test_error") is None else "test images")
+  measured_on = result.get("error_from") or ("" if result.get("test_error") is None else TEST_IMAGES)
   rest = (
     measured_on,
     _word(result.get("num_labels")),
@@ -200,7 +202,7 @@ def _read(run: Path) -> tuple[Json, Json]:
     try:
       stored.append(json.loads((run / name).read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
-      if (run / checkpoint.SAFETENSORS["d"]).exists():
+      if checkpoint.is_export(run):
         raise InputError(f"{run} is an export, not a run: name the run that it was made from") from error
       if stored:
         raise InputError(

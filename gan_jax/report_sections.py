@@ -9,10 +9,12 @@ from jaxtyping import Int, UInt8
 
 from gan_jax import figures, metrics
 from gan_jax.evaluate import Evaluation, Shown
-from gan_jax.report import PERCENT, Picture, Section
+from gan_jax.report import PERCENT, TEST_IMAGES, Picture, Section
 
 _PER_CLASS = 10
 """Labelled images shown per class."""
+_CLASSES = 50
+"""The most classes whose labelled images are shown."""
 _ROWS = 20
 """Rows of a table of classes or mistakes; a confusion matrix with more classes is shown as such a table."""
 
@@ -24,7 +26,7 @@ def sections(
   x_lab: UInt8[Any, "n h w c"],
   y_lab: Int[Any, "n"],
   *,
-  measured_on: str = "test images",
+  measured_on: str = TEST_IMAGES,
   image_names: Sequence[str] = (),
   visible: bool = True,
 ) -> list[Section]:
@@ -64,11 +66,13 @@ def sections(
 def _labelled(class_names: Sequence[str], x: np.ndarray, y: np.ndarray) -> Section:
   strips, counts = [], np.bincount(y, minlength=len(class_names))
   by_class = np.split(np.argsort(y, kind="stable"), np.cumsum(counts)[:-1])
-  for k in np.flatnonzero(counts).tolist():
+  classes = np.flatnonzero(counts).tolist()
+  for k in classes[:_CLASSES]:
     strip = figures.grid_png(x[by_class[k][:_PER_CLASS]] / np.float32(255), columns=_PER_CLASS)
     more = f", {_PER_CLASS} of {counts[k]}" if counts[k] > _PER_CLASS else ""
     strips.append(Picture(strip, f"{class_names[k]}{more}"))
-  return Section("Labelled images", text=f"All {len(y):,} labels that were used.", pictures=strips)
+  rest = f" Only the first {_CLASSES} classes are shown." if len(classes) > _CLASSES else ""
+  return Section("Labelled images", text=f"All {len(y):,} labels that were used.{rest}", pictures=strips)
 
 
 def _tiles(shown: Shown, class_names: Sequence[str], image_names: Sequence[str]) -> list[Picture]:

@@ -13,8 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import jax
+import numpy as np
 
-from gan_jax import checkpoint, cli, output, overwrite, parsing, processes, provenance, recipes
+from gan_jax import (
+  checkpoint,
+  cli,
+  output,
+  overwrite,
+  parsing,
+  processes,
+  provenance,
+  recipes,
+  steps,
+)
 from gan_jax.dataset import Dataset
 from gan_jax.output import console, say
 from gan_jax.recipes import Recipe
@@ -108,7 +120,7 @@ def open_run(
   owned = (*FILES, *files)
   with _locked(path):
     if flags.resume:
-      _check_resumable(path, labels, described)
+      described = _check_resumable(path, labels, described)
     else:
       overwrite.settle(path, owned)
       if (path / "config.json").exists():
@@ -116,8 +128,8 @@ def open_run(
         overwrite.set_aside(path, owned)
     complete = False
     try:
+      output.write_json(path / "config.json", described)  # first: it marks the folder as that of a run
       if not flags.resume:
-        output.write_json(path / "config.json", described)  # first: it marks the folder as that of a run
         output.write_json(path / "labels.json", labels)
       processes.wait("open")
       yield run
@@ -143,7 +155,7 @@ def _describe(run: Run, flags: Json, recipes_used: Mapping[str, Recipe]) -> tupl
   config = {
     **named,
     "command": run.command,
-    "config": flags,
+    "config": flags | {"resume": False},
     "recipes": {name: recipes.describe(recipe) for name, recipe in recipes_used.items()},
     "image_shape": list(dataset.image_shape),
     "class_names": list(dataset.class_names),
@@ -192,7 +204,7 @@ def _check_folder(path: Path) -> None:
   names = {name for name in names if name != ".lock" and not name.startswith(".config.json.")}  # of a kill
   if names & {overwrite.REPLACED, overwrite.REPLACING}:
     return
-  foreign = checkpoint.SAFETENSORS["d"] in names  # an export
+  foreign = checkpoint.is_export(path)
   with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged file is that of a run
     foreign |= "experiment" not in json.loads((path / "config.json").read_text())
   if names and (foreign or "config.json" not in names):
@@ -224,7 +236,8 @@ def _check_replaceable(path: Path, flags: cli.RunFlags, experiment: str) -> None
     raise InputError(f"{path} holds a run of {stored}, not of {experiment}: name another folder")
 
 
-def _check_resumable(path: Path, labels: Json, described: Json) -> None:
+def _check_resumable(path: Path, labels: Json, described: Json) -> Json:
+  """The stored description with the flags of this invocation; `InputError` if it is of another run."""
   stored = {}
   for name in ("labels.json", "config.json"):
     try:
@@ -252,6 +265,7 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> None:
     before = stored["config.json"].get(key)
     if before is not None and before != described[key]:
       raise InputError(f"{path} was started on other data, {how}")
+  return stored["config.json"] | {key: described[key] for key in ("config", "command")}
 
 
 def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) -> Json:
@@ -274,15 +288,28 @@ def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) ->
   return main(config)
 
 
-def start_from(flags: cli.TransferFlags, recipe: Recipe) -> Callable[[TrainState], TrainState] | None:
-  """The `start` of `train.fit` for --init-from; it prints which heads could not be transferred."""
+def start_from(
+  flags: cli.TransferFlags, recipe: Recipe, class_names: Sequence[str]
+) -> Callable[[TrainState], TrainState] | None:
+  """The `start` of `train.fit` for --init-from; it prints which heads of D could not be transferred.
+
+  A head for classes of other names, or in another order, is not: its columns would be those of others.
+  """
   init_from = flags.init_from
   if init_from is None:
     return None
 
   def start(state: TrainState) -> TrainState:
+    x = jax.ShapeDtypeStruct((1, *recipe.image_shape), np.float32)
+    logits, _ = jax.eval_shape(steps.make_classifier(recipe.d), state, x)
+    theirs, fresh = list(class_names), []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is wrong, `transfer` says
+      theirs = list(json.loads((Path(init_from) / "config.json").read_text())["class_names"])
+    if "d" in flags.parts and logits.shape[-1] == len(theirs) and theirs != list(class_names):
+      fresh = ["head"]
+      say("--init-from: D's head is new: that run has other classes, or in another order")
     layers = recipe.d.layers(recipe.image_shape)
-    state, notes = checkpoint.transfer(state, init_from, layers=layers, parts=flags.parts)
+    state, notes = checkpoint.transfer(state, init_from, layers=layers, parts=flags.parts, fresh=fresh)
     for note in notes:
       say(f"--init-from: {note}")
     return state
@@ -296,7 +323,7 @@ def check_source(run_flags: cli.RunFlags, flags: cli.TransferFlags) -> None:
     return
   if not (Path(flags.init_from) / "config.json").is_file():
     raise InputError(f"--init-from {flags.init_from} is not the folder of a run: it has no config.json")
-  if (Path(flags.init_from) / checkpoint.SAFETENSORS["d"]).exists():
+  if checkpoint.is_export(Path(flags.init_from)):
     raise InputError(f"--init-from {flags.init_from} is an export: name the folder of its run")
   if run_flags.workdir and Path(flags.init_from).resolve() == Path(run_flags.workdir).resolve():
     raise InputError("--init-from and --workdir are the same folder: name a new one for this run")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from gan_jax import losses, objectives
+from gan_jax import objectives, terms
 from gan_jax.augment import Adaptive
 from gan_jax.objectives import Objective
 from gan_jax.terms import DiscOutputs, StepOutputs
@@ -148,10 +148,6 @@ def make_step(
     x, model_state = apply(g, params, model_state, latents, key_g)
     return x, latents.y if isinstance(latents, ClassLatents) else no_labels(x), model_state
 
-  def by_class(batch: Batch) -> bool:
-    """Whether all images that D judges have a class: labelled ones, and those of a class-conditional G."""
-    return not len(batch.x_unl) and batch.num_generated > 0 and is_class_conditional(g)
-
   def update_d(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
     key_z, key_g, key_augment, key_noise, key_terms = jax.random.split(key, 5)
     x_fake, y_fake = batch.x_unl[:0], jnp.zeros(0, batch.y_lab.dtype)
@@ -170,23 +166,14 @@ def make_step(
         lab=lab,
         unl=unl,
         fake=fake,
-        by_class=by_class(batch),
+        by_class=judges_by_class(g, len(batch.x_unl), batch.num_generated),
         key=key_terms,
         d_fn=bind(params, state),
         teacher_fn=bind(state.ema["d"], state),
         step=state.step,
       )
       loss, values = objectives.weighted_sum(objective.d, outputs)
-      known = y if outputs.by_class else jnp.full_like(y, -1)
-      real_lab, real_unl, real_fake = jnp.split(losses.known_real_logit(logits, known), ends)
-      for name, real_logits in (("real", real_unl if len(real_unl) else real_lab), ("fake", real_fake)):
-        if len(real_logits):
-          values[f"real_logit_{name}"] = real_logits.mean()
-      if len(lab.x):
-        values["error"] = 100 * (lab.logits.argmax(axis=-1) != lab.y).mean()
-      if ends[1] and boundary is not None:
-        values["real_sign"] = jnp.sign(jnp.concatenate([real_lab, real_unl]) - boundary).mean()
-      return loss, (values, model_state)
+      return loss, (values | _observed(outputs, boundary), model_state)
 
     net, metrics = optimizer_step(d_tx, state.d, loss_fn)
     state = state.replace(d=net)
@@ -220,7 +207,7 @@ def make_step(
         lab=lab,
         unl=unl,
         fake=discriminate(x_fake, y_fake, key_fake),
-        by_class=by_class(batch) and not len(batch.x_unl_g),
+        by_class=judges_by_class(g, len(batch.x_unl) + len(batch.x_unl_g), batch.num_generated),
         key=key_terms,
         d_fn=d_fn,
         teacher_fn=bind(state.ema["d"], state),
@@ -252,6 +239,27 @@ def make_step(
     return state.replace(step=state.step + 1, ema=ema), metrics
 
   return step
+
+
+def _observed(outputs: StepOutputs, boundary: float | None) -> Metrics:
+  """What an update of D logs besides its terms."""
+  num_labelled, found = len(outputs.lab.x), {}
+  real = terms.real_logit(terms.real_images(outputs, labelled=True))
+  fake = terms.real_logit(terms.generated_images(outputs))
+  if len(real):
+    found["real_logit_real"] = (real[num_labelled:] if len(outputs.unl.x) else real).mean()
+  if len(fake):
+    found["real_logit_fake"] = fake.mean()
+  if num_labelled:
+    found["error"] = 100 * (outputs.lab.logits.argmax(axis=-1) != outputs.lab.y).mean()
+  if len(real) and boundary is not None:
+    found["real_sign"] = jnp.sign(real - boundary).mean()
+  return found
+
+
+def judges_by_class(g: Generator, num_unlabelled: int, num_generated: int) -> bool:
+  """Whether all images that D judges have a class: labelled ones, and those of a class-conditional G."""
+  return not num_unlabelled and num_generated > 0 and is_class_conditional(g)
 
 
 def is_class_conditional(g: Generator) -> bool:

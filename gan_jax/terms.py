@@ -69,7 +69,7 @@ def adversarial_d(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
   """
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
-    real, fake = loss.d(_real_logit(real_images(outputs, labelled)), _real_logit(generated_images(outputs)))
+    real, fake = loss.d(real_logit(real_images(outputs, labelled)), real_logit(generated_images(outputs)))
     return real.mean() + fake.mean()
 
   return term
@@ -79,12 +79,13 @@ def adversarial_g(loss: losses.Adversarial, *, labelled: bool = False) -> Term:
   """G's half of an adversarial loss, with the arguments of `adversarial_d`."""
 
   def term(outputs: StepOutputs) -> Float[Array, ""]:
-    return loss.g(_real_logit(real_images(outputs, labelled)), _real_logit(outputs.fake)).mean()
+    return loss.g(real_logit(real_images(outputs, labelled)), real_logit(outputs.fake)).mean()
 
   return term
 
 
-def _real_logit(images: DiscOutputs) -> Float[Array, "b"]:
+def real_logit(images: DiscOutputs) -> Float[Array, "b"]:
+  """The logit of "real": that of the class if it is known, else of any, see `losses.known_real_logit`."""
   return losses.known_real_logit(images.logits, images.y)
 
 

@@ -26,7 +26,7 @@ class Fit:
   state: TrainState
   seconds_train: float
   """Time from the first step to the last, including logging, diagnostics and checkpoints but not the
-  compilation of the steps; for a resumed run, from its beginning."""
+  compilation of the steps, nor steps that a rollback undid; for a resumed run, from its beginning."""
   seconds_compile: float
   first_step_at: float | None
   """`time.time()` when the first step of this call was done; None if there was nothing left to do."""
@@ -92,8 +92,9 @@ def fit(
   Raises:
     Stopped: on SIGTERM or SIGHUP; the state reached has been saved.
     InputError: a metric is not finite; no later state has been saved. Or `workdir` holds checkpoints and
-      `resume` is False, the batch cannot be split over this many devices, or the processes differ in their
-      images or arguments. Or a streamed image cannot be read; the state reached has been saved.
+      `resume` is False, diagnostics have a single image to compare with, the batch cannot be split over the
+      devices, or the processes differ in their images or arguments. Or a streamed image cannot be read; the
+      state reached has been saved.
   """
   workdir = None if workdir is None else Path(workdir)
   num_steps, save_every = recipe.num_steps, None if workdir is None else checkpoint_every
@@ -110,15 +111,7 @@ def fit(
   if snapshot:
     hooks.append((max(1, num_steps // 10), lambda state: _written(snapshot, state)))
   if diagnose:
-    observe = jax.jit(
-      diagnostics.make_diagnostics(
-        recipe.g,
-        recipe.d,
-        classify=classify,
-        by_class=recipe.by_class,
-        boundary=recipe.objective.boundary,
-      )
-    )
+    observe = _diagnostics(recipe, images, classify)
     hooks.append((max(1, num_steps // 20), lambda state: observe(*processes.local((state, x)))))
 
   def attempt(resume: bool, rollbacks: Sequence[str]) -> Fit:
@@ -139,12 +132,12 @@ def fit(
           x, recipe.batch, state, num_steps=num_steps, max_steps=steps_per_dispatch, devices=devices
         )
       )
-      if verbose:
-        output.say(f"{phase}: compiling")
-      slowed = recipes.with_learning_rates(split, 0.5 ** len(rollbacks)) if rollbacks else split
-      begin = time.perf_counter()
-      multi_step = jax.jit(slowed.make_multi_step(dispatches.max_steps), donate_argnums=0)
-      multi_step = multi_step.lower(state, dispatches.abstract, np.int32(0)).compile()
+      multi_step, begin = None, time.perf_counter()
+      if done < num_steps:
+        if verbose:
+          output.say(f"{phase}: compiling")
+        slowed = recipes.with_learning_rates(split, 0.5 ** len(rollbacks)) if rollbacks else split
+        multi_step = _compiled(slowed, state, dispatches)
       seconds_compile = time.perf_counter() - begin
 
       metrics_log = stack.enter_context(
@@ -179,6 +172,7 @@ def fit(
               unreadable = error
           if largest(drawn is None):  # what ends one process ends all, at the same step
             break
+          assert multi_step is not None
           state, metrics = multi_step(state, drawn, np.int32(num))
           done += num
           for every, hook in hooks:
@@ -207,6 +201,24 @@ def fit(
       )
 
   return _with_rollbacks(attempt, resume=resume, retry=on_nonfinite == "rollback")
+
+
+def _diagnostics(
+  recipe: Recipe, images: data.DeviceData, classify: diagnostics.Classify | None
+) -> Callable[[TrainState, data.DeviceData], Metrics]:
+  diagnostics.check(images, by_class=recipe.by_class)
+  boundary = recipe.objective.boundary
+  return jax.jit(
+    diagnostics.make_diagnostics(
+      recipe.g, recipe.d, classify=classify, by_class=recipe.by_class, boundary=boundary
+    )
+  )
+
+
+def _compiled(recipe: Recipe, state: TrainState, dispatches: stream.Dispatches) -> Callable[..., Any]:
+  """Compiled steps, `(state, data, num) -> (state, metrics)`."""
+  multi_step = jax.jit(recipe.make_multi_step(dispatches.max_steps), donate_argnums=0)
+  return multi_step.lower(state, dispatches.abstract, np.int32(0)).compile()
 
 
 MAX_ROLLBACKS = 3

@@ -67,6 +67,14 @@ def test_names_as_labels(tmp_path):
   assert (found.class_names, found.y_test.tolist()) == (("dog", "cat"), [0, 1, 1])
 
 
+def test_labels_may_be_the_largest_of_their_type(tmp_path):
+  y = np.arange(256, dtype=np.uint8)
+  x = np.zeros((256, 4, 4), np.uint8)
+  found = load_arrays(tmp_path, x=x, y=y, x_test=None, y_test=None)
+  assert found.class_names[-1] == "255"
+  assert found.y_train.tolist() == list(range(256))
+
+
 def test_vectors(tmp_path):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(5000, 4)) * [1, 1e6, 1, 1e-12] + [0, -1e9, 0, 5]

@@ -268,7 +268,8 @@ def test_a_damaged_compile_cache_is_made_again(tmp_path, monkeypatch):
 def test_too_little_memory_of_the_device_is_a_sentence(main_of):
   code, said = main_of(lambda config: jax.block_until_ready(jnp.zeros(2**46)))
   assert code == 2
-  assert said == "error: the device has too little memory: choose a smaller --batch-size or --image-size\n"
+  hint = "choose a smaller --batch-size or --image-size, or --stream yes"
+  assert said == f"error: the device has too little memory: {hint}\n"
 
 
 def test_help_names_the_module_that_was_started(monkeypatch, capsys):

@@ -12,7 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import gan_jax
-from gan_jax import train
+from gan_jax import estimator as module
+from gan_jax import recipes, train
 from gan_jax.estimator import SemiSupervisedGAN
 from gan_jax.pictures import Scaling
 
@@ -28,6 +29,15 @@ CANNOT_HOLD = {
 @pytest.mark.filterwarnings("ignore")  # the checks provoke scikit-learn's own warnings
 def test_conventions_of_scikit_learn(estimator, check, small_mlp):
   check(estimator)
+
+
+@pytest.fixture(autouse=True)
+def _no_recipe_of_another_test(request):
+  """`small_mlp` changes what a name stands for; tests with it share recipes."""
+  forget = (lambda: None) if "small_mlp" in request.fixturenames else module._shared.cache_clear
+  forget()
+  yield
+  forget()
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +110,15 @@ def test_it_is_pickled_with_what_it_learned(digits, small_mlp):
   assert np.array_equal(again.transform(images), fitted.transform(images))
   other = clone(fitted).set_params(random_state=1).fit(images, few)
   assert not np.array_equal(other.predict_proba(images), fitted.predict_proba(images))
+
+
+def test_a_second_fit_of_an_equal_estimator_compiles_nothing(digits, small_mlp, monkeypatch):
+  """As in a cross-validation; what differs is the data and the seed."""
+  images, _, few = digits
+  gan = SemiSupervisedGAN(network="mlp", num_steps=2, random_state=0).fit(images, few)
+  monkeypatch.setattr(recipes.Recipe, "make_step", lambda self: pytest.fail("a step is made anew"))
+  other = clone(gan).set_params(random_state=1).fit(images[::-1], few[::-1])
+  assert not np.array_equal(other.predict_proba(images), gan.predict_proba(images))
 
 
 def test_pipelines_and_cross_validation(digits, small_mlp):

@@ -316,10 +316,10 @@ def test_what_to_review_is_uncertain_and_spread():
   """One from each of two clusters of uncertain images, no certain ones, although those lie farther away."""
   probs = np.array([[0.5, 0.5]] * 30 + [[0.99, 0.01]] * 30)
   features = np.repeat([0.0, 1.0, 9.0], [15, 15, 30])[:, None] * np.ones((60, 3))
-  first, second = commands.to_review(probs, features, 2)
+  first, second = commands.to_review(probs, features.__getitem__, 2)
   assert (first < 15, 15 <= second < 30) == (True, True)
-  assert sorted(commands.to_review(probs[:4], features[:4], 9)) == [0, 1, 2, 3]
-  assert commands.to_review(probs[:0], features[:0], 2) == []
+  assert sorted(commands.to_review(probs[:4], features.__getitem__, 9)) == [0, 1, 2, 3]
+  assert commands.to_review(probs[:0], features.__getitem__, 2) == []
 
 
 def test_what_is_there_is_not_replaced_without_a_word(trained, command, tmp_path, capsys):

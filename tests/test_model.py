@@ -114,6 +114,8 @@ def test_vectors_are_predicted_on_their_own_scale(small_mlp):
     of_vectors, of_vectors.init_state(jax.random.key(0), images), ("a", "b", "c"), scaling=scaling
   )
   np.testing.assert_array_equal(model.predict(x), model.predict(scaling.apply(x)))
+  with pytest.raises(InputError, match="vectors must be real numbers, not <U1"):
+    model.predict(np.full((2, 4), "a"))
   with pytest.raises(InputError, match=r"vectors must be \[N, 4\]"):
     model.features(x[:, :3])
 

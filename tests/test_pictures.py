@@ -310,6 +310,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(pets, monkeypatch, tmp_path)
   assert len(pictures.load_folder(pets).x_train) == 6
 
 
+def test_a_cache_that_may_only_be_read_is_used(pets, decoded, monkeypatch):
+  first = pictures.load_folder(pets)
+
+  def denied(*_):
+    raise PermissionError
+
+  monkeypatch.setattr(folder.os, "utime", denied)
+  np.testing.assert_array_equal(pictures.load_folder(pets).x_train, first.x_train)
+  assert len(decoded) == 1
+
+
 def test_long_reads_have_a_bar(monkeypatch):
   clock = iter(range(100))
   monkeypatch.setattr(reader.time, "monotonic", lambda: next(clock))

@@ -40,6 +40,19 @@ def test_pictures_of_every_kind_are_read_alike(tmp_path):
   np.testing.assert_array_equal(read("one.png", 1)[..., 0], 255 * bits)
 
 
+@pytest.mark.parametrize("where", ["a.jpg", "a.png"])
+def test_damaged_exif_data_does_not_hide_the_picture(where, tmp_path, monkeypatch):
+  path = save(tmp_path / where, noise(3), exif=Image.Exif(), quality=100)
+  expected = Reader(1, None).read(path)
+
+  def damaged(self, *_):
+    raise SyntaxError("not a TIFF file (header b'Exif' not valid)")
+
+  monkeypatch.setattr(Image.Exif, "load", damaged)
+  np.testing.assert_array_equal(Reader(1, None).read(path), expected)
+  assert reader.Header.read(path).size == expected.shape[:2]
+
+
 def test_transparency_lies_on_white(tmp_path):
   clear = np.zeros((4, 6, 4), np.uint8)
   clear[:, 3:] = [10, 20, 30, 255]

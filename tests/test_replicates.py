@@ -2,7 +2,7 @@ import jax
 import numpy as np
 from conftest import AS_EVER, leaves_equal
 
-from gan_jax import data, objectives, replicates, steps, train
+from gan_jax import checkpoint, data, objectives, replicates, steps, train
 
 
 def four(tiny):
@@ -72,7 +72,10 @@ def test_a_fit_of_replicates_is_their_single_fits(make_tiny, tmp_path):
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
     jax.tree.map(close, replicates.pick(found.states, i).ema, single.state.ema)
   start = lambda states: found._replace(states=states, seconds_train=100.0)
-  again = replicates.fit(recipe, images, keys, start=start, program=found.program, workdir=tmp_path)
+  kwargs = {"start": start, "program": found.program, "workdir": tmp_path, "checkpoint_every": 2}
+  again = replicates.fit(recipe, images, keys, **kwargs)
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    assert saved.latest_step == 2  # which is not a multiple of the steps of a dispatch
   assert again.seconds_train > 100
   assert again.program is found.program
   assert all(leaves_equal(again.states.ema, found.states.ema))

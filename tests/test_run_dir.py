@@ -119,6 +119,9 @@ def test_a_run_of_another_experiment_is_not_replaced(open_run):
 def test_a_run_is_resumed_with_its_own_split_and_recipe(open_run, tiny):
   run = opened(open_run(workdir="here"))
   opened(open_run(workdir="here", resume=True, note="skipped, as hidden or not a picture: .DS_Store"))
+  opened(open_run(workdir="here", resume=True, folds=3))  # a later --resume need not repeat it
+  stored = json.loads((run.path / "config.json").read_text())["config"]
+  assert (stored["folds"], stored["resume"]) == (3, False)
   with pytest.raises(InputError, match="does not hold the split"):
     opened(open_run(tiny.split._replace(seed=3), workdir="here", resume=True))
   other = recipes.ssgan.Hparams(threshold=0.9)
@@ -296,9 +299,26 @@ def test_a_run_starts_from_the_averages_of_another(tiny):
     state = tiny.state()
     averages = jax.tree.map(lambda p: p + 1, state.ema)
     checkpoints.save(state.replace(ema=averages))
-  start = run_dir.start_from(cli.TransferFlags(init_from="source"), tiny.recipe())
+  flags = cli.TransferFlags(init_from="source")
+  start = run_dir.start_from(flags, tiny.recipe(), ("a", "b", "c"))
   assert start is not None
   assert all(leaves_equal(start(tiny.state()).ema, averages))
+
+
+def test_a_head_for_other_classes_is_not_taken_over(tiny, capsys):
+  """Of the same number, or the same in another order: each column would be of another class."""
+  with checkpoint.Checkpoints(Path("source/checkpoints").absolute()) as checkpoints:
+    checkpoints.save(tiny.state().replace(ema=jax.tree.map(lambda p: p + 1, tiny.state().ema)))
+  Path("source/config.json").write_text(json.dumps({"class_names": ["b", "a", "c"]}))
+  fresh = tiny.state().ema["d"]
+  for names, taken in ((("b", "a", "c"), True), (("a", "b", "c"), False)):
+    start = run_dir.start_from(cli.TransferFlags(init_from="source"), tiny.recipe(), names)
+    assert start is not None
+    found = start(tiny.state()).ema["d"]
+    for layer in fresh:
+      same = all(leaves_equal(found[layer], fresh[layer]))
+      assert same == (layer == "head" and not taken), layer
+    assert ("D's head is new" in capsys.readouterr().err) != taken
 
 
 def test_environment_names_device_and_versions():

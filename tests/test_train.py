@@ -32,6 +32,14 @@ def test_two_and_two_steps_are_four_bit_for_bit(tiny, tmp_path):
   assert [row["step"] for row in output.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
 
 
+def test_a_finished_run_is_resumed_without_compiling(tiny, tmp_path, capsys):
+  first = fit(tiny, 2, workdir=tmp_path)
+  capsys.readouterr()
+  again = fit(tiny, 2, workdir=tmp_path, resume=True)
+  assert all(leaves_equal(again.state, first.state))
+  assert "compiling" not in capsys.readouterr().err
+
+
 def test_a_directory_that_holds_training_is_not_overwritten(tiny, tmp_path):
   fit(tiny, 2, workdir=tmp_path)
   before = (tmp_path / "metrics.jsonl").read_text()
@@ -123,7 +131,7 @@ def test_a_rollback_halves_the_learning_rates(tiny, tmp_path, monkeypatch, capsy
   assert "resuming from step 2" in said.split("rollback 1")[1]
   assert (int(result.state.step), result.rollbacks, factors) == (4, (found,), [0.5])
   assert [row["step"] for row in output.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
-  assert fit(tiny, 4, workdir=tmp_path, resume=True).rollbacks == (found,)
+  assert fit(tiny, 6, workdir=tmp_path, resume=True).rollbacks == (found,)
   assert factors == [0.5, 0.5]
 
 

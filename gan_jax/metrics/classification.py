@@ -5,19 +5,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from gan_jax.data import to_float
+from gan_jax.types import ImageSource
 
 
-def predict(
-  read: Callable[[Array], Any], x: UInt8[np.ndarray, "n h w c"], *, batch_size: int = 1000
-) -> Any:
+def predict(read: Callable[[Array], Any], x: ImageSource, *, batch_size: int = 1000) -> Any:
   """Applies `read` to many images, one batch at a time.
 
   Args:
     read: float images `[B, H, W, C]` in [0, 1] to any tree of arrays `[B, ...]`.
-    x: images as bytes, an array or a source of them, see `data.Chosen`.
+    x: images as bytes.
     batch_size: B; the last batch is padded, so that one compiled program serves all.
   """
   outputs = []
@@ -38,7 +37,7 @@ def error_percent(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> 
 def confusion_matrix(logits: Float[np.ndarray, "n k"], y: Int[np.ndarray, "n"]) -> Int[np.ndarray, "k k"]:
   """Counts `[true class, predicted class]`."""
   num_classes = logits.shape[-1]
-  pairs = y * num_classes + logits.argmax(axis=-1)
+  pairs = np.asarray(y, np.int64) * num_classes + logits.argmax(axis=-1)
   return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

@@ -41,6 +41,10 @@ class FeatureExtractor:
   test_accuracy: float
   """Accuracy of its own classes on the test images, in percent."""
 
+  def metric(self, num: int) -> str:
+    """Name of the Frechet distance of `num` images on its features."""
+    return f"frechet_{self.name}_n{num}"
+
   def classify(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
     """Logits of images in [0, 1]. Pure, for use inside other functions."""
     return _apply(self.num_classes, self.params, x)[0]
@@ -54,7 +58,7 @@ class FeatureExtractor:
       InputError: the images have another shape.
     """
     if x.shape[1:] != self.image_shape:
-      wanted, found = ("x".join(map(str, shape)) for shape in (self.image_shape, x.shape[1:]))
+      wanted, found = map(output.shape_text, (self.image_shape, x.shape[1:]))
       raise InputError(f"the feature extractor {self.name} takes images of {wanted}, not of {found}")
     return _predict(self.num_classes, self.params, x)
 
@@ -80,7 +84,9 @@ def load_feature_extractor(dataset: Dataset) -> FeatureExtractor:
   content = train_feature_extractor(dataset)
   with contextlib.suppress(OSError):
     output.write_bytes(folder / f"{known_as}-{_sha256(content)}.npz", content)
-  return _decode(content)
+  extractor = _decode(content)
+  output.say(f"it classifies {extractor.test_accuracy:.1f} % of the test images correctly")
+  return extractor
 
 
 def read_feature_extractor(path: Path, sha256: str) -> FeatureExtractor:
@@ -101,11 +107,16 @@ def train_feature_extractor(dataset: Dataset) -> bytes:
   """Trains a feature network, computes its moments over the test images, and returns the file.
 
   Raises:
-    InputError: images below 8x8, or fewer than 256 training or test images.
+    InputError: images below 8x8, or fewer than 256 test images or labelled training images.
   """
   networks.check_image_shape(dataset.image_shape)
-  for x in (dataset.x_train, dataset.x_test):
-    frechet.check_num_images(len(x), feature_network.NUM_FEATURES)
+  num_labelled = int(np.sum(dataset.y_train >= 0))
+  if num_labelled < 2 * feature_network.NUM_FEATURES:
+    raise InputError(
+      f"a Fréchet distance needs a feature network trained on at least {2 * feature_network.NUM_FEATURES}"
+      f" labelled images, but {dataset.name} has {num_labelled}"
+    )
+  frechet.check_num_images(len(dataset.x_test), feature_network.NUM_FEATURES)
   params = feature_network.train(dataset)
   logits, features = _predict(dataset.num_classes, params, dataset.x_test)
   arrays = {

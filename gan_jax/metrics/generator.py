@@ -44,7 +44,7 @@ def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c
   shares = counts / len(x)
   distance = frechet.frechet_distance(frechet.moments(features), extractor.test)
   return {
-    f"frechet_{extractor.name}_n{len(x)}": distance,
+    extractor.metric(len(x)): distance,
     "frechet": distance,
     "class_shares": shares.tolist(),
     "class_entropy": float(scipy.special.entr(shares).sum()),

@@ -41,10 +41,13 @@ class Scaling:
     """Vectors `[N, F]` as one-row images, clipped; a feature whose low equals its high becomes 0.
 
     Raises:
-      InputError: a different number of features, or values that are not finite.
+      InputError: a different number of features, or values that are not finite real numbers.
     """
     x, low, high = np.asarray(x), np.asarray(self.low), np.asarray(self.high)
-    x = x if x.dtype.kind in "buif" else x.astype(np.float64)
+    try:
+      x = x if x.dtype.kind in "buif" else x.astype(np.float64)
+    except (TypeError, ValueError) as error:
+      raise InputError(f"vectors must be real numbers, not {x.dtype}") from error
     if x.ndim != 2 or x.shape[1] != len(low):
       raise InputError(f"vectors must be [N, {len(low)}], not {_shape(x)}")
     if not np.isfinite(x).all():
@@ -242,7 +245,7 @@ def _class_names(arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(arrays["classes"].tolist())
   if y.dtype.kind == "U":
     return tuple(sorted({*y.tolist()} - {""}))
-  return tuple(str(k) for k in range(y.max() + 1))
+  return tuple(str(k) for k in range(int(y.max()) + 1))  # which bytes cannot hold
 
 
 def _class_numbers(y: np.ndarray, names: tuple[str, ...]) -> Int[np.ndarray, "n"]:

@@ -1,7 +1,9 @@
 """Folders of pictures as datasets."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,7 +15,7 @@ import PIL
 from jaxtyping import UInt8
 
 from gan_jax import memory
-from gan_jax.dataset import Choice, Dataset, is_streamed
+from gan_jax.dataset import Dataset
 from gan_jax.output import cache_dir, write_cache
 from gan_jax.pictures.layout import Found, printable, raise_first, scan
 from gan_jax.pictures.reader import (
@@ -30,7 +32,7 @@ from gan_jax.types import ImageSource, InputError
 
 
 def load_folder(
-  root: str | Path, *, image_size: int | None = None, fit: Fit = "crop", stream: Choice = "no"
+  root: str | Path, *, image_size: int | None = None, fit: Fit = "crop", stream: memory.Streaming = "no"
 ) -> Dataset:
   """Reads a folder of pictures; decoded pictures are kept in the user's cache.
 
@@ -93,7 +95,7 @@ class _Read(NamedTuple):
   notes: list[str]
 
 
-def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice) -> _Read:
+def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: memory.Streaming) -> _Read:
   paths = [path for path, _ in found.train]
   test = [path for path, _ in found.test]
   headers = for_all(Header.read, paths + test, "looking at the pictures")
@@ -129,7 +131,7 @@ def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: Choice)
   failed = {i: reason for i, reason in reasons.items() if i < len(paths)}
   there = [path for i, path in enumerate(paths) if i not in failed]
   shape = (*size, reader.channels)
-  lazy = is_streamed(stream, (len(there), *shape))
+  lazy = memory.is_streamed(stream, (len(there), *shape))
   hint = "choose a smaller --image-size" if reader.size else "resize them with --image-size N"
   memory.check(len(test if lazy else paths + test), shape, hint)
   if lazy:
@@ -172,7 +174,8 @@ def _read_all(
 
 def _is_grey(x: Any) -> bool:
   """Whether all three channels are equal everywhere; reads only until the first difference."""
-  rows = (x[np.arange(i, min(i + 256, len(x)))] for i in range(0, len(x), 256))
+  size = max(1, _GREY_BYTES // math.prod(x.shape[1:]))
+  rows = (x[np.arange(i, min(i + size, len(x)))] for i in range(0, len(x), size))
   return all((a[..., :1] == a).all() for a in rows)
 
 
@@ -221,6 +224,7 @@ def unreadable_problems(found: Found, reasons: dict[int, str]) -> list[str]:
 
 _FORMAT = f"3, Pillow {PIL.__version__}"
 _CACHE_BYTES = 2 * 10**9
+_GREY_BYTES = 2**25
 
 
 def _cache_key(found: Found, image_size: int | None, fit: Fit) -> str:
@@ -249,7 +253,8 @@ def _from_cache(key: str, found: Found) -> _Read | None:
       return None
     if {x_train.dtype, x_test.dtype} != {np.dtype(np.uint8)}:
       return None
-    os.utime(path)  # the least recently used are removed first
+    with contextlib.suppress(OSError):  # a cache that may only be read
+      os.utime(path)  # the least recently used are removed first
     return read
   except Exception:  # with any fault, the pictures are read anew
     return None

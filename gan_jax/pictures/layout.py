@@ -214,6 +214,7 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
   else:
     examples = []
     for sub in level.folders:
+      num_skipped = len(found.skipped)
       pictures = found.below(sub)
       label = printable(sub.name)
       if sub.name.casefold() in _UNLABELLED:
@@ -221,7 +222,7 @@ def _part(found: Found, folder: Path, *, labelled: bool = False) -> list[_Exampl
       elif "\ufffd" in label:
         found.problems.append(f"the name of the class folder {folder / label} is not UTF-8: rename it")
       elif not pictures:
-        others = [name for name in found.skipped if name.startswith(f"{found.name(sub)}/")]
+        others = found.skipped[num_skipped:]
         mend = ": fill"
         if others:  # such as HEIC or camera raw files
           mend = f" that can be read, only {listed(others)}: convert them to JPEG or PNG,"

@@ -1,5 +1,6 @@
 """Reads pictures as arrays, one or many at a time."""
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +14,14 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gan_jax.output import console
+from gan_jax.output import console, shape_text
 from gan_jax.types import InputError
 
 Fit = Literal["crop", "pad"]
 T = TypeVar("T")
 
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_MANY = 500  # pictures that are worth threads of their own
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that swap width and height
 _PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
@@ -106,7 +108,10 @@ def open_upright(path: str | Path) -> Image.Image:
       raise Image.DecompressionBombError
     if file.mode == "F":
       raise InputError("holds floating-point values: convert it to 8 or 16 bits")
-    picture = ImageOps.exif_transpose(file)
+    try:
+      picture = ImageOps.exif_transpose(file)
+    except Exception:  # EXIF data may hold anything; if it is the pixels, this raises too
+      picture = file.copy()
     if bits_of(file) == "16":
       values = np.asarray(picture)
       if values.min() < 0 or values.max() > 65535:
@@ -139,20 +144,29 @@ class Pictures:
 
   def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
     found = np.empty((len(rows), *self.shape[1:]), np.uint8)
-    for i, row in enumerate(rows):
+
+    def read(i: int) -> None:
+      path = self._paths[rows[i]]
       try:
-        pixels = self._reader.read(self._paths[row])
+        pixels = self._reader.read(path)
       except InputError as error:
         raise InputError(f"{error}: repair or replace it") from error
-      check_shape(pixels, self.shape[1:], str(self._paths[row]))
+      check_shape(pixels, self.shape[1:], str(path))
       found[i] = pixels
+
+    if len(rows) < _MANY:  # the images of a step: whoever streams them has threads
+      for i in range(len(rows)):
+        read(i)
+    else:
+      with ThreadPoolExecutor() as pool:
+        list(pool.map(read, range(len(rows))))
     return found
 
 
 def check_shape(image: np.ndarray, shape: tuple[int, ...], name: str) -> None:
   """Raises `InputError` if the image of this name is not of the shape of the others."""
   if image.shape != shape:
-    found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
+    found, others = map(shape_text, (image.shape, shape))
     raise InputError(f"{name} is {found}, but the others are {others}: resize them first")
 
 
@@ -171,7 +185,9 @@ class Header(NamedTuple):
       # Without EXIF data at the front, Pillow decodes a whole PNG to search for it behind the pixels.
       has_exif = file.format != "PNG" or not _PNG_EXIF.isdisjoint(file.info)
       has_exif &= file.format != "TIFF"  # whose size Pillow gives as turned
-      turned = has_exif and file.getexif().get(_ORIENTATION) in _TURNED
+      turned = False
+      with contextlib.suppress(Exception):  # see `open_upright`
+        turned = has_exif and file.getexif().get(_ORIENTATION) in _TURNED
       height, width = file.size if turned else file.size[::-1]
       return cls(height, width, file.mode, bits)
 

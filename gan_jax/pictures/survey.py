@@ -47,7 +47,8 @@ def print_check(found: Json) -> None:
 
   overview = Table("", escape(found["path"]), show_edge=False)
   counts = lambda numbers: listed((f"{num:,} of {name}" for name, num in numbers.items()), 5)
-  groups = [" = ".join(group) for group in found["duplicates"]]
+  more = lambda group: [f"{len(group) - 5:,} more"] if len(group) > 5 else []
+  groups = [" = ".join([*group[:5], *more(group)]) for group in found["duplicates"]]
   lines = {
     "labelled": found["labelled"],
     "unlabelled": found["unlabelled"],

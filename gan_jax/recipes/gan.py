@@ -7,9 +7,7 @@ unconditional part. With few labels, cross-entropy and consistency teach D the c
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import optax
+from typing import Any, Literal
 
 from gan_jax import augment, losses, networks, objectives
 from gan_jax.recipes import policies
@@ -79,41 +77,12 @@ Tuned = Literal["conv_fine", "vgg", "resnet", "article"]
 """Pairs that `tuned` supports."""
 
 
-def tuned(network: Tuned, penalty: Penalty | None = None) -> Hparams:
-  """The hyper-parameters of a pair: tuned for conv_fine, the source article's for its own.
-
-  vgg and resnet have smaller learning rates and a smaller weight of R1, chosen by inspecting vgg's samples
-  after training on photographs of hands at 32x32; resnet also has layer normalisation, as its sums would
-  grow.
-
-  Args:
-    network: the pair.
-    penalty: replaces the pair's. wgan_gp has its paper's weight of 10 and is applied at every step, because
-      it makes the loss a distance; a zero-centred penalty may be applied less often.
-
-  Raises:
-    InputError: nothing was tuned for this network.
-  """
-  if network == "article":
-    hparams = _article()
-  elif network in ("conv_fine", "vgg", "resnet"):
-    hparams = Hparams(network=network)
-    if network != "conv_fine":
-      smaller = {"d_learning_rate": 1e-3, "g_learning_rate": 1e-3, "gamma": 0.25}
-      norm: Norm = "layer" if network == "resnet" else "none"
-      hparams = dataclasses.replace(hparams, norm=norm, **smaller)
-  else:
-    raise InputError(
-      f"there is no tuned recipe for the network {network}: start from {', '.join(get_args(Tuned))}"
-    )
-  if penalty is None:
-    return hparams
-  every_step = {"gamma": 10.0, "penalty_every": 1} if penalty == "wgan_gp" else {}
-  return dataclasses.replace(hparams, penalty=penalty, **every_step)
-
-
-def _article() -> Hparams:
-  return Hparams(
+_SMALLER: Any = {"d_learning_rate": 1e-3, "g_learning_rate": 1e-3, "gamma": 0.25}
+TUNED: dict[Tuned, Hparams] = {
+  "conv_fine": Hparams(),
+  "vgg": Hparams(network="vgg", **_SMALLER),
+  "resnet": Hparams(network="resnet", norm="layer", **_SMALLER),
+  "article": Hparams(
     network="article",
     num_steps=10_000,
     batch_size=100,
@@ -124,7 +93,30 @@ def _article() -> Hparams:
     b2=0.999,
     penalty="none",
     penalty_every=1,
-  )
+  ),
+}
+"""Tuned for conv_fine, the source article's for its own pair. Those of vgg and resnet were chosen by
+inspecting vgg's samples after training on photographs of hands at 32x32; resnet has layer normalisation, as
+its sums would grow."""
+
+
+def tuned(network: Tuned, penalty: Penalty | None = None) -> Hparams:
+  """The hyper-parameters of a pair, see `TUNED`.
+
+  Args:
+    network: the pair.
+    penalty: replaces the pair's. wgan_gp has its paper's weight of 10 and is applied at every step, because
+      it makes the loss a distance; a zero-centred penalty may be applied less often.
+
+  Raises:
+    InputError: nothing was tuned for this network.
+  """
+  if network not in TUNED:
+    raise InputError(f"there is no tuned recipe for the network {network}: start from {', '.join(TUNED)}")
+  if penalty is None:
+    return TUNED[network]
+  every_step = {"gamma": 10.0, "penalty_every": 1} if penalty == "wgan_gp" else {}
+  return dataclasses.replace(TUNED[network], penalty=penalty, **every_step)
 
 
 def check(hparams: Hparams) -> None:
@@ -210,7 +202,7 @@ def _objective(h: Hparams) -> objectives.Objective:
     return objectives.gan(loss, **penalty)
   if h.labels == "all":
     return objectives.conditional_gan(loss, **penalty)
-  ramp = optax.linear_schedule(0.0, 1.0, max(1, int(0.4 * h.num_steps)))  # early pseudo-labels are wrong
+  ramp = base.ramp(1.0, h.num_steps, 0.4)  # early pseudo-labels are wrong
   weak = policies.build(policies.POLICIES[h.policy].weak) or augment.chain()
   return objectives.conditional_gan(loss, consistency_weight=ramp, weak=weak, **penalty)
 

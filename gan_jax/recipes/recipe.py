@@ -81,7 +81,7 @@ class Recipe:
   @property
   def by_class(self) -> bool:
     """Whether D judges every image by its class: no unlabelled images, and a class-conditional G."""
-    return not self.batch.unlabelled and self.batch.generated > 0 and steps.is_class_conditional(self.g)
+    return steps.judges_by_class(self.g, self.batch.unlabelled, self.batch.generated)
 
   @property
   def has_generator(self) -> bool:
@@ -165,6 +165,11 @@ def learning_rate(schedule: Schedule, num_steps: int, peak: float) -> float | op
   return cosine
 
 
+def ramp(weight: float, num_steps: int, share: float) -> float | optax.Schedule:
+  """From 0 to `weight` over this share of the steps; 0 stays a number, so that it removes its term."""
+  return optax.linear_schedule(0.0, weight, max(1, int(share * num_steps))) if weight else 0.0
+
+
 def adam(hparams: Hparams, peak: float) -> optax.GradientTransformation:
   """Adam with the schedule of `learning_rate`."""
   h = hparams
@@ -182,25 +187,22 @@ def _adam(
 # --- Recipes from recipes
 
 
+def _derived(recipe: Recipe, name: str, kwargs: Json | None = None, **changes: Any) -> Recipe:
+  """The recipe with these changes, which the derivation of this name makes from it."""
+  return dataclasses.replace(recipe, derived=(*recipe.derived, (name, kwargs or {})), **changes)
+
+
 def supervised_control(recipe: Recipe) -> Recipe:
   """The same networks, labels, augmentation and number of steps, without any other images."""
-  return dataclasses.replace(
-    recipe,
-    objective=objectives.supervised_only(),
-    batch=BatchSizes(recipe.batch.labelled, 0, 0),
-    derived=(*recipe.derived, ("supervised_control", {})),
-  )
+  batch = BatchSizes(recipe.batch.labelled, 0, 0)
+  return _derived(recipe, "supervised_control", objective=objectives.supervised_only(), batch=batch)
 
 
 def without_generator(recipe: Recipe) -> Recipe:
   """The same recipe without the GAN: no training of G, and of D's terms none that needs a generator."""
   d = {name: term for name, term in recipe.objective.d.items() if name not in objectives.GAN_TERMS}
-  return dataclasses.replace(
-    recipe,
-    objective=Objective(d=d),
-    batch=recipe.batch._replace(generated=0),
-    derived=(*recipe.derived, ("without_generator", {})),
-  )
+  batch = recipe.batch._replace(generated=0)
+  return _derived(recipe, "without_generator", objective=Objective(d=d), batch=batch)
 
 
 def with_terms(recipe: Recipe, **d: tuple[objectives.Weight, Term]) -> Recipe:
@@ -209,11 +211,7 @@ def with_terms(recipe: Recipe, **d: tuple[objectives.Weight, Term]) -> Recipe:
   Of these, `describe` holds the names alone. `rebuild` makes a recipe that serves to open a stored run, for
   predictions and samples; its steps raise ValueError.
   """
-  return dataclasses.replace(
-    recipe,
-    objective=recipe.objective.plus(**d),
-    derived=(*recipe.derived, ("with_terms", {"names": list(d)})),
-  )
+  return _derived(recipe, "with_terms", {"names": list(d)}, objective=recipe.objective.plus(**d))
 
 
 def _with_unknown_terms(recipe: Recipe, names: Sequence[str]) -> Recipe:
@@ -225,16 +223,12 @@ def _with_unknown_terms(recipe: Recipe, names: Sequence[str]) -> Recipe:
 
 def without_augmentation(recipe: Recipe) -> Recipe:
   """The same recipe on unaugmented images."""
-  return dataclasses.replace(recipe, augment=None, derived=(*recipe.derived, ("without_augmentation", {})))
+  return _derived(recipe, "without_augmentation", augment=None)
 
 
 def with_unlabelled(recipe: Recipe, num: int) -> Recipe:
   """The same recipe with `num` unlabelled images per step."""
-  return dataclasses.replace(
-    recipe,
-    batch=recipe.batch._replace(unlabelled=num),
-    derived=(*recipe.derived, ("with_unlabelled", {"num": num})),
-  )
+  return _derived(recipe, "with_unlabelled", {"num": num}, batch=recipe.batch._replace(unlabelled=num))
 
 
 def with_flops_of(recipe: Recipe, other: Recipe) -> Recipe:
@@ -268,11 +262,8 @@ def with_frozen(recipe: Recipe, num_layers: int) -> Recipe:
     raise InputError(f"the number of frozen layers must not be negative, as {num_layers} is")
   if num_layers > len(layers):
     raise InputError(f"D has only {len(layers)} layers before its head: {num_layers} cannot be frozen")
-  return dataclasses.replace(
-    recipe,
-    d_tx=steps.freeze_layers(recipe.d_tx, layers[:num_layers]),
-    derived=(*recipe.derived, ("with_frozen", {"num_layers": num_layers})),
-  )
+  d_tx = steps.freeze_layers(recipe.d_tx, layers[:num_layers])
+  return _derived(recipe, "with_frozen", {"num_layers": num_layers}, d_tx=d_tx)
 
 
 def with_learning_rates(recipe: Recipe, factor: float) -> Recipe:

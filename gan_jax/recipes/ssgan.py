@@ -222,10 +222,8 @@ def weak(hparams: Hparams) -> Augment:
 
 
 def ramped(hparams: Hparams, weight: float) -> objectives.Weight:
-  """From 0 to `weight` over the ramp; a weight of 0 stays a number, so that it removes its term."""
-  return (
-    optax.linear_schedule(0.0, weight, max(1, int(hparams.ramp * hparams.num_steps))) if weight else 0.0
-  )
+  """From 0 to `weight` over the ramp, see `recipe.ramp`."""
+  return base.ramp(weight, hparams.num_steps, hparams.ramp)
 
 
 def class_balance(hparams: Hparams) -> tuple[objectives.Weight, terms.Term]:
