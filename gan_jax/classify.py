@@ -388,6 +388,12 @@ def _announce(run: run_dir.Run, recipe: Recipe, split: LabelSplit, num_folds: in
     f"{dataset.name}: {len(split.images):,} {of}, {len(split.indices):,} of them labelled"
     f" ({dataset.num_classes} classes), {len(split.held_out):,} held out, {measured} images"
   )
+  balance, num = getattr(recipe.hparams, "class_balance", ()), recipe.batch.unlabelled
+  if any(balance) and num < dataset.num_classes:
+    say(
+      f"class balance compares {num} unlabelled images a step with {dataset.num_classes:,} classes, which"
+      " blurs predictions: raise --batch-size, or add --class-balance 0 0"
+    )
   again = f", and the same for each of {num_folds} folds of cross-validation" if num_folds else ""
   say(
     f"network {recipe.hparams.network}, {recipe.num_steps:,} steps, then {recipe.num_steps:,} for the"

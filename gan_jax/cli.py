@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from gan_jax import data, datasets, memory, parallel, processes, provenance
+from gan_jax import data, datasets, memory, parallel, pictures, processes, provenance
 from gan_jax.networks import Precision
 from gan_jax.output import console, say
 from gan_jax.recipes import Recipe
@@ -30,7 +30,7 @@ class DataFlags:
   """A folder with the dataset's original files, used instead of downloading them."""
   image_size: int | None = None
   """Resize all images to squares of this side."""
-  fit: Literal["crop", "pad"] = "crop"
+  fit: pictures.Resizing = "crop"
   """How --image-size keeps the aspect ratio: crop to the centred square, or pad the picture by repeating
   its edges."""
 

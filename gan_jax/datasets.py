@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -26,7 +26,7 @@ def load(
   data_dir: str | None = None,
   manual_dir: str | None = None,
   image_size: int | None = None,
-  fit: Literal["crop", "pad"] = "crop",
+  fit: pictures.Resizing = "crop",
   stream: memory.Streaming = "no",
   workers: int = 2,
 ) -> Dataset:
@@ -101,7 +101,7 @@ def for_tuning(dataset: Dataset, seed: int) -> Dataset:
   )
 
 
-def _resized(dataset: Dataset, side: int, fit: Literal["crop", "pad"]) -> Dataset:
+def _resized(dataset: Dataset, side: int, fit: pictures.Resizing) -> Dataset:
   """The dataset resized to squares of this side, see `pictures.resize_all`."""
   if dataset.scaling is not None:
     raise InputError("--image-size is for images, but these are vectors: leave it out")

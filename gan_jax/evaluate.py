@@ -117,8 +117,8 @@ def make_evaluate(
   @jax.jit
   def read(state: TrainState, x: Float[Array, "b h w c"]) -> tuple[Array, dict[str, Array]]:
     logits, features = classify(state, x)
-    read = layers(state, x) if every_layer else {"features": features}
-    return logits, read | ({"input": x.reshape(x.shape[0], -1)} if of_input else {})
+    probed = layers(state, x) if every_layer else {"features": features}
+    return logits, probed | ({"input": x.reshape(x.shape[0], -1)} if of_input else {})
 
   @jax.jit
   def fit(features: dict[str, Array], y: Array) -> tuple[dict[str, Any], dict[str, Any]]:

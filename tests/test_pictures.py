@@ -230,7 +230,7 @@ def test_what_could_not_be_read_is_tried_again(pets, decoded, monkeypatch):
   """The fault may have been that of a network or of a full memory."""
   for i in range(100):
     save(pets / "train" / "unlabelled" / f"{i}.png", noise(i))
-  pixels = Reader._pixels
+  pixels = Reader.pixels
   broken = np.asarray(Image.open(pets / "train" / "cat" / "1.png"))
 
   def fail(self, image):
@@ -239,7 +239,7 @@ def test_what_could_not_be_read_is_tried_again(pets, decoded, monkeypatch):
     return pixels(self, image)
 
   with monkeypatch.context() as patched:
-    patched.setattr(Reader, "_pixels", fail)
+    patched.setattr(Reader, "pixels", fail)
     assert len(pictures.load_folder(pets).x_train) == 105
   whole = pictures.load_folder(pets)
   assert (len(whole.x_train), len(decoded)) == (106, 2)

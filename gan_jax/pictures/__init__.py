@@ -7,12 +7,12 @@ Nothing is silently dropped or replaced. Whatever is skipped, left out or clippe
 from gan_jax.pictures.arrays import Scaling, load_arrays, read_images, scaled
 from gan_jax.pictures.folder import load_folder
 from gan_jax.pictures.layout import below, labelled
-from gan_jax.pictures.reader import Fit, Reader, for_all, listed, resize, resize_all
+from gan_jax.pictures.reader import Reader, Resizing, for_all, listed, resize, resize_all
 from gan_jax.pictures.survey import check, print_check
 
 __all__ = [
-  "Fit",
   "Reader",
+  "Resizing",
   "Scaling",
   "below",
   "check",

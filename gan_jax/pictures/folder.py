@@ -20,10 +20,10 @@ from gan_jax.output import cache_dir, write_cache
 from gan_jax.pictures.layout import Found, printable, raise_first, scan
 from gan_jax.pictures.reader import (
   GREY,
-  Fit,
   Header,
   Pictures,
   Reader,
+  Resizing,
   for_all,
   listed,
   open_upright,
@@ -32,7 +32,11 @@ from gan_jax.types import ImageSource, InputError
 
 
 def load_folder(
-  root: str | Path, *, image_size: int | None = None, fit: Fit = "crop", stream: memory.Streaming = "no"
+  root: str | Path,
+  *,
+  image_size: int | None = None,
+  fit: Resizing = "crop",
+  stream: memory.Streaming = "no",
 ) -> Dataset:
   """Reads a folder of pictures; decoded pictures are kept in the user's cache.
 
@@ -95,7 +99,7 @@ class _Read(NamedTuple):
   notes: list[str]
 
 
-def _read_folder(found: Found, image_size: int | None, fit: Fit, stream: memory.Streaming) -> _Read:
+def _read_folder(found: Found, image_size: int | None, fit: Resizing, stream: memory.Streaming) -> _Read:
   paths = [path for path, _ in found.train]
   test = [path for path, _ in found.test]
   headers = for_all(Header.read, paths + test, "looking at the pictures")
@@ -163,7 +167,7 @@ def _read_all(
   x = np.zeros((len(paths), *shape), np.uint8)
 
   def read(i: int) -> None:
-    pixels = reader._pixels(open_upright(paths[i]))
+    pixels = reader.pixels(open_upright(paths[i]))
     if pixels.shape != shape:
       raise InputError("does not have the size that its header declares")
     x[i] = pixels
@@ -227,7 +231,7 @@ _CACHE_BYTES = 2 * 10**9
 _GREY_BYTES = 2**25
 
 
-def _cache_key(found: Found, image_size: int | None, fit: Fit) -> str:
+def _cache_key(found: Found, image_size: int | None, fit: Resizing) -> str:
   """SHA-256 of the inputs of the decoded pictures, as far as known without reading them."""
   digest = hashlib.sha256(os.fsencode(f"{_FORMAT} {found.root} {image_size} {fit} {len(found.train)}"))
   for path, _ in found.train + found.test:

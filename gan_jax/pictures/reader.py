@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gan_jax.output import console, shape_text
 from gan_jax.types import InputError
 
-Fit = Literal["crop", "pad"]
+Resizing = Literal["crop", "pad"]
 T = TypeVar("T")
 
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -35,7 +35,7 @@ class Reader:
   """1 converts all to grey, 3 converts all to colour."""
   size: tuple[int, int] | None
   """Height and width to resize to; None keeps the original size."""
-  fit: Fit = "crop"
+  fit: Resizing = "crop"
   """crop: the largest centred part of the target aspect ratio; pad: all of it, edge pixels repeated."""
   white: int = 65535
   """The value of 16-bit pictures that becomes 255; larger ones are clipped. 8-bit ones are not scaled."""
@@ -51,11 +51,11 @@ class Reader:
       InputError: there is no such file, or Pillow cannot decode it within its pixel limit.
     """
     try:
-      return self._pixels(open_upright(path))
+      return self.pixels(open_upright(path))
     except Exception as error:  # decoders may raise anything on a broken file
       raise InputError(f"{path} {reason_of(error)}") from error
 
-  def _pixels(self, picture: Image.Image) -> UInt8[np.ndarray, "h w c"]:
+  def pixels(self, picture: Image.Image) -> UInt8[np.ndarray, "h w c"]:
     if picture.mode == "F":  # 16-bit values are scaled as floats, to round only once
       picture = Image.fromarray(np.minimum(np.asarray(picture), self.white) * np.float32(255 / self.white))
     else:
@@ -67,7 +67,7 @@ class Reader:
     return pixels if pixels.shape[-1] == self.channels else pixels.repeat(self.channels, axis=-1)
 
 
-def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
+def resize(picture: Image.Image, size: tuple[int, int], fit: Resizing) -> np.ndarray:
   """A picture as an array of this height and width, keeping the aspect ratio; see `Reader.fit`.
 
   Bilinear, with antialiasing if the picture shrinks.
@@ -89,7 +89,7 @@ def resize(picture: Image.Image, size: tuple[int, int], fit: Fit) -> np.ndarray:
 
 
 def resize_all(
-  x: UInt8[np.ndarray, "n h w c"], size: tuple[int, int], fit: Fit
+  x: UInt8[np.ndarray, "n h w c"], size: tuple[int, int], fit: Resizing
 ) -> UInt8[np.ndarray, "n i j c"]:
   """Images resized to this height and width, see `resize`."""
   found = np.empty((len(x), *size, x.shape[-1]), np.uint8)

@@ -180,7 +180,7 @@ def _check_arrays(path: Path) -> Json:
     np.bincount(part[part >= 0], minlength=dataset.num_classes).tolist() for part in (y, y_test)
   )
   kind = "vectors" if dataset.scaling else f"images of {channels} channel" + "s" * (channels > 1)
-  num, total = f"{width:,} features" if dataset.scaling else f"{height}x{width}", len(x) + len(y_test)
+  size, total = f"{width:,} features" if dataset.scaling else f"{height}x{width}", len(x) + len(y_test)
   result |= {
     "notes": [dataset.note] if dataset.note else [],
     "labelled": int((y >= 0).sum()),
@@ -189,7 +189,7 @@ def _check_arrays(path: Path) -> Json:
     "classes": {
       name: {"train": num_train[k], "test": num_test[k]} for k, name in enumerate(dataset.class_names)
     },
-    "sizes": {num: total},
+    "sizes": {size: total},
     "modes": {kind: total},
     "bits": {str(8 * x.dtype.itemsize): total},
     "largest_value": int(x.max()) if is_uint16(x) and x.ndim > 2 else None,
