@@ -148,18 +148,18 @@ def device(result: dict) -> str:
   return re.sub(r"\b1 cores", "1 core", result["device"])
 
 
-def environment(result: dict) -> str:
-  """Device and versions in one line."""
+def software(result: dict) -> str:
+  """Versions, those of PyTorch for its own lines."""
   versions = result["versions"]
-  return f"{device(result)}; Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}"
+  if "torch" in versions:
+    return f"PyTorch {versions['torch'].partition('+')[0]} under Python {versions['python']}"
+  return f"Python {versions['python']}, JAX {versions['jax']}, Flax {versions['flax']}"
 
 
 def with_environment(table: str, rows: Rows, note: str = "") -> str:
   """The table, then the note and the devices, versions and commits of its lines, without repeats."""
-  pairs = [environment(row).split("; ") for row in rows if "torch" not in row["versions"]]
-  found = [device for device, _ in pairs] + [versions for _, versions in pairs]
-  for versions in (row["versions"] for row in rows if "torch" in row["versions"]):
-    found.append(f"PyTorch {versions['torch'].partition('+')[0]} under Python {versions['python']}")
+  rows = sorted(rows, key=lambda row: "torch" in row["versions"])
+  found = [device(row) for row in rows if "torch" not in row["versions"]] + [software(row) for row in rows]
   found += [f"commit `{_commit(row).removesuffix('-dirty')}`{mark(row)}" for row in rows]
   return f"{table}\n\n{f'{note} '.lstrip()}{'; '.join(dict.fromkeys(found))}."
 

@@ -280,13 +280,9 @@ def table(results: Sequence[dict]) -> str:
         "" if share is None else f"{100 * share:.0f} %",
       ]
     )
-  text = _runs.markdown(header, rows)
   done = [line for line in results if "not_run" not in line]
-  if done:
-    torch = {line["versions"]["torch"] for line in done if "torch" in line["versions"]}
-    text += f"\n\n{_runs.environment(done[0])}" + "".join(f", PyTorch {version}" for version in torch)
-    text += "\nRows of a step: labelled/unlabelled/generated. Memory: beyond that of the start."
-  return text
+  note = "Rows of a step: labelled/unlabelled/generated. Memory: beyond that of the start."
+  return _runs.with_environment(_runs.markdown(header, rows), done, note)
 
 
 if __name__ == "__main__":

@@ -182,13 +182,13 @@ def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
   `@matched` arms need as much compute as `gan_consistency`; `@bfloat16` arms have that precision.
   """
   arms: dict[str, Recipe] = {}
+  gan = make_recipe(config, dataset, "gan_consistency")
   for name in config.methods:
     if name not in get_args(Pixels):
       method, _, change = name.partition("@")
       given = {"precision": change} if change in get_args(networks.Precision) else {}
       arms[name] = make_recipe(config, dataset, method, **given)  # pyright: ignore[reportArgumentType]
       if change == "matched":
-        gan = make_recipe(config, dataset, "gan_consistency")
         arms[name] = recipes.with_flops_of(arms[name], gan)
   return arms
 

@@ -124,11 +124,11 @@ def over_axis(recipe: "Recipe") -> "Recipe":
   """The same training for code that uses `jax.pmap`: each device applies the networks to its part.
 
       multi_step = jax.pmap(over_axis(recipe).make_multi_step(50), AXIS, in_axes=(0, 0, None))
-      states, metrics = multi_step(stack([state] * 8), stack([images] * 8), 50)
+      states, metrics = multi_step(replicates.stack([state] * 8), replicates.stack([images] * 8), 50)
 
   Every device has the whole state and the whole batch. Its networks see a part of the batch, and their
   outputs are gathered, so losses and statistics are those of the whole batch, results equal those of one
-  device up to rounding, and the devices' states stay identical: `pick(states, 0)` is the state.
+  device up to rounding, and the devices' states stay identical: `replicates.pick(states, 0)` is the state.
 
   Raises:
     InputError: a network cannot normalise over devices, because it has no `axis_name`.

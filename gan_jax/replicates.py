@@ -116,7 +116,7 @@ def compile_steps(recipe: Recipe, states: TrainState, images: DeviceData, max_st
   compiled: Any = multi_step.lower(states, images, np.int32(0)).compile()
   # The body of a loop counts once: one step of one replicate, if they run sequentially.
   one = jax.default_backend() == "cpu"
-  return Program(compiled, max_steps, compiled.cost_analysis()["flops"] if one else recipe.flops())
+  return Program(compiled, max_steps, compiled.cost_analysis()["flops"] if one else recipe.flops)
 
 
 def _of_one(states: TrainState) -> TrainState:

@@ -88,7 +88,10 @@ def check_recipes(folder, used):
     rebuilt = recipes.rebuild(stored["recipes"][name])
     assert recipes.describe(rebuilt) == recipes.describe(recipe)
     assert (rebuilt.num_steps, rebuilt.by_class) == (recipe.num_steps, recipe.by_class)
-    assert program(rebuilt) == program(recipe)
+  for name, recipe in list(used.items())[
+    :1
+  ]:  # the others derive from it
+    assert program(recipes.rebuild(stored["recipes"][name])) == program(recipe)
 
 
 def program(recipe) -> str:
@@ -140,7 +143,7 @@ def test_every_method_of_the_study_takes_a_step(method, small_mlp, key):
   assert {f"{net}/{name}" for net in "dg" for name in getattr(recipe.objective, net)} <= found.keys()
 
 
-@pytest.mark.parametrize("network", ["conv", "mlp"])
+@pytest.mark.parametrize("network", ["article", "mlp"])
 def test_mnist_ssgan(network, run, reads, small_mlp, tmp_path, monkeypatch):
   monkeypatch.setattr(classify, "_NUM_SCORED", 300)
   result = run(mnist_ssgan, network=network, labels_per_class=5, frechet=network == "mlp")
@@ -259,11 +262,11 @@ def test_mnist_conditional(labels_per_class, run, reads, tmp_path):
 
 
 def test_mnist_low_data(run, reads):
-  flags = {"network": "article", "percents": (50.0,), "augments": ("fixed", "adaptive"), "num_scored": 300}
+  flags = {"network": "article", "percents": (50.0,), "augments": ("adaptive",), "num_scored": 300}
   result = run(mnist_low_data, **flags)
-  assert list(result["cells"]) == ["50-percent-fixed", "50-percent-adaptive"]
+  assert list(result["cells"]) == ["50-percent-adaptive"]
   assert {cell["num_images"] for cell in result["cells"].values()} == {570}
-  assert len(reads) == 4  # two per part
+  assert len(reads) == 2  # per part
 
 
 def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):

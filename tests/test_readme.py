@@ -25,7 +25,7 @@ def test_the_examples_of_the_readme_run_and_are_short():
   assert max(len(block.strip().splitlines()) for block in (estimator, functional)) < 20
   namespace = {}
   assert "num_steps=300" in estimator
-  exec(estimator.replace("num_steps=300", "num_steps=3"), namespace)
+  exec(estimator.replace("num_steps=300", 'num_steps=3, network="article"'), namespace)
   assert namespace["gan"].n_iter_ == 3
   exec(functional, namespace)  # it asserts its own result
   assert namespace["states"][0].step == 200

@@ -110,8 +110,9 @@ class Recipe:
     """Shapes and dtypes of the state, without arrays."""
     return jax.eval_shape(self.init_state, jax.random.key(0), self._one_image())
 
+  @functools.cached_property
   def flops(self) -> float:
-    """Floating-point operations of one step by XLA's count, see `provenance.cost`."""
+    """Floating-point operations of one step by XLA's count, see `provenance.cost`; compiles it once."""
     sample_batch = data.make_sample_batch(self.batch)
     batch = jax.eval_shape(sample_batch, jax.random.key(0), self._one_image())
     return provenance.cost(jax.jit(self.make_step()).lower(self.abstract_state(), batch))["flops"]
@@ -242,8 +243,8 @@ def with_flops_of(recipe: Recipe, other: Recipe) -> Recipe:
   num = recipe.batch.unlabelled
   if not num:
     raise InputError("compute is matched by unlabelled images, but this recipe has none")
-  one, two = (with_unlabelled(recipe, k * num).flops() for k in (1, 2))
-  matched = round(num * (1 + (other.flops() - one) / (two - one)))
+  one, two = (with_unlabelled(recipe, k * num).flops for k in (1, 2))
+  matched = round(num * (1 + (other.flops - one) / (two - one)))
   if matched < 1:
     raise InputError("even without unlabelled images, this recipe costs more than the one to match")
   return with_unlabelled(recipe, matched)
