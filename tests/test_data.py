@@ -85,19 +85,19 @@ def test_held_out_images_are_on_the_device_and_nowhere_else_there(tiny):
 
 
 def test_a_batch_has_the_sizes_asked_for(tiny):
-  batch = data.make_sample_batch(BatchSizes(4, 5, 7))(jax.random.key(0), tiny.data)
+  batch = jax.jit(data.make_sample_batch(BatchSizes(4, 5, 7)))(jax.random.key(0), tiny.data)
   assert [len(a) for a in (batch.x_lab, batch.y_lab, batch.x_unl, batch.x_unl_g)] == [4, 4, 5, 7]
   assert batch.num_generated == 7
   assert batch.x_unl.dtype == jnp.float32
   assert 0 <= batch.x_unl.min() <= batch.x_unl.max() <= 1
-  whole = data.make_sample_batch(BatchSizes(6, 0, 0))(jax.random.key(0), tiny.data)
+  whole = jax.jit(data.make_sample_batch(BatchSizes(6, 0, 0)))(jax.random.key(0), tiny.data)
   np.testing.assert_array_equal(whole.y_lab, tiny.data.y_lab)
 
 
 def test_batches_are_uniform(tiny):
   """Within six standard errors of 1 / 60, for every image."""
   n = 60_000
-  batch = data.make_sample_batch(BatchSizes(0, n, 0))(jax.random.key(0), tiny.data)
+  batch = jax.jit(data.make_sample_batch(BatchSizes(0, n, 0)))(jax.random.key(0), tiny.data)
   images, counts = np.unique(np.asarray(batch.x_unl).reshape(n, -1), axis=0, return_counts=True)
   assert len(images) == 60
   assert np.abs(counts - n / 60).max() < 6 * np.sqrt(n / 60)

@@ -148,8 +148,11 @@ def test_without_held_out_images_their_metrics_are_absent():
 
 
 def test_one_training_image_is_too_few():
+  x = np.zeros((1, 8, 8, 1), np.uint8)
+  images = data.DeviceData.from_arrays(x, np.zeros(1, int), np.repeat(x, 2, axis=0))
+  diagnostics.check(images, by_class=False)
   with pytest.raises(InputError, match="at least 2"):
-    diagnose_by_hand([[1.0]], [[1.0]], [[1.0]])
+    diagnostics.check(images, by_class=True)
 
 
 def test_with_all_labels_d_is_asked_for_the_class():
@@ -162,11 +165,11 @@ def test_with_all_labels_d_is_asked_for_the_class():
     *(jnp.int32(0), jax.random.key(0), NetState({}, {}, {}), NetState(jnp.float32(0), {}, {})),
     ema={"g": {}, "d": jnp.float32(0)},
   )
-  images = on_device(x, x[:1], [0, 1], [1])
-  found = {
-    by_class: diagnostics.make_diagnostics(g, Looks(), by_class=by_class)(state, images)
-    for by_class in (False, True)
+  diagnose = {
+    by_class: diagnostics.make_diagnostics(g, Looks(), by_class=by_class) for by_class in (False, True)
   }
+  run = jax.jit(lambda *args: {by_class: fn(*args) for by_class, fn in diagnose.items()})
+  found = run(state, on_device(x, x[:1], [0, 1], [1]))
   real = {
     by_class: [float(m[f"diagnostics/real_logit_{name}"]) for name in ("train", "held_out", "fake")]
     for by_class, m in found.items()
@@ -175,8 +178,7 @@ def test_with_all_labels_d_is_asked_for_the_class():
   np.testing.assert_allclose(real[False], [lse.mean(), lse[0], lse.mean()], rtol=1e-5)
   np.testing.assert_allclose(real[True], [1.5, -1.0, 0.5], rtol=1e-5)
   # Held-out images without a class: all are judged by the same logit, or the gap would be a bias.
-  images = on_device(x, x[:1], [0, 1], [-1])
-  assert diagnostics.make_diagnostics(g, Looks(), by_class=True)(state, images) == found[False]
+  assert run(state, on_device(x, x[:1], [0, 1], [-1]))[True] == found[False]
 
 
 def test_diagnostics_agree_with_the_networks_themselves(key):

@@ -88,9 +88,7 @@ def check_recipes(folder, used):
     rebuilt = recipes.rebuild(stored["recipes"][name])
     assert recipes.describe(rebuilt) == recipes.describe(recipe)
     assert (rebuilt.num_steps, rebuilt.by_class) == (recipe.num_steps, recipe.by_class)
-  for name, recipe in list(used.items())[
-    :1
-  ]:  # the others derive from it
+  for name, recipe in list(used.items())[:1]:  # the others derive from it
     assert program(recipes.rebuild(stored["recipes"][name])) == program(recipe)
 
 

@@ -93,8 +93,9 @@ def test_golden_steps(name, request):
 # --- One method with everything: requested classes, a penalty, an auxiliary head, adaptive augmentation
 
 
-def test_everything_at_once_neither_traces_again_nor_changes_types():
-  tiny, step, states, _ = three_steps("conditional")
+@pytest.mark.parametrize("name", ["conditional", "conv"])
+def test_everything_at_once_neither_traces_again_nor_changes_types(name):
+  tiny, step, states, _ = three_steps(name)
   types_of = lambda state: jax.tree.map(jax.typeof, state)
   assert types_of(states[3]) == types_of(states[0])
   batch = tiny.batch(4)

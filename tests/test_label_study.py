@@ -4,7 +4,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import leaves_equal
+from conftest import leaves_equal, use_small_mlp
 
 from experiments import label_study
 from gan_jax import datasets, parsing, recipes, replicates, results
@@ -13,9 +13,16 @@ from gan_jax.types import InputError
 SMALL = {"dataset": "digits", "network": "mlp", "steps": 2, "budgets": (20,), "splits": (0, 1)}
 
 
+AUGMENTED = {"methods": ("gan_augmented",), "steps": 5, "augment": "none"}
+
+
 @pytest.fixture
 def read(small_mlp, monkeypatch):
   """The evaluated states, cell by cell, in a study of small networks."""
+  return spy_on_read(monkeypatch)
+
+
+def spy_on_read(monkeypatch):
   states, inside = [], label_study.Study._read
 
   def spy(self, recipe, found, *args, **kwargs):
@@ -26,6 +33,33 @@ def read(small_mlp, monkeypatch):
   return states
 
 
+def save_often(monkeypatch):
+  monkeypatch.setattr(label_study, "STEPS_PER_DISPATCH", 1)
+  monkeypatch.setattr(label_study, "STEPS_PER_CHECKPOINT", 2)
+
+
+@pytest.fixture(scope="module")
+def augmented(tmp_path_factory):
+  """A study of gan_augmented alone: its evaluated states, and G's parameters in each of its two trainings:
+  the last ones, their averages, and the initial ones."""
+  train, generators = label_study.Study.train, {}
+
+  def spy(self, method, num_labels, recipe, keys, images):
+    fit = train(self, method, num_labels, recipe, keys, images)
+    averages, initial = fit.states.ema["g"], recipe.init_state(keys[0], images).g.params
+    generators[method] = jax.tree.map(np.array, (fit.states.g.params, averages, initial))
+    return fit
+
+  with pytest.MonkeyPatch.context() as patch:
+    use_small_mlp(patch)
+    save_often(patch)
+    patch.setattr(label_study.Study, "train", spy)
+    read = spy_on_read(patch)
+    study(tmp_path_factory.mktemp("augmented") / "run", **AUGMENTED)
+  (states,) = read
+  return states, generators
+
+
 def study(path, **flags):
   config = parsing.with_flags(label_study.Config(), workdir=str(path), **SMALL | flags)
   parsing.check(config)
@@ -33,24 +67,21 @@ def study(path, **flags):
 
 
 def test_an_interrupted_study_goes_on_with_what_is_there(tmp_path, read):
-  flags = {"methods": ("supervised", "fixmatch_ema")}
+  flags = {"methods": ("supervised", "label_spreading")}
   result = study(tmp_path / "run", **flags)
   path = tmp_path / "run" / "study.jsonl"
   first, second = path.read_text().splitlines(keepends=True)
   path.write_text(first + second[:40])
   again = study(tmp_path / "run", **flags, resume=True)
-  assert len(read) == 3
+  assert len(read) == 1  # the finished cell is not trained again
   assert [cell["errors"] for cell in again["cells"]] == [cell["errors"] for cell in result["cells"]]
   names = [json.loads(line)["method"] for line in path.read_text().splitlines()]
-  assert names == ["supervised", "fixmatch_ema"]
+  assert names == ["supervised", "label_spreading"]
 
 
-def test_an_interrupted_cell_goes_on_where_it_was_saved(tmp_path, read, monkeypatch):
+def test_an_interrupted_cell_goes_on_where_it_was_saved(augmented, tmp_path, read, monkeypatch):
   """Bit for bit, over several devices; the saved states are gone once its line is written."""
-  monkeypatch.setattr(label_study, "STEPS_PER_DISPATCH", 1)
-  monkeypatch.setattr(label_study, "STEPS_PER_CHECKPOINT", 2)
-  flags = {"methods": ("gan_augmented",), "steps": 5}
-  study(tmp_path / "whole", **flags)
+  save_often(monkeypatch)
   compile_steps, calls = replicates.compile_steps, []
 
   def interrupted(recipe, *args):
@@ -67,22 +98,22 @@ def test_an_interrupted_cell_goes_on_where_it_was_saved(tmp_path, read, monkeypa
   with monkeypatch.context() as patch:  # in the fourth step of D, after the five of its generator
     patch.setattr(replicates, "compile_steps", interrupted)
     with pytest.raises(ZeroDivisionError):
-      study(tmp_path / "run", **flags)
+      study(tmp_path / "run", **AUGMENTED)
   saved = tmp_path / "run" / "checkpoints"
   assert [path.name for path in sorted(saved.glob("*/*"))] == ["2", "2", "4"]
   # The generator has its two checkpoints, D its first; with that one D goes on and G is not trained again.
   calls.clear()
   with monkeypatch.context() as patch:
     patch.setattr(replicates, "compile_steps", interrupted)
-    study(tmp_path / "run", **flags, resume=True)
+    study(tmp_path / "run", **AUGMENTED, resume=True)
   assert calls == ["gan_augmented"] * 3
-  assert all(leaves_equal(*read))
+  (found,) = read
+  assert all(leaves_equal(augmented[0], found))
   assert not saved.exists()
 
 
 def test_a_cell_whose_newest_state_is_damaged_trains_all_its_steps(tmp_path, read, monkeypatch):
-  monkeypatch.setattr(label_study, "STEPS_PER_DISPATCH", 1)
-  monkeypatch.setattr(label_study, "STEPS_PER_CHECKPOINT", 2)
+  save_often(monkeypatch)
   flags = {"methods": ("supervised",), "steps": 6}
   study(tmp_path / "whole", **flags)
   with monkeypatch.context() as patch:
@@ -129,22 +160,11 @@ def test_all_methods_start_from_the_same_parameters_and_the_splits_do_not(tmp_pa
     assert all(leaves_equal([states.key, states.d.params], [started[0].key, started[0].d.params]))
 
 
-def test_gan_augmented_starts_with_the_generator_that_was_trained_for_it(tmp_path, read):
+def test_gan_augmented_starts_with_the_generator_that_was_trained_for_it(augmented):
   """Its generator has left its initial parameters, and is not changed while D is trained."""
-  train = label_study.Study.train
-  found = {}
-
-  def spy(self, method, num_labels, recipe, keys, images):
-    fit = train(self, method, num_labels, recipe, keys, images)
-    averages, initial = fit.states.ema["g"], recipe.init_state(keys[0], images).g.params
-    found[method] = jax.tree.map(np.array, (fit.states.g.params, averages, initial))
-    return fit
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(label_study.Study, "train", spy)
-    study(tmp_path / "run", methods=("gan_augmented",), splits=(0,))
-  _, averages, initial = found["gan_augmented's generator"]
-  params, *_ = found["gan_augmented"]
+  _, generators = augmented
+  _, averages, initial = generators["gan_augmented's generator"]
+  params, *_ = generators["gan_augmented"]
   assert all(leaves_equal(params, averages))
   pairs = zip(jax.tree.leaves(params), jax.tree.leaves(initial), strict=True)
   assert not any(np.array_equal(a[0], b) for a, b in pairs)
@@ -181,7 +201,7 @@ def test_arms_are_matched_in_arithmetic_and_scikit_learn_is_one_of_them(tmp_path
 
   monkeypatch.setattr(recipes, "with_flops_of", with_flops_of)
   methods = ("fixmatch_ema", "fixmatch_ema@matched", "label_spreading", "self_training")
-  result = study(tmp_path / "run", methods=methods)
+  result = study(tmp_path / "run", methods=methods, augment="none")
   same, matched, pixels, other = result["cells"]
   assert pixels["errors"] != other["errors"]
   assert [cell["method"] for cell in result["cells"]] == list(methods)

@@ -44,7 +44,9 @@ def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
 
 def test_in_step_they_are_nearly_the_same(make_tiny):
   """With convolutions, which then have one kernel per replicate."""
-  multi_step, states, singles, together = four(make_tiny(objective=objectives.supervised_only()))
+  multi_step, states, singles, together = four(
+    make_tiny(network="conv", objective=objectives.supervised_only())
+  )
   devices = jax.devices()[:1]
   run, looped = (
     jax.jit(replicates.replicate(multi_step, strategy=strategy, devices=devices))

@@ -14,7 +14,6 @@ from gan_jax import (
   checkpoint,
   kernels,
   losses,
-  networks,
   objectives,
   parallel,
   steps,
@@ -60,9 +59,9 @@ def test_supervised_control_is_the_same_step_and_ignores_all_else(make_tiny):
     logits, _ = tiny.d.apply({"params": params}, batch.x_lab, train=False)
     return losses.cross_entropy(logits, batch.y_lab).mean()
 
-  grads = jax.jit(jax.grad(loss))(state.d.params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(state.d.params)
   expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.d.params, grads)
-  np.testing.assert_allclose(metrics["d/loss"], loss(state.d.params), rtol=1e-5)
+  np.testing.assert_allclose(metrics["d/loss"], value, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.d.params, expected)
 
 
@@ -82,17 +81,6 @@ def test_feature_matching_update_by_hand(make_tiny):
 
   expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.g.params, jax.jit(jax.grad(loss))(state.g.params))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.g.params, expected)
-
-
-def test_a_second_call_neither_traces_nor_changes_types(make_tiny):
-  tiny = make_tiny(objective=FULL)
-  step = jax.jit(tiny.step(augment=WEAK))
-  state, batch = tiny.state(), tiny.batch()
-  after, _ = step(state, batch)
-  types = lambda state: jax.tree.map(jax.typeof, state)
-  assert types(after) == types(state)
-  with jax.no_tracing():
-    step(after, batch)
 
 
 def test_no_key_is_used_twice(make_tiny):
@@ -197,7 +185,7 @@ def test_plain_gan_is_the_case_of_one_class(make_tiny):
       g={"adversarial": (1.0, terms.adversarial_g(losses.non_saturating))},
     )
   )
-  tiny.d = networks.ConvDiscriminator(1, width=4, num_features=8)
+  tiny.d = tiny.d.clone(num_classes=1)
   batch = tiny.batch()
   batch = batch.replace(x_lab=batch.x_lab[:0], y_lab=batch.y_lab[:0])
   state, step = tiny.state(), jax.jit(tiny.step())
@@ -233,7 +221,8 @@ def test_other_variables_of_g_change_in_its_own_update_alone(make_tiny):
   key_g = jax.random.split(steps.step_keys(state.key, state.step)[1])[1]
   z = tiny.g.latents(jax.random.split(key_g, 6)[0], batch.num_generated)
   variables = {"params": state.g.params, **state.g.model_state}
-  _, expected = tiny.g.apply(variables, z, train=True, mutable=["batch_stats"])
+  draw = jax.jit(lambda variables, z: tiny.g.apply(variables, z, train=True, mutable=["batch_stats"]))
+  _, expected = draw(variables, z)
   found = after.g.model_state
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   jax.tree.map(close, found, dict(expected))
@@ -249,9 +238,8 @@ def test_other_variables_of_g_change_in_its_own_update_alone(make_tiny):
 
 def test_r1_update_by_hand(make_tiny, monkeypatch):
   """A D update of R1 alone, with SGD, against the stock convolution and one gradient per image."""
-  tiny = make_tiny(
-    tx=optax.sgd(1.0), objective=objectives.Objective(d={"r1": (0.7, terms.r1(labelled=True))})
-  )
+  objective = objectives.Objective(d={"r1": (0.7, terms.r1(labelled=True))})
+  tiny = make_tiny(network="conv", tx=optax.sgd(1.0), objective=objective)
   tiny.d = tiny.d.clone(norm="none")
   state, batch = tiny.state(), tiny.batch()
   after, metrics = jax.jit(tiny.step())(state, batch)
