@@ -23,8 +23,9 @@ their lower default (TF32, bfloat16) unless `jax_default_matmul_precision` says 
 def in_precision(product: Callable[..., Array], precision: Precision) -> Callable[..., Array]:
   """`product(x, w, ...)` of float32 arrays with a float32 result, computed in this precision.
 
-  With bfloat16, inputs and result are rounded to it, forward and backward, with a relative error of `2^-9`
-  each; devices with bfloat16 units accumulate in float32.
+  With bfloat16, inputs are rounded to it, forward and backward, with a relative error of `2^-9`. So is the
+  result, except where XLA keeps it in float32 (`xla_allow_excess_precision`, the default): in compiled
+  programs on CPU it does.
   """
   if precision == "float32":
     return product
