@@ -159,7 +159,7 @@ def software(result: dict) -> str:
 def with_environment(table: str, rows: Rows, note: str = "") -> str:
   """The table, then the note and the devices, versions and commits of its lines, without repeats."""
   rows = sorted(rows, key=lambda row: "torch" in row["versions"])
-  found = [device(row) for row in rows if "torch" not in row["versions"]] + [software(row) for row in rows]
+  found = [device(row) for row in rows] + [software(row) for row in rows]
   found += [f"commit `{_commit(row).removesuffix('-dirty')}`{mark(row)}" for row in rows]
   return f"{table}\n\n{f'{note} '.lstrip()}{'; '.join(dict.fromkeys(found))}."
 

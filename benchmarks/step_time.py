@@ -282,7 +282,8 @@ def table(results: Sequence[dict]) -> str:
     )
   done = [line for line in results if "not_run" not in line]
   note = "Rows of a step: labelled/unlabelled/generated. Memory: beyond that of the start."
-  return _runs.with_environment(_runs.markdown(header, rows), done, note)
+  text = _runs.markdown(header, rows)
+  return _runs.with_environment(text, done, note) if done else text
 
 
 if __name__ == "__main__":

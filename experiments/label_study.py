@@ -172,8 +172,9 @@ def main(config: Config) -> Json:
 
 
 def tuning_file(dataset: Dataset) -> Path:
-  """Where --tune appends its lines: named like the dataset, or the folder or file it is read from."""
-  return TUNING / f"{re.split('[:/]', dataset.name)[-1]}.jsonl"
+  """Where --tune appends its lines: named like the dataset, in characters that any system takes."""
+  name = dataset.name.removeprefix("folder:").removeprefix("arrays:")
+  return TUNING / f"{re.sub('[:/]', '_', name)}.jsonl"
 
 
 def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
@@ -182,13 +183,14 @@ def make_arms(config: Config, dataset: Dataset) -> dict[str, Recipe]:
   `@matched` arms need as much compute as `gan_consistency`; `@bfloat16` arms have that precision.
   """
   arms: dict[str, Recipe] = {}
-  gan = make_recipe(config, dataset, "gan_consistency")
+  gan = None
   for name in config.methods:
     if name not in get_args(Pixels):
       method, _, change = name.partition("@")
       given = {"precision": change} if change in get_args(networks.Precision) else {}
       arms[name] = make_recipe(config, dataset, method, **given)  # pyright: ignore[reportArgumentType]
       if change == "matched":
+        gan = gan or make_recipe(config, dataset, "gan_consistency")
         arms[name] = recipes.with_flops_of(arms[name], gan)
   return arms
 

@@ -210,8 +210,8 @@ class TransferFlags:
   """Initial networks from another run."""
 
   init_from: str | None = None
-  """Initialise with the averaged networks of the run in this folder. With another number of classes, D gets
-  a new head."""
+  """Initialise with the averaged networks of the run in this folder. With other classes, or in another
+  order, D gets a new head."""
   init_parts: Literal["both", "g", "d"] = "both"
   """Which networks to take from --init-from: both, the generator, or the discriminator."""
   freeze_d: int = 0

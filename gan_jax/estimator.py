@@ -208,7 +208,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       vat=self.vat,
     )
     recipe = ssgan.build(hparams, x.shape[1:], len(self.classes_))  # pyright: ignore[reportArgumentType]
-    return _shared(json.dumps(recipes.describe(recipe)))
+    return _shared(json.dumps(recipes.describe(recipe), default=lambda number: number.item()))
 
 
 @functools.lru_cache(maxsize=16)

@@ -139,10 +139,8 @@ class Model:
       if are_arrays:
         parts += map(self._from_array, group)
       else:
-        files: dict[str, Path] = {}
-        for path in group:
-          files |= self._pictures_at(path, alone=len(paths) == 1)
-        parts += [self._from_pictures(files)] if files else []
+        files = [self._pictures_at(path, alone=len(paths) == 1) for path in group]
+        parts += [self._from_pictures(files)] if any(files) else []
     if not parts:
       raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
     names = [name for part, _ in parts for name in part]
@@ -163,12 +161,20 @@ class Model:
       output.say(f"skipped, as hidden or not a picture: {len(skipped):,} ({listed(skipped)})")
     return files if alone else {str(file): file for file in files.values()}
 
-  def _from_pictures(self, files: dict[str, Path]) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
-    """The pictures that can be decoded, and their names; reports those that cannot."""
-    names, paths, shape = list(files), list(files.values()), self.recipe.image_shape
-    memory.check(len(files), shape, "predict fewer pictures at a time")
+  def _from_pictures(
+    self, given: Sequence[dict[str, Path]]
+  ) -> tuple[list[str], UInt8[np.ndarray, "n h w c"]]:
+    """The pictures that can be decoded, and their names; reports those that cannot.
+
+    Raises:
+      InputError: none of those at one of the given paths can be decoded, or one has another shape.
+    """
+    names = [name for files in given for name in files]
+    paths = [path for files in given for path in files.values()]
+    shape = self.recipe.image_shape
+    memory.check(len(paths), shape, "predict fewer pictures at a time")
     reader = self.reader or Reader(channels=shape[2], size=shape[:2])  # pyright: ignore[reportArgumentType]
-    x = np.empty((len(files), *shape), np.uint8)
+    x = np.empty((len(paths), *shape), np.uint8)
 
     def read(i: int) -> tuple[int, ...]:
       pixels = reader.read(paths[i])
@@ -176,14 +182,17 @@ class Model:
         x[i] = pixels
       return pixels.shape
 
-    found = for_all(read, range(len(files)), f"reading {len(files):,} pictures")
+    found = for_all(read, range(len(paths)), f"reading {len(paths):,} pictures")
     failed = [reason for reason in found if isinstance(reason, str)]
-    if failed and len(failed) == len(files):
-      raise InputError(failed[0])
+    of_path = iter(found)
+    for files in given:
+      those = list(itertools.islice(of_path, len(files)))
+      if those and all(isinstance(each, str) for each in those):
+        raise InputError(those[0])
     for name, each in zip(names, found, strict=True):
       if not isinstance(each, str) and each != shape:
-        wanted, given = map(output.shape_text, (shape, each))
-        raise InputError(f"this model takes images of {wanted}, but {name} is {given}: resize it")
+        wanted, there = map(output.shape_text, (shape, each))
+        raise InputError(f"this model takes images of {wanted}, but {name} is {there}: resize it")
     for reason in failed:
       output.say(f"left out: {reason}")
     kept = [i for i, each in enumerate(found) if not isinstance(each, str)]

@@ -305,11 +305,17 @@ def start_from(
     theirs, fresh = list(class_names), []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is wrong, `transfer` says
       theirs = list(json.loads((Path(init_from) / "config.json").read_text())["class_names"])
-    if "d" in flags.parts and logits.shape[-1] == len(theirs) and theirs != list(class_names):
+    others = theirs != list(class_names)
+    if others and "g" in flags.parts and steps.is_class_conditional(recipe.g):
+      raise InputError(
+        "--init-from: the generator there draws other classes, or in another order: add --init-parts d"
+      )
+    if others and "d" in flags.parts and logits.shape[-1] == len(theirs):
       fresh = ["head"]
-      say("--init-from: D's head is new: that run has other classes, or in another order")
     layers = recipe.d.layers(recipe.image_shape)
     state, notes = checkpoint.transfer(state, init_from, layers=layers, parts=flags.parts, fresh=fresh)
+    if fresh and not any("D's head" in note for note in notes):
+      notes = [*notes, "D's head is new: the classes there are others, or in another order"]
     for note in notes:
       say(f"--init-from: {note}")
     return state

@@ -121,6 +121,12 @@ def test_a_second_fit_of_an_equal_estimator_compiles_nothing(digits, small_mlp, 
   assert not np.array_equal(other.predict_proba(images), gan.predict_proba(images))
 
 
+def test_parameters_may_be_numbers_of_numpy(digits, small_mlp):
+  images, _, few = digits
+  numbers = {"num_steps": np.int64(2), "learning_rate": np.float32(0.01)}
+  assert SemiSupervisedGAN(network="mlp", random_state=0, **numbers).fit(images, few).n_iter_ == 2
+
+
 def test_pipelines_and_cross_validation(digits, small_mlp):
   images, y, _ = digits
   gan = SemiSupervisedGAN(num_steps=40, random_state=0)  # vectors: the mlp

@@ -235,7 +235,12 @@ def test_tuning_leaves_its_lines(tmp_path, read, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("name", "file"), [("mnist", "mnist"), ("folder:hands@32", "hands@32"), ("folder:../my/hands", "hands")]
+  ("name", "file"),
+  [
+    ("mnist", "mnist"),
+    ("folder:hands@32", "hands@32"),
+    ("imagenette/160px:1.0.0", "imagenette_160px_1.0.0"),
+  ],
 )
 def test_tuning_lines_have_a_file_name_that_any_system_takes(name, file):
   dataset = dataclasses.replace(datasets.load("digits"), name=name)

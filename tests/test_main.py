@@ -128,7 +128,7 @@ def test_from_a_folder_of_pictures_to_predictions(trained, command, tmp_path, ca
 
 
 def test_a_resumed_run_does_no_fold_twice(trained, command, monkeypatch, capsys):
-  """A stored fold keeps its numbers; a damaged one, or one that is missing, is trained again."""
+  """A stored fold keeps its numbers; a damaged one is trained again."""
   before, fit, phases = json.loads((trained / "result.json").read_text()), train.fit, []
 
   def counted(*args, phase, **kwargs):

@@ -3,6 +3,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import noise, save
 
 import gan_jax
 from gan_jax import checkpoint, data, recipes, steps
@@ -123,6 +124,19 @@ def test_vectors_are_predicted_on_their_own_scale(small_mlp):
 def test_a_generator_that_was_not_trained_draws_nothing(run):
   with pytest.raises(InputError, match="no generator: its run trained without one"):
     gan_jax.load(run(recipe(adversarial=0.0))[0]).sample(1)
+
+
+def test_a_named_picture_that_cannot_be_read_is_an_error_and_repeated_ones_are_read_twice(run, tmp_path):
+  """Beside others too; within a folder, it would be left out."""
+  model, good = gan_jax.load(run(recipe())[0]), save(tmp_path / "good" / "a.png", noise(0, (8, 8)))
+  names, images = model.read([good, good, good.parent])
+  assert (len(names), len(images)) == (3, 3)
+  with pytest.raises(InputError, match=r"absent\.png does not exist"):
+    model.read([good, tmp_path / "absent.png"])
+  (tmp_path / "bad").mkdir()
+  (tmp_path / "bad" / "a.png").write_bytes(b"PNG")
+  with pytest.raises(InputError, match=r"a\.png is not a picture"):
+    model.read([good.parent, tmp_path / "bad"])
 
 
 def test_one_sample_at_a_time_is_all_at_once(run):

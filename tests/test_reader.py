@@ -53,6 +53,25 @@ def test_damaged_exif_data_does_not_hide_the_picture(where, tmp_path, monkeypatc
   assert reader.Header.read(path).size == expected.shape[:2]
 
 
+def test_damaged_tags_do_not_hide_the_orientation(tmp_path, monkeypatch):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  x = noise(3)
+  path = save(tmp_path / "a.png", Image.fromarray(x).transpose(Image.Transpose.ROTATE_90), exif=exif)
+  monkeypatch.setattr(Image.Exif, "tobytes", lambda *_: pytest.fail("the tags are packed again"))
+  np.testing.assert_array_equal(Reader(1, None).read(path)[..., 0], x)
+
+
+def test_damaged_pixels_are_no_picture(tmp_path):
+  """Pillow would return the part that it decoded if it were asked once more."""
+  path = save(tmp_path / "a.png", noise(3, (64, 64)))
+  content = bytearray(path.read_bytes())
+  content[content.index(b"IDAT") + 2000] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(InputError, match="cannot be decoded"):
+    Reader(1, None).read(path)
+
+
 def test_transparency_lies_on_white(tmp_path):
   clear = np.zeros((4, 6, 4), np.uint8)
   clear[:, 3:] = [10, 20, 30, 255]

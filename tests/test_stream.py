@@ -11,7 +11,7 @@ import pytest
 from conftest import Tiny, leaves_equal, make_builder
 from PIL import Image
 
-from gan_jax import checkpoint, data, datasets, memory, output, steps, stream, train
+from gan_jax import checkpoint, cli, data, datasets, memory, output, steps, stream, train
 from gan_jax.types import BatchSizes, InputError
 
 
@@ -225,6 +225,16 @@ def test_auto_streams_what_does_not_fit_and_says_so(monkeypatch, capsys):
   said = "1,198 training images take 0.0 GB, more than 25% of the free memory (0.0 GB): they are read"
   assert capsys.readouterr().err.startswith(said)
   assert datasets.load("digits", stream="no").workers is None
+
+
+def test_devices_with_memory_of_their_own_limit_a_batch(tiny, monkeypatch):
+  """The sum of those that share it; CPUs have the host's."""
+  device = lambda num: types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": num}, process_index=0)
+  assert memory.of_devices([device(100), device(20)]) == 120
+  assert memory.of_devices(jax.devices()[:2]) is None
+  monkeypatch.setattr(jax, "devices", lambda: [device(100)])
+  with pytest.raises(InputError, match="16 images of 8x8 take"):
+    cli.devices(1, tiny.recipe())
 
 
 def test_a_container_has_less_memory_than_the_machine(monkeypatch, tmp_path):

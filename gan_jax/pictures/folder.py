@@ -178,7 +178,7 @@ def _read_all(
 
 def _is_grey(x: Any) -> bool:
   """Whether all three channels are equal everywhere; reads only until the first difference."""
-  size = max(1, _GREY_BYTES // math.prod(x.shape[1:]))
+  size = min(256, max(1, _GREY_BYTES // math.prod(x.shape[1:])))
   rows = (x[np.arange(i, min(i + size, len(x)))] for i in range(0, len(x), size))
   return all((a[..., :1] == a).all() for a in rows)
 

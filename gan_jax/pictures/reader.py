@@ -21,9 +21,17 @@ Resizing = Literal["crop", "pad"]
 T = TypeVar("T")
 
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_MANY = 500  # pictures that are worth threads of their own
 _ORIENTATION = 0x0112  # EXIF tag
-_TURNED = (5, 6, 7, 8)  # its values that swap width and height
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}  # what turns a picture of this orientation upright
+_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 _PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
@@ -108,10 +116,9 @@ def open_upright(path: str | Path) -> Image.Image:
       raise Image.DecompressionBombError
     if file.mode == "F":
       raise InputError("holds floating-point values: convert it to 8 or 16 bits")
-    try:
-      picture = ImageOps.exif_transpose(file)
-    except Exception:  # EXIF data may hold anything; if it is the pixels, this raises too
-      picture = file.copy()
+    file.load()
+    turn = _UPRIGHT.get(_orientation(file))
+    picture = file if turn is None else file.transpose(turn)
     if bits_of(file) == "16":
       values = np.asarray(picture)
       if values.min() < 0 or values.max() > 65535:
@@ -121,6 +128,13 @@ def open_upright(path: str | Path) -> Image.Image:
       picture = picture.convert("RGBA")
       picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("L" if file.mode in GREY else "RGB")
+
+
+def _orientation(file: Image.Image) -> int:
+  """EXIF orientation; 1, upright, if the EXIF data are damaged or absent."""
+  with contextlib.suppress(Exception):  # they may hold anything
+    return file.getexif().get(_ORIENTATION, 1)
+  return 1
 
 
 def bits_of(file: Image.Image) -> str:
@@ -144,22 +158,13 @@ class Pictures:
 
   def __getitem__(self, rows: Int[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
     found = np.empty((len(rows), *self.shape[1:]), np.uint8)
-
-    def read(i: int) -> None:
-      path = self._paths[rows[i]]
+    for i, row in enumerate(rows):
       try:
-        pixels = self._reader.read(path)
+        pixels = self._reader.read(self._paths[row])
       except InputError as error:
         raise InputError(f"{error}: repair or replace it") from error
-      check_shape(pixels, self.shape[1:], str(path))
+      check_shape(pixels, self.shape[1:], str(self._paths[row]))
       found[i] = pixels
-
-    if len(rows) < _MANY:  # the images of a step: whoever streams them has threads
-      for i in range(len(rows)):
-        read(i)
-    else:
-      with ThreadPoolExecutor() as pool:
-        list(pool.map(read, range(len(rows))))
     return found
 
 
@@ -185,9 +190,7 @@ class Header(NamedTuple):
       # Without EXIF data at the front, Pillow decodes a whole PNG to search for it behind the pixels.
       has_exif = file.format != "PNG" or not _PNG_EXIF.isdisjoint(file.info)
       has_exif &= file.format != "TIFF"  # whose size Pillow gives as turned
-      turned = False
-      with contextlib.suppress(Exception):  # see `open_upright`
-        turned = has_exif and file.getexif().get(_ORIENTATION) in _TURNED
+      turned = has_exif and _orientation(file) in _TURNED
       height, width = file.size if turned else file.size[::-1]
       return cls(height, width, file.mode, bits)
 

@@ -148,7 +148,7 @@ def _gan_vat(recipe: Recipe, h: Hparams) -> Recipe:
 
 
 def _gan_confident(recipe: Recipe, h: Hparams) -> Recipe:
-  weight = optax.linear_schedule(0.0, h.confident, h.num_steps) if h.confident else 0.0
+  weight = base.ramp(h.confident, h.num_steps, 1.0)
   return base.with_terms(
     recipe, confident_generated=(weight, terms.confident_generated(threshold=h.threshold))
   )
