@@ -319,6 +319,11 @@ def test_a_head_for_other_classes_is_not_taken_over(tiny, capsys):
       same = all(leaves_equal(found[layer], fresh[layer]))
       assert same == (layer == "head" and not taken), layer
     assert ("D's head is new" in capsys.readouterr().err) != taken
+  conditional = dataclasses.replace(tiny.recipe(), g=tiny.g.clone(num_classes=3))
+  start = run_dir.start_from(cli.TransferFlags(init_from="source"), conditional, ("a", "b", "c"))
+  assert start is not None
+  with pytest.raises(InputError, match="draws other classes, or in another order: add --init-parts d"):
+    start(tiny.state())
 
 
 def test_environment_names_device_and_versions():
