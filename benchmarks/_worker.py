@@ -7,7 +7,6 @@ The only argument is its task as JSON. Commands on standard input are `run N`, `
 import dataclasses
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _recipes
-from gan_jax import data, datasets, provenance, replicates, steps
+from gan_jax import data, datasets, memory, provenance, replicates, steps
 from gan_jax.datasets import Dataset
 from gan_jax.recipes import Recipe, gan
 from gan_jax.types import Json, TrainState
@@ -143,7 +142,7 @@ def seconds(contender: Contender, num: int) -> float:
 
 def peak_mb() -> float:
   """Peak memory of this process."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  return memory.peak() / 2**20
 
 
 def _jax_memory() -> float | None:

@@ -54,9 +54,12 @@ def main() -> None:
   digits = cli.load(config.data)
   test = evaluate.with_test_set(digits)
   rng = np.random.default_rng(0)
+  short = [name.rpartition(":")[2].rstrip("/").rpartition("/")[2] for name in args.foreign]
+  if len({*short, "noise"}) <= len(short):
+    parser.error("--foreign: two datasets have the same last part of their paths, by which they are listed")
   foreign = {
-    name.rpartition(":")[2].rpartition("/")[2]: foreign_images(name, digits.image_shape, args)
-    for name in args.foreign
+    name: foreign_images(path, digits.image_shape, args)
+    for name, path in zip(short, args.foreign, strict=True)
   }
   foreign["noise"] = rng.permuted(test.x_test, axis=0)
   results = []

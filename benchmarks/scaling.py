@@ -47,6 +47,7 @@ import psutil
 
 from benchmarks import _recipes, _runs, _worker, step_time
 from gan_jax import data, evaluate, parallel, provenance, steps, train
+from gan_jax import memory as host_memory
 from gan_jax.datasets import Dataset
 from gan_jax.types import BatchSizes, Json
 
@@ -100,9 +101,7 @@ def apart(job: Callable[..., Json], *args: Any) -> Json:
 
 
 def _with_peak(job: Callable[..., Json], *args: Any) -> Json:
-  found = job(*args)
-  status = Path("/proc/self/status").read_text()  # `getrusage` starts from the memory of the parent
-  return {**found, "peak_mb": int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 1024}
+  return {**job(*args), "peak_mb": host_memory.peak() / 2**20}
 
 
 class Meter:
@@ -295,7 +294,8 @@ def shared_step(name: str, num: int, multiple: int) -> Json:
 
 def rate(name: str, num: int, seconds: float) -> Json:
   """Steps per second of all replicates together, on `num` devices."""
-  env = {"JAX_NUM_CPU_DEVICES": str(num), "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num)))}
+  visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num)))).split(",")
+  env = {"JAX_NUM_CPU_DEVICES": str(num), "CUDA_VISIBLE_DEVICES": ",".join(visible[:num])}
   task = {"contender": "ours", "recipe": name, "replicates": REPLICATES, "random_side": SIDE}
   entry = step_time.Entry("ours", REPLICATES)
   try:

@@ -42,6 +42,9 @@ def table(results: Sequence[dict]) -> str:
   rows = []
   for key, name in ERRORS.items():
     values = [result[key] for result in results]
+    if None in values:
+      rows.append([name, "not measured", "", *([""] * len(values))])
+      continue
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     rows.append([name, *(f"{value:.2f}" for value in (statistics.mean(values), std, *values))])
   header = ["test error, %", "mean", "std", *(f"split {result['split_seed']}" for result in results)]

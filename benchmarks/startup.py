@@ -7,6 +7,7 @@ First: with an empty compilation cache. Second: with the cache that the first st
 the bare `--` is passed to `python -m experiments.mnist_ssgan`.
 """
 
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ def main() -> None:
   parser.add_argument("--repeats", type=_runs.positive, default=3, help="pairs of starts (3)")
   _runs.add_run_flags(parser)
   args = parser.parse_args()
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    parser.error("JAX_COMPILATION_CACHE_DIR names a cache that is not empty: unset it")
   results = []
   for network in args.networks:
     # In a run of a single step, that step would also wait for the diagnostics and the first picture.
@@ -28,7 +31,7 @@ def main() -> None:
     for _ in range(args.repeats):
       with tempfile.TemporaryDirectory() as folder:
         for time in ("first", "second"):
-          env = {"XDG_CACHE_HOME": f"{folder}/cache"}
+          env = {"XDG_CACHE_HOME": f"{folder}/cache"}  # where programs are cached, too
           result = _runs.run("mnist_ssgan", flags, Path(folder) / time, env)
           results.append({"benchmark": "startup", "time": time, **result})
   _runs.finish(args.name, results, table)

@@ -98,8 +98,11 @@ def _inside(position: Array, size: int, border: Border) -> Array:
   return position
 
 
-def cutout(size: float, *, fill: float = 0.0) -> Augment:
-  """Builds a square hole of value `fill`, `size` times the shorter side, with a random centre.
+def cutout(size: float) -> Augment:
+  """Builds a black square hole, `size` times the shorter side, with a random centre.
+
+  Not grey: D sees `2 x - 1`, and layer normalisation of a zero has a slope of a thousand, which would make
+  up all of R1 and all of a virtual adversarial perturbation.
 
   References:
     DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552.
@@ -112,7 +115,7 @@ def cutout(size: float, *, fill: float = 0.0) -> Augment:
     v = jnp.arange(height)[None, :, None] + 0.5
     u = jnp.arange(width)[None, None, :] + 0.5
     hole = (jnp.abs(v - centre[0]) < half) & (jnp.abs(u - centre[1]) < half)
-    return jnp.where(hole[..., None], fill, x)
+    return jnp.where(hole[..., None], 0.0, x)
 
   return transform
 

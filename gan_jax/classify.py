@@ -90,6 +90,8 @@ class Config:
       raise InputError(
         "--frechet needs a generator, but --adversarial 0 trains none: leave one of them out"
       )
+    if self.processes.coordinator is not None and self.run.workdir is None:
+      raise InputError("several processes need --workdir, a folder that all of them share")
     run_dir.check_source(self.run, self.transfer)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -49,7 +49,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     classes_: the K classes, `[K]`.
     n_features_in_: size of the second axis of `X`, by scikit-learn's definition.
     n_iter_: number of training steps done.
-    model_: a `gan_jax.Model` for the images as bytes, `[N, H, W, C]`.
+    model_: a `gan_jax.Model` for the vectors, or for the images as bytes, `[N, H, W, C]`.
   """
 
   def __init__(
@@ -81,9 +81,9 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     """Trains on images or vectors, `[N, ...]`, and their classes `[N]`, -1 for unlabelled ones.
 
     Raises:
-      ValueError: there is no label, -1 is text, a label is None or empty, the images have no 1 or 3
-        channels or a shape that the network does not take, training diverged, or scikit-learn refuses the
-        input.
+      ValueError: there is no label or a single class, -1 is text, a label is None or empty, the images have
+        no 1 or 3 channels or a shape that the network does not take, training diverged, or scikit-learn
+        refuses the input.
     """
     vars(self).pop("_averages", None)  # a failed fit must not leave the previous model in place
     X, y = validate_data(self, X, y, allow_nd=True, ensure_min_samples=2)
@@ -100,6 +100,8 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       raise ValueError("y has no label: every value is -1")
     check_classification_targets(y[labelled].astype(str) if y.dtype == object else y[labelled])
     self.classes_, y_lab = np.unique(y[labelled], return_inverse=True)
+    if len(self.classes_) < 2:
+      raise ValueError(f"y has only one class, {self.classes_[0]!r}: -1 is no class but means no label")
     self._learn_scale(X)
     x = self._to_images(X)
     recipe = self._recipe(x, y_lab)
@@ -133,7 +135,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     if not labelled.any():
       raise ValueError("no accuracy without labels: every value of y is -1")
     weight = None if sample_weight is None else np.asarray(sample_weight)[labelled]
-    return super().score(np.asarray(X)[labelled], np.asarray(y)[labelled], weight)
+    return super().score(_safe_indexing(X, np.flatnonzero(labelled)), np.asarray(y)[labelled], weight)
 
   def transform(self, X: Any) -> Float[np.ndarray, "n f"]:
     """Features of the discriminator, `[N, F]`."""
@@ -149,7 +151,10 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
   @property
   def model_(self) -> Model:
     check_is_fitted(self, "_averages")
-    return Model(recipes.rebuild(self._described), self._averages, tuple(map(str, self.classes_)))
+    names = tuple(map(str, self.classes_))
+    # Vectors have one low and high each; images are in bytes.
+    scaling = Scaling(tuple(self._low), tuple(self._high)) if self._low.ndim else None
+    return Model(recipes.rebuild(self._described), self._averages, names, scaling=scaling)
 
   def __sklearn_tags__(self):
     tags = super().__sklearn_tags__()
@@ -158,14 +163,17 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
 
   def _learn_scale(self, X: np.ndarray) -> None:
     self._row_shape = X.shape[1:]
-    if X.dtype == np.uint8:
-      low, high = 0, 255
-    elif X.ndim == 2 and self.image_shape is None:
+    if self._of_vectors(X):
       scaling = Scaling.of(X)
       low, high = scaling.low, scaling.high
+    elif X.dtype == np.uint8:
+      low, high = 0, 255
     else:
       low, high = X.min(), X.max()
     self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+
+  def _of_vectors(self, X: np.ndarray) -> bool:
+    return X.ndim == 2 and self.image_shape is None
 
   def _to_images(self, X: np.ndarray) -> UInt8[np.ndarray, "n h w c"]:
     """Images as bytes; vectors become images of one row."""
@@ -193,6 +201,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
       raise ValueError(f"num_steps must be a whole number of at least 1, not {self.num_steps}")
     network: Any = None if self.network == "auto" else self.network
     policy: Any = self.augmentation or "none"
+    policy = bool(policy) if isinstance(policy, np.bool_) else policy
     if policy is not True and policy not in policies.POLICIES:
       raise ValueError(f"unknown augmentation {policy}: choose from {', '.join(policies.POLICIES)}")
     hparams = ssgan.for_data(

@@ -67,7 +67,7 @@ class MetricsLog:
       if tensorboard:
         from tensorboardX import SummaryWriter
 
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard" / phase))
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard" / phase), purge_step=first + 1)
     self._phase = phase
     self._find = functools.partial(
       diagnostics.alarms, num_steps=num_steps, class_names=class_names, class_prior=class_prior

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,12 @@ def free() -> int:
     stat = {name: int(value) for name, value in map(str.split, lines)}
     num_bytes = min(num_bytes, limit - used + stat.get("inactive_file", 0))  # cached files make room
   return max(num_bytes, 0)
+
+
+def peak() -> int:
+  """The most host memory that this process has had, in bytes."""
+  # `getrusage` starts from the memory of the parent process.
+  return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def of_devices(devices: Sequence[Any]) -> int | None:

@@ -1,5 +1,7 @@
 """How --overwrite replaces a run: the old one is set aside until the new one has begun."""
 
+import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -7,6 +9,8 @@ from pathlib import Path
 
 REPLACED, REPLACING = ".replaced", ".replacing"
 """Where the files of the old run are, and where they are while being moved there or back."""
+_FILES = ".files.json"
+"""Beside them, the list of files that the new run writes: another experiment may settle what it left."""
 
 
 def remove(path: Path, files: Iterable[str]) -> None:
@@ -23,6 +27,7 @@ def set_aside(path: Path, files: Sequence[str]) -> None:
   """Moves these files of a run out of the way of a new one in the same folder."""
   moving = path / REPLACING
   moving.mkdir()
+  (moving / _FILES).write_text(json.dumps(list(files)))
   for name in files:
     if os.path.lexists(path / name):
       (path / name).rename(moving / name)
@@ -36,12 +41,15 @@ def settle(path: Path, files: Sequence[str], *, complete: bool = False) -> None:
   """
   aside, moving = path / REPLACED, path / REPLACING
   if aside.exists():
+    with contextlib.suppress(OSError, ValueError):
+      files = json.loads((aside / _FILES).read_text())
     if complete or has_begun(path, files):
       remove(path, [REPLACED])
     else:
       remove(path, files)
       aside.rename(moving)
   if moving.exists():
+    (moving / _FILES).unlink(missing_ok=True)
     for name in os.listdir(moving):
       remove(path, [name])
       (moving / name).rename(path / name)

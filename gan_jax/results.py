@@ -1,7 +1,6 @@
 """The end of a run: `result.json`, `report.html` and the table in the terminal."""
 
 import json
-import resource
 import time
 from collections.abc import Sequence
 
@@ -9,7 +8,7 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from gan_jax import output, report, train
+from gan_jax import memory, output, report, train
 from gan_jax.output import console, say
 from gan_jax.run_dir import Run
 from gan_jax.types import Json
@@ -61,8 +60,8 @@ def finish(
     "seed": run.seed,
     **dict.fromkeys(("test_error", "supervised_test_error", "probe_test_error")),
     **result,
-    "seconds_total": round(time.time() - run.begin, 1),
-    "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    "seconds_total": None if run.flags.resume else round(time.time() - run.begin, 1),
+    "peak_memory_mb": round(memory.peak() / 2**20),
     **run.environment,
   }
   result = json.loads(json.dumps(result))  # as it will be read back: tuples become lists

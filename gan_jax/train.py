@@ -29,7 +29,8 @@ class Fit:
   compilation of the steps, nor steps that a rollback undid; for a resumed run, from its beginning."""
   seconds_compile: float
   first_step_at: float | None
-  """`time.time()` when the first step of this call was done; None if there was nothing left to do."""
+  """`time.time()` when the first step was done or, in a resumed run, the first dispatch; None if there was
+  nothing left to do."""
   interrupted: bool
   """Whether Ctrl-C was pressed: no further training should start then."""
   alarms: tuple[str, ...] = ()
@@ -175,13 +176,13 @@ def fit(
           assert multi_step is not None
           state, metrics = multi_step(state, drawn, np.int32(num))
           done += num
+          if first_step_at is None:
+            jax.block_until_ready(metrics)
+            first_step_at = time.time()
           for every, hook in hooks:
             if done % every == 0:
               metrics |= hook(state)
           metrics_log.push(done, num, metrics)
-          if first_step_at is None:
-            jax.block_until_ready(metrics)
-            first_step_at = time.time()
           if save_every and done % save_every == 0 and done < num_steps:
             save()
         save()  # with signals still deferred: the last dispatch may be running

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gan_jax import augment
+from gan_jax import augment, losses, networks, penalties
 from gan_jax.recipes import policies
 
 STRONG = augment.chain(augment.affine(shift=0.1, rotate=20, scale=0.2, shear=0.2), augment.cutout(0.3))
@@ -51,6 +51,19 @@ def test_range_shape_and_one_draw_an_image(key):
   assert y.min() >= 0
   assert y.max() <= 1
   assert len({image.tobytes() for image in y}) == 16
+
+
+@pytest.mark.parametrize("name", ["digits", "photos", "objects"])
+def test_what_a_policy_draws_has_gradients_of_the_usual_size(name, key):
+  """For the layer norms of D, too: R1 and VAT are of augmented images."""
+  d = networks.ConvDiscriminator(3)
+  x = jax.image.resize(jax.random.uniform(key, (8, 8, 8, 3)), (8, 32, 32, 3), "cubic").clip(0, 1)
+  variables = d.init({"params": key, "noise": key}, x, train=False)
+  real_logit = lambda x: losses.real_logit(d.apply(variables, x, train=False)[0])
+  r1 = jax.jit(lambda x: penalties.squared_gradient_norm(real_logit, x).mean())
+  policy = policies.POLICIES[name]
+  for ranges in (policy.strong, policy.generator):
+    assert r1(apply(policies.build(ranges), key, x)) < 20 * r1(x)
 
 
 def test_cutout_clears_at_most_its_square(key):

@@ -121,6 +121,21 @@ def test_a_second_fit_of_an_equal_estimator_compiles_nothing(digits, small_mlp, 
   assert not np.array_equal(other.predict_proba(images), gan.predict_proba(images))
 
 
+def test_vectors_of_bytes_are_vectors(digits, small_mlp):
+  """Binary features, which as images would be nearly black; the model takes them as they are."""
+  images, _, few = digits
+  x = (images.reshape(300, 64) > 8).astype(np.uint8)
+  gan = SemiSupervisedGAN(num_steps=2, random_state=0).fit(x, few)
+  probs = gan.predict_proba(x)
+  assert np.array_equal(clone(gan).fit(x.astype(np.int64), few).predict_proba(x), probs)
+  np.testing.assert_allclose(gan.model_.predict(x.astype(np.float32)), probs, atol=1e-6)
+
+
+def test_a_single_class_is_refused(small_mlp):
+  with pytest.raises(ValueError, match="y has only one class, 1: -1 is no class"):
+    SemiSupervisedGAN().fit(np.eye(4), np.array([-1, 1, 1, -1]))
+
+
 def test_parameters_may_be_numbers_of_numpy(digits, small_mlp):
   images, _, few = digits
   numbers = {"num_steps": np.int64(2), "learning_rate": np.float32(0.01)}

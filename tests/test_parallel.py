@@ -17,11 +17,13 @@ from conftest import FULL, WEAK
 
 from gan_jax import (
   augment,
+  classify,
   cli,
   losses,
   networks,
   objectives,
   parallel,
+  parsing,
   processes,
   replicates,
   train,
@@ -239,6 +241,13 @@ def test_processes_of_other_keys_are_not_the_same(monkeypatch):
   processes.check_same("flags", {"key": next(own), "x": np.ones(3)})
   with pytest.raises(InputError, match="process 1 has different flags, images or networks"):
     processes.check_same("flags", {"key": next(own), "x": np.ones(3)})
+
+
+def test_several_processes_need_one_folder():
+  """By default its name is the time at which each of them starts."""
+  config = classify.Config(processes=cli.ProcessFlags(coordinator="auto"))
+  with pytest.raises(InputError, match="need --workdir, a folder that all of them share"):
+    parsing.check(config)
 
 
 @pytest.mark.parametrize(

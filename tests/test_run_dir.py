@@ -259,6 +259,18 @@ def test_a_process_killed_while_it_replaces_a_run_loses_none(open_run, finished,
   assert left > 0  # the last were not killed
 
 
+def test_a_killed_replacement_is_not_lost_to_another_experiment(open_run, finished):
+  """Which writes other files: what has begun is told by those of the run that was killed."""
+  path, owned = Path("here"), (*run_dir.FILES, *FILES, "study.jsonl")
+  overwrite.set_aside(path, owned)
+  (path / "config.json").write_text(json.dumps({"experiment": "test"}))
+  (path / "study.jsonl").write_text("{}\n")
+  with pytest.raises(InputError, match="already holds a run"):
+    opened(open_run(workdir="here", files=("other.jsonl",)))
+  assert (path / "study.jsonl").read_text() == "{}\n"
+  assert not (path / ".replaced").exists()
+
+
 def test_what_a_run_starts_from_is_another_folder(open_run):
   source = opened(open_run(workdir="source"))
   flags = cli.TransferFlags(init_from="source")

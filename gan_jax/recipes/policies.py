@@ -78,7 +78,7 @@ def augments(
     border: padding outside an image.
     brightness: a range of colour changes, like `contrast`, `saturation` and `hue` (in degrees).
     num_colours: number of these four applied to each image, chosen at random per image; None: all.
-    cutout: side of the hole, which is black if the border is zero, else grey.
+    cutout: side of the hole.
   """
   out: list[Augment] = [augment.flip] if flip else []
   if translate:
@@ -87,7 +87,7 @@ def augments(
     out.append(augment.affine(shift=shift, rotate=rotate, scale=scale, shear=shear, border=border))
   out += _colours(brightness, contrast, saturation, hue, num_colours)
   if cutout:
-    out.append(augment.cutout(cutout, fill=0.0 if border == "zero" else 0.5))
+    out.append(augment.cutout(cutout))
   return tuple(out)
 
 
