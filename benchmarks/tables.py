@@ -364,6 +364,7 @@ TABLES: dict[str, Callable[[], str]] = {
     {
       "photographs of hands": (_lines("map/sign_digits@32-augmentation-400.jsonl"), 100),
       "digits of 8x8 pixels": (_lines("label_study-digits.jsonl"), 50),
+      "CIFAR-10, as JPEGs": (_lines("map/cifar10_jpeg@32-augmentation-5000.jsonl"), 4000),
     },
   ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
@@ -374,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
   "weights": lambda: weights(_lines("tuning/digits.jsonl", "tuning/digits-weights.jsonl")),
   "foreign": lambda: novelty.table(_lines("novelty.jsonl")),
+  "cifar10": lambda: study(_lines("map/cifar10_jpeg@32-augmentation-5000.jsonl")),
   "photographs": lambda: study(_lines("map/sign_digits@32-augmentation-400.jsonl")),
   "photographs-conv": lambda: study(_lines("sign_digits-100.jsonl")),
   "photographs-tuning": lambda: photographs_tuning(_lines("tuning/sign_digits.jsonl")),
