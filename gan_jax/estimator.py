@@ -101,7 +101,9 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     check_classification_targets(y[labelled].astype(str) if y.dtype == object else y[labelled])
     self.classes_, y_lab = np.unique(y[labelled], return_inverse=True)
     if len(self.classes_) < 2:
-      raise ValueError(f"y has only one class, {self.classes_[0]!r}: -1 is no class but means no label")
+      raise ValueError(
+        f"y has only one class, {self.classes_.tolist()[0]!r}: -1 is no class but means no label"
+      )
     self._learn_scale(X)
     x = self._to_images(X)
     recipe = self._recipe(x, y_lab)
