@@ -11,6 +11,8 @@ import time
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import mnist_low_data, mnist_ssgan
-from gan_jax import cli, output, parsing, program
+from gan_jax import classify, cli, data, output, parsing, program, recipes
+from gan_jax.datasets import Dataset
 from gan_jax.types import BatchSizes, InputError
 
 BAD = [
@@ -383,3 +386,23 @@ def test_the_groups_are_frozen_values():
 )
 def test_short_runs_are_saved_before_their_end(given, num_steps, expected):
   assert cli.LoopFlags(checkpoint_every=given).steps_between_checkpoints(num_steps) == expected
+
+
+def test_tensorboard_is_missed_before_anything_is_trained(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(InputError, match="--tensorboard needs tensorboardX: pip install"):
+    parsing.check(mnist_ssgan.Config(loop=cli.LoopFlags(tensorboard=True)))
+
+
+def test_class_balance_that_cannot_work_is_said(capsys):
+  """More classes than unlabelled images a step."""
+  y = np.arange(80) % 80
+  x = np.zeros((80, 1, 4, 1), np.uint8)
+  dataset = Dataset("many", x, y, x[:0], y[:0], tuple(map(str, range(80))))
+  split = data.split_labels(y, None, 0)
+  recipe = recipes.ssgan.build(recipes.ssgan.Hparams(network="mlp", num_unlabelled=79), (1, 4, 1), 80)
+  run: Any = SimpleNamespace(dataset=dataset, path="here")
+  classify._announce(run, recipe, split, 0)
+  assert "class balance compares 79 unlabelled images a step with 80 classes" in capsys.readouterr().err
+  classify._announce(run, dataclasses.replace(recipe, batch=BatchSizes(50, 80, 32)), split, 0)
+  assert "class balance" not in capsys.readouterr().err

@@ -147,6 +147,19 @@ def test_of_the_test_images_only_logits_and_classes_are_held(problem, monkeypatc
   assert sorted(shapes) == [*[(num,)] * 6, (num, 3)]
 
 
+def test_probes_are_fitted_on_evenly_spaced_labels_of_many(problem, monkeypatch):
+  tiny, state = problem
+  monkeypatch.setattr(evaluate, "NUM_PROBED", 30)
+  x, y = tiny.dataset.x_train, tiny.dataset.y_train
+  evaluated = evaluate.make_evaluate(tiny.recipe())
+  of_all, of_half = evaluated(tiny.dataset, [state] * 2, [(x, y), (x[::2], y[::2])])
+  assert len(y) == 60
+  assert of_all.linear == of_half.linear
+  monkeypatch.setattr(evaluate, "NUM_PROBED", 60)
+  (whole,) = evaluated(tiny.dataset, [state], [(x, y)])
+  assert whole.linear != of_half.linear
+
+
 def test_the_test_set_is_opened_once_for_all_states(problem, monkeypatch):
   tiny, state = problem
   opened = []

@@ -320,3 +320,11 @@ def test_a_browser_has_nothing_to_complain_of(width, tmp_path):
   with Image.open(tmp_path / "page.png") as picture:
     assert picture.width == width
     assert len(picture.convert("L").getcolors()) > 10
+
+
+@pytest.mark.parametrize("num", [50, 51])
+def test_the_labels_of_a_thousand_classes_do_not_fill_the_page(num):
+  y = np.arange(num)
+  found = report_sections._labelled([str(k) for k in y], np.zeros((num, 4, 4, 1), np.uint8), y)
+  assert len(found.pictures) == 50
+  assert ("Only the first 50 classes are shown" in found.text) == (num > 50)
