@@ -76,8 +76,8 @@ def forward_flops(recipe: Recipe) -> dict[str, float]:
   found = {}
   for name, network, net, given in (("d", recipe.d, state.d, x), ("g", recipe.g, state.g, z)):
     apply = lambda variables, given, network=network: network.apply(variables, given, train=False)
-    program = jax.jit(apply).lower({"params": net.params, **net.model_state}, given)
-    found[name] = provenance.cost(program)["flops"] / BATCH
+    cost = provenance.cost(apply, {"params": net.params, **net.model_state}, given)
+    found[name] = cost["flops"] / BATCH
   return found
 
 

@@ -205,18 +205,18 @@ def training(
     }
     if workers is None:
       ours = _worker.Ours(recipe, *jax.eval_shape(lambda: (fit.state, images)))
-      found |= counts(ours.lowered, ours.compiled)
+      found |= counts(ours.compiled, ours.cost())
       found["matrix_share"] = found["mflop"] * 1e6 / found["seconds_per_step"] / _worker.matmul_rate()
   return found
 
 
-def counts(lowered: Any, compiled: Any) -> Json:
+def counts(compiled: Any, cost: dict[str, float]) -> Json:
   """The compiler's counts for the program of a step; a loop's body counts once."""
   memory = compiled.memory_analysis()
   return {
     "state_mb": memory.argument_size_in_bytes / 2**20,
     "step_mb": memory.temp_size_in_bytes / 2**20,
-    "mflop": provenance.cost(lowered, compiled)["flops"] / 1e6,
+    "mflop": cost["flops"] / 1e6,
   }
 
 
@@ -235,7 +235,7 @@ def evaluation(name: str, path: Path, num: int, num_classes: int) -> Json:
   evaluate.describe(found, dataset.class_names)
   seconds, seconds_compile = meter.seconds, sum(compiling)
   one = jax.ShapeDtypeStruct((1, *x.shape[1:]), np.float32)
-  cost = provenance.cost(jax.jit(steps.make_classifier(recipe.d)).lower(state, one))
+  cost = provenance.cost(steps.make_classifier(recipe.d), state, one)
   share = num * cost["flops"] / (seconds - seconds_compile) / _worker.matmul_rate()
   return {"seconds": seconds, "seconds_compile": seconds_compile, "matrix_share": share}
 
@@ -271,7 +271,7 @@ def memory(name: str, side: int, batch_size: int) -> Json:
   recipe = _recipes.make(name, dataset, batch_size)
   state, images = jax.eval_shape(lambda: _recipes.start(recipe, dataset, [0]))
   ours = _worker.Ours(recipe, state, images)
-  return {"rows": list(recipe.batch), **counts(ours.lowered, ours.compiled)}
+  return {"rows": list(recipe.batch), **counts(ours.compiled, ours.cost())}
 
 
 def shared_step(name: str, num: int, multiple: int) -> Json:
@@ -289,7 +289,7 @@ def shared_step(name: str, num: int, multiple: int) -> Json:
   recipe = parallel.over_devices(dataclasses.replace(recipe, batch=sizes), devices[:num])
   arguments = parallel.replicated(_recipes.start(recipe, dataset, [0]), devices[:num])
   compiled = jax.jit(recipe.make_multi_step(1)).lower(*arguments, np.int32(0)).compile()
-  return {"rows": list(sizes), **counts(compiled, compiled)}  # as written, a program has no devices
+  return {"rows": list(sizes), **counts(compiled, dict(compiled.cost_analysis() or {}))}
 
 
 def rate(name: str, num: int, seconds: float) -> Json:

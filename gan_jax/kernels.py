@@ -1,7 +1,4 @@
-"""Fast implementations of two operations that are slow on XLA's CPU backend.
-
-On every other backend they are JAX's own. Both give the same results as JAX's own, up to rounding.
-"""
+"""Fast implementations of two operations where XLA's own are slow; equal to them up to rounding."""
 
 import functools
 import math
@@ -36,6 +33,10 @@ def in_precision(product: Callable[..., Array], precision: Precision) -> Callabl
   return rounded
 
 
+REPLICATES = "replicates"
+"""Name of the axis of `jax.vmap` over networks with parameters of their own."""
+
+
 def conv(
   x: Float[Array, "b h w c"],
   w: Float[Array, "kh kw c f"],
@@ -43,11 +44,15 @@ def conv(
   padding: Literal["SAME"] = "SAME",
   **others: Any,
 ) -> Float[Array, "b oh ow f"]:
-  """Convolution with "SAME" padding, fast inside loops too, and differentiable any number of times.
+  """Convolution with "SAME" padding, fast in loops and over replicates, differentiable any number of times.
 
   XLA's CPU backend runs the gradients of a convolution in a loop body with a naive kernel, 4 to 60
   times slower than outside (https://github.com/jax-ml/jax/issues/12868). On CPU the derivatives, in reverse
   mode only, are those of the same map written as a matrix product.
+
+  Over an axis of `jax.vmap` named `REPLICATES`, with a kernel each, a convolution would become a grouped
+  one, for which accelerators have no fast code either; as a matrix product it becomes a batched one. The
+  training program of ten replicates is four times as fast that way on an H100.
 
   Raises:
     ValueError: another padding, dilation or grouping.
@@ -56,7 +61,14 @@ def conv(
   if padding != "SAME" or {1} != {*ones[0], *ones[1], others.get("feature_group_count", 1)}:
     raise ValueError("only convolutions with padding SAME, without dilation and groups, are supported")
   fn = _conv if jax.default_backend() == "cpu" else lax_conv
-  return fn(x, w, (strides[0], strides[1]))
+  return (_product_conv if _over_replicates() else fn)(x, w, (strides[0], strides[1]))
+
+
+def _over_replicates() -> bool:
+  try:
+    return jax.lax.axis_size(REPLICATES) > 1
+  except NameError:  # there is no such axis
+    return False
 
 
 def lax_conv(x: Array, w: Array, strides: Sequence[int], *_, **__) -> Array:

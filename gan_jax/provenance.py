@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 import gan_jax
-from gan_jax.types import Json
+from gan_jax.types import InputError, Json
 
 
 def environment() -> Json:
@@ -36,19 +37,32 @@ def environment() -> Json:
   }
 
 
-def cost(lowered: Any, compiled: Any = None) -> dict[str, float]:
+def cost(fn: Callable[..., Any], *args: Any, compiled: Any = None) -> dict[str, float]:
   """XLA's count of a program's operations, `flops`, and of its memory traffic, `bytes accessed`.
 
   It is of the compiled program on CPU, and elsewhere of the program as written, because compiled programs
-  hide products and convolutions in library calls there.
+  hide products and convolutions in library calls there. JAX's CPU backend counts those.
 
   Args:
-    lowered: `jax.jit(f).lower(...)`.
-    compiled: `lowered.compile()`, if it is there already.
+    fn: the function.
+    args: its arguments; shapes are enough.
+    compiled: the compiled program, if it is there already.
+
+  Raises:
+    InputError: JAX_PLATFORMS excludes the CPU.
   """
-  if jax.default_backend() != "cpu":
-    return lowered.cost_analysis()
-  return (compiled or lowered.compile()).cost_analysis()
+  counted: Any = None
+  if jax.default_backend() == "cpu":
+    counted = compiled or jax.jit(fn).lower(*args).compile()
+    return counted.cost_analysis()
+  try:
+    cpu = jax.devices("cpu")[0]
+  except RuntimeError as error:
+    raise InputError("counting operations needs the CPU too: add ,cpu to JAX_PLATFORMS") from error
+  shapes = jax.eval_shape(lambda *args: args, *args)  # arrays would ask for the device that they are on
+  with jax.default_device(cpu):
+    counted = jax.jit(fn).lower(*shapes)
+  return counted.cost_analysis()
 
 
 def num_cores() -> int:

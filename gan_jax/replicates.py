@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from gan_jax import checkpoint, parallel
+from gan_jax import checkpoint, kernels, parallel
 from gan_jax.data import DeviceData
 from gan_jax.output import say
 from gan_jax.recipes import Recipe
@@ -140,9 +140,8 @@ def replicate(
   Args:
     multi_step: from `steps.make_multi_step`.
     strategy: `sequential` trains one replicate after the other; `vmap` trains all in lockstep, so they must
-      be at the same step. Defaults to `sequential` on CPU, where `vmap` turns convolutions with one kernel
-      per replicate into grouped ones, which XLA has no fast code for; else to `vmap`, because one small
-      network does not fill the device.
+      be at the same step. Defaults to `sequential` on CPU, where each replicate then equals its single run
+      bit for bit; else to `vmap`, because one small network does not fill the device.
     devices: devices to spread the replicates over evenly (default: all); the most that divide S are used.
 
   Returns:
@@ -160,7 +159,9 @@ def replicate(
     if strategy == "vmap":
       # One step count for all: with one per replicate, a term due every k steps would always be computed.
       axes = jax.tree.map(lambda _: 0, states).replace(step=None)
-      all_as_one = jax.vmap(one, in_axes=(axes, 0, None, None), out_axes=(axes, 0))
+      all_as_one = jax.vmap(
+        one, in_axes=(axes, 0, None, None), out_axes=(axes, 0), axis_name=kernels.REPLICATES
+      )
       after, metrics = all_as_one(states.replace(step=states.step[0]), labelled, data, num)
       return after.replace(step=jnp.full_like(states.step, after.step)), metrics
     return jax.lax.map(lambda each: one(each[0], each[1], data, num), (states, labelled))

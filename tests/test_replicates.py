@@ -53,7 +53,9 @@ def test_in_step_they_are_nearly_the_same(make_tiny):
     for strategy in ("vmap", "sequential")
   )
   stacked = replicates.stack(states)
-  assert run.lower(stacked, together, 1).as_text() != looped.lower(stacked, together, 1).as_text()
+  # With a kernel each, convolutions would become grouped ones, which are slow everywhere.
+  convolutions = [fn.lower(stacked, together, 1).as_text().count("convolution") for fn in (run, looped)]
+  assert convolutions[0] == 0 < convolutions[1]
   found, _ = run(stacked, together, 1)
   single = jax.jit(multi_step)
   for i in (0, 3):

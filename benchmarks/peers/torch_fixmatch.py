@@ -72,6 +72,8 @@ def main() -> None:
   path, flags = sys.argv[1], json.loads(sys.argv[2])
   on_gpu = torch.cuda.is_available()
   torch.set_default_device("cuda" if on_gpu else "cpu")
+  if on_gpu:
+    torch.set_float32_matmul_precision("high")  # XLA's default on GPUs: TF32 products
   torch.manual_seed(flags["seed"])
   arrays = np.load(path)
   images = lambda name: torch.tensor(arrays[name]).permute(0, 3, 1, 2).contiguous()

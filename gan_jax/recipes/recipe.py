@@ -115,7 +115,7 @@ class Recipe:
     """Floating-point operations of one step by XLA's count, see `provenance.cost`; compiles it once."""
     sample_batch = data.make_sample_batch(self.batch)
     batch = jax.eval_shape(sample_batch, jax.random.key(0), self._one_image())
-    return provenance.cost(jax.jit(self.make_step()).lower(self.abstract_state(), batch))["flops"]
+    return provenance.cost(self.make_step(), self.abstract_state(), batch)["flops"]
 
   def _one_image(self) -> data.DeviceData:
     x = np.zeros((1, *self.image_shape), np.uint8)
