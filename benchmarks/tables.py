@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import (
   _gan_map,
   _runs,
@@ -97,23 +99,30 @@ FEW_LABELS = {
 """File of splits -> data and network."""
 
 
-def headline(of_splits: _runs.Rows, studies: Mapping[str, tuple[_runs.Rows, int]]) -> str:
+def headline(studies: Sequence[tuple[str, int, _runs.Rows]], of_splits: _runs.Rows) -> str:
   """One row per dataset: errors with a GAN, without one at equal compute, and from the labels alone.
 
+  The lower of the first two is bold.
+
   Args:
-    of_splits: runs of the default recipe on MNIST, one split each.
-    studies: description of a dataset -> the lines of a study, and the number of labels.
+    studies: description of a dataset, number of labels, the lines of a study.
+    of_splits: runs of one split each, whose control stands in where a study has no arm for labels alone.
   """
-  gan, control, _ = (_runs.mean_std([row[key] for row in of_splits]) for key in splits.ERRORS)
-  lines: list[list[str | int]] = [
-    ["MNIST", of_splits[0]["num_labels"], len(of_splits), f"**{gan}**", "not run", control]
-  ]
-  used = list(of_splits)
-  for name, (rows, num_labels) in studies.items():
+  lines: list[list[str | int]] = []
+  used: list[Json] = []
+  for name, num_labels, rows in studies:
     rows = [row for row in rows if (row["num_labels"], row["reading"]) == (num_labels, "classifier")]
     found = {row["method"]: row for row in rows}
-    arms = [found[method] for method in (*_gan_map.ARMS, "supervised_augmented")]
+    arms = [found[method] for method in _gan_map.ARMS]
     errors = [_runs.mean_std(row["errors"]) for row in arms]
+    lower = int(np.argmin([np.mean(row["errors"]) for row in arms]))
+    errors[lower] = f"**{errors[lower]}**"
+    if "supervised_augmented" in found:
+      arms.append(found["supervised_augmented"])
+      errors.append(_runs.mean_std(arms[-1]["errors"]))
+    else:
+      arms += of_splits
+      errors.append(_runs.mean_std([row["supervised_test_error"] for row in of_splits]))
     lines.append([name + _runs.mark(*arms), f"{num_labels:,}", len(arms[0]["splits"]), *errors])
     used += arms
   head = "data", "labels", "n", "semi-supervised GAN", "no GAN, equal compute", "labels alone"
@@ -138,19 +147,20 @@ def few_labels(files: Mapping[str, _runs.Rows]) -> str:
   return _runs.with_environment(_runs.markdown(head, lines), _all(files))
 
 
-def budgets(of_study: _runs.Rows, of_splits: _runs.Rows) -> str:
-  """The default recipe by number of labels: a study's cells, and runs of one split each."""
+def budgets(of_study: _runs.Rows) -> str:
+  """The default recipe by number of labels."""
   lines, used = [], [row for row in of_study if row["method"] == _gan_map.ARMS[0]]
   used = [row for row in used if row["reading"] == _study_tables.CLASSIFIER]
-  found = {row["num_labels"]: (row["splits"], row["errors"]) for row in used}
-  one = [row["split_seed"] for row in of_splits], [row["test_error"] for row in of_splits]
-  found[of_splits[0]["num_labels"]] = one
-  for num, (seeds, errors) in sorted(found.items()):
+  used.sort(key=lambda row: row["num_labels"])
+  for row in used:
+    errors = row["errors"]
     middle = f"{statistics.median(errors):.2f}", f"{max(errors):.2f}"
-    order = [f"{error:.2f}" for _, error in sorted(zip(seeds, errors, strict=True))]
-    lines.append([num, len(errors), f"**{_runs.mean_std(errors)}**", *middle, _runs.listed(order)])
-  head = "labels", "n", "mean +- std", "median", "worst", "each split, from 20 on"
-  return _runs.with_environment(_runs.markdown(head, lines), [*used, *of_splits])
+    lines.append([f"{row['num_labels']}{_runs.mark(row)}", len(errors), f"**{_runs.mean_std(errors)}**"])
+    lines[-1] += middle
+    lines[-1].append(_runs.listed([f"{error:.2f}" for error in errors]))
+    lines[-1].append(f"{row['seconds_train']:,.0f} s, {_runs.device(row)}")
+  head = "labels", "n", "mean +- std", "median", "worst", "each split, from 20 on", "training of all n"
+  return _runs.with_environment(_runs.markdown(head, lines), used)
 
 
 def transfer(rows: _runs.Rows) -> str:
@@ -180,6 +190,7 @@ def _all(files: Mapping[str, _runs.Rows]) -> _runs.Rows:
 
 def study(rows: _runs.Rows, references: Sequence[str] | None = None) -> str:
   """Errors of every method and budget, then their differences to these references (default: all)."""
+  rows = sorted(rows, key=lambda row: row["num_labels"])
   title = f"mean +- std{_runs.mark(*rows)}"
   tables = _study_tables.overviews(_study_tables.summarise(rows), title, references)
   train, compiling = (sum(row.get(key, 0) for row in rows) for key in ("seconds_train", "seconds_compile"))
@@ -314,6 +325,17 @@ def _speedup(row: Json) -> str:
   return "not run" if "not_run" in row else f"{row['ours_is_faster_by']['median']:.2f}"
 
 
+def accelerator(rows: _runs.Rows) -> str:
+  """Speed of one run, and of several in one program."""
+  done, lines = [row for row in rows if "not_run" not in row], []
+  for row in done:
+    rate, num = row["steps_per_second"]["median"], row["replicates"]
+    lines.append([row["recipe"] + _runs.mark(row), num, f"{rate:,.0f}", f"{num * rate:,.0f}"])
+    lines[-1] += [f"{row['seconds_first']:.0f} s", f"{row['device_memory_mb']:,.0f} MB"]
+  head = "recipe", "runs in one program", "steps/s", "steps/s of all runs", "compilation", "memory"
+  return _runs.with_environment(_runs.markdown(head, lines), done)
+
+
 def other_figures(accuracy: _runs.Rows, starts: _runs.Rows, replicates: _runs.Rows) -> str:
   """One row per figure."""
   lines = []
@@ -360,22 +382,28 @@ def _map() -> dict[str, _runs.Rows]:
 
 TABLES: dict[str, Callable[[], str]] = {
   "headline": lambda: headline(
+    [
+      ("MNIST", 100, _lines("map/mnist-augmentation-10000.jsonl")),
+      ("CIFAR-10, as JPEGs", 250, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl")),
+      ("CIFAR-10, as JPEGs", 4000, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl")),
+      ("photographs of hands", 100, _lines("map/sign_digits@32-augmentation-400.jsonl")),
+      ("digits of 8x8 pixels", 50, _lines("label_study-digits.jsonl")),
+    ],
     _lines("mnist-conv-100.jsonl"),
-    {
-      "photographs of hands": (_lines("map/sign_digits@32-augmentation-400.jsonl"), 100),
-      "digits of 8x8 pixels": (_lines("label_study-digits.jsonl"), 50),
-      "CIFAR-10, as JPEGs": (_lines("map/cifar10_jpeg@32-augmentation-5000.jsonl"), 4000),
-    },
   ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
-  "budgets": lambda: budgets(_lines("map/mnist-augmentation-10000.jsonl"), _lines("mnist-conv-100.jsonl")),
+  "budgets": lambda: budgets(_lines("map/mnist-augmentation-10000.jsonl")),
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
   "mnist-plain": lambda: study(_lines("map/mnist-no-augmentation-1500.jsonl"), ("fixmatch_ema@matched",)),
+  "mnist-plain-long": lambda: study(
+    _lines("map/mnist-no-augmentation-10000.jsonl"), ("fixmatch_ema@matched",)
+  ),
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
   "weights": lambda: weights(_lines("tuning/digits.jsonl", "tuning/digits-weights.jsonl")),
   "foreign": lambda: novelty.table(_lines("novelty.jsonl")),
   "cifar10": lambda: study(_lines("map/cifar10_jpeg@32-augmentation-5000.jsonl")),
+  "cifar10-long": lambda: study(_lines("map/cifar10_jpeg@32-augmentation-20000.jsonl")),
   "photographs": lambda: study(_lines("map/sign_digits@32-augmentation-400.jsonl")),
   "photographs-conv": lambda: study(_lines("sign_digits-100.jsonl")),
   "photographs-tuning": lambda: photographs_tuning(_lines("tuning/sign_digits.jsonl")),
@@ -397,6 +425,7 @@ TABLES: dict[str, Callable[[], str]] = {
     _lines("startup.jsonl"),
     _lines("replicates_loop.jsonl", "replicates_vmap.jsonl", "replicates_16.jsonl"),
   ),
+  "accelerator": lambda: accelerator(_lines("step_time-h200.jsonl")),
   "scaling": lambda: scaling.table(_lines("scaling.jsonl")),
 }
 """Name -> its Markdown."""

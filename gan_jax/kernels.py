@@ -51,8 +51,7 @@ def conv(
   mode only, are those of the same map written as a matrix product.
 
   Over an axis of `jax.vmap` named `REPLICATES`, with a kernel each, a convolution would become a grouped
-  one, for which accelerators have no fast code either; as a matrix product it becomes a batched one. The
-  training program of ten replicates is four times as fast that way on an H100.
+  one, for which accelerators have no fast code either; as a matrix product it becomes a batched one.
 
   Raises:
     ValueError: another padding, dilation or grouping.

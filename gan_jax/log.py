@@ -1,5 +1,6 @@
 """Reports during training: rows of metrics, alarms, TensorBoard, a progress bar."""
 
+import collections
 import contextlib
 import functools
 import json
@@ -145,12 +146,17 @@ def _is_diagnosed(row: Json) -> bool:
 
 @contextlib.contextmanager
 def progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], None]]:
-  """A live bar on a terminal, about ten plain lines elsewhere; fed with log rows."""
+  """A live bar on a terminal, about ten plain lines elsewhere; fed with log rows.
+
+  The rate is that of the last ten rows: the first ones wait for the compilation of diagnostics.
+  """
   shown = {"d/loss": "D", "g/loss": "G", "d/error": "error on labels"}
-  begin = time.perf_counter()
+  recent = collections.deque([(first, time.perf_counter())], maxlen=10)
 
   def describe(row: Json) -> tuple[float, str]:
-    rate = (row["step"] - first) / (time.perf_counter() - begin)
+    recent.append((row["step"], time.perf_counter()))
+    (step, begin), (now_at, now) = recent[0], recent[-1]
+    rate = (now_at - step) / (now - begin)
     return rate, "  ".join(f"{label} {row[name]:.3f}" for name, label in shown.items() if name in row)
 
   if not console.is_terminal:
@@ -158,9 +164,9 @@ def progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], No
 
     def show_line(row: Json) -> None:
       nonlocal tenths
+      rate, text = describe(row)
       if row["step"] * 10 // total > tenths:
         tenths = row["step"] * 10 // total
-        rate, text = describe(row)
         left = (total - row["step"]) / rate
         line = f"{phase} {row['step']}/{total}  {rate:.1f} steps/s  {left:.0f} s left  {text}"
         console.print(line, soft_wrap=True)

@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gan_jax import figures, metrics, output
+from gan_jax import figures, log, metrics, output
 from gan_jax.types import InputError
 
 
@@ -130,3 +130,15 @@ def test_every_split_of_every_method_is_a_point(figure, tmp_path):
   assert drawn(few) == [([3, 1, 2], [0] * 3), ([2], [0]), ([4], [1]), ([4], [1])]
   assert drawn(more)[:2] == [([0.1], [0]), ([0.1], [0])]
   assert [label.get_text() for label in few.get_yticklabels()] == ["a", "b"]
+
+
+def test_the_rate_is_that_of_the_last_rows(monkeypatch, capsys):
+  """The first ones take as long as the compilation of what the run logs."""
+  now = iter([0.0, 60.0, *(60.0 + i for i in range(1, 100))])
+  monkeypatch.setattr("gan_jax.log.time.perf_counter", lambda: next(now))
+  with log.progress("train", 0, 1000) as show:
+    for step in range(20, 1001, 20):
+      show({"step": step})
+  lines = capsys.readouterr().err.splitlines()
+  assert "train 100/1000  1.6 steps/s" in lines[0]
+  assert "train 500/1000  20.0 steps/s  25 s left" in lines[4]

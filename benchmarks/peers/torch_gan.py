@@ -454,7 +454,7 @@ def _normalise(h: Tensor, p: Params, name: str) -> Tensor:
       return F.layer_norm(h, scale.shape, scale, bias, 1e-6)
     return F.layer_norm(h.permute(0, 2, 3, 1), scale.shape, scale, bias, 1e-6).permute(0, 3, 1, 2)
   if (shift := p.get(f"{name}.shift")) is not None:
-    return F.batch_norm(h, None, None, None, shift, training=True, eps=1e-6)
+    return F.batch_norm(h, None, None, torch.ones_like(shift), shift, training=True, eps=1e-6)
   return h
 
 
