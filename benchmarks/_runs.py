@@ -5,12 +5,13 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gan_jax import output
 from gan_jax.types import InputError, Json
@@ -177,7 +178,7 @@ def mean_std(values: Sequence[float]) -> str:
   """Mean and standard deviation; for fewer than three values, the values themselves."""
   if len(values) < 3:
     return listed([f"{value:.2f}" for value in values])
-  return f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"
+  return f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}"
 
 
 def spread(rows: Rows, key: str, digits: int = 0) -> str:

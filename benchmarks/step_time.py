@@ -23,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -82,7 +83,9 @@ class Worker:
     said = [line.strip() for line in self._errors if line.strip()]
     if code == -9:
       raise WorkerError("killed, as happens where memory runs out")
-    raise WorkerError(said[-1][:300] if said else f"ended with code {code}")
+    # PyTorch prints hints after its error.
+    errors = [line for line in said if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    raise WorkerError((errors or said or [f"ended with code {code}"])[-1][:300])
 
   def close(self) -> None:
     self._process.kill()

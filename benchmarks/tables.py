@@ -99,30 +99,30 @@ FEW_LABELS = {
 """File of splits -> data and network."""
 
 
-def headline(studies: Sequence[tuple[str, int, _runs.Rows]], of_splits: _runs.Rows) -> str:
+def headline(studies: Sequence[tuple[str, int, _runs.Rows, _runs.Rows]]) -> str:
   """One row per dataset: errors with a GAN, without one at equal compute, and from the labels alone.
 
   The lower of the first two is bold.
 
   Args:
-    studies: description of a dataset, number of labels, the lines of a study.
-    of_splits: runs of one split each, whose control stands in where a study has no arm for labels alone.
+    studies: description of a dataset, number of labels, the lines of a study and, if it has no arm for
+      labels alone, runs of one split each, whose control stands in.
   """
   lines: list[list[str | int]] = []
   used: list[Json] = []
-  for name, num_labels, rows in studies:
+  for name, num_labels, rows, of_splits in studies:
     rows = [row for row in rows if (row["num_labels"], row["reading"]) == (num_labels, "classifier")]
     found = {row["method"]: row for row in rows}
     arms = [found[method] for method in _gan_map.ARMS]
     errors = [_runs.mean_std(row["errors"]) for row in arms]
     lower = int(np.argmin([np.mean(row["errors"]) for row in arms]))
     errors[lower] = f"**{errors[lower]}**"
-    if "supervised_augmented" in found:
-      arms.append(found["supervised_augmented"])
-      errors.append(_runs.mean_std(arms[-1]["errors"]))
-    else:
+    if of_splits:
       arms += of_splits
       errors.append(_runs.mean_std([row["supervised_test_error"] for row in of_splits]))
+    else:
+      arms.append(found["supervised_augmented"])
+      errors.append(_runs.mean_std(arms[-1]["errors"]))
     lines.append([name + _runs.mark(*arms), f"{num_labels:,}", len(arms[0]["splits"]), *errors])
     used += arms
   head = "data", "labels", "n", "semi-supervised GAN", "no GAN, equal compute", "labels alone"
@@ -331,8 +331,8 @@ def accelerator(rows: _runs.Rows) -> str:
   for row in done:
     rate, num = row["steps_per_second"]["median"], row["replicates"]
     lines.append([row["recipe"] + _runs.mark(row), num, f"{rate:,.0f}", f"{num * rate:,.0f}"])
-    lines[-1] += [f"{row['seconds_first']:.0f} s", f"{row['device_memory_mb']:,.0f} MB"]
-  head = "recipe", "runs in one program", "steps/s", "steps/s of all runs", "compilation", "memory"
+    lines[-1].append(f"{row['seconds_first']:.0f} s")
+  head = "recipe", "runs in one program", "steps/s", "steps/s of all runs", "compilation"
   return _runs.with_environment(_runs.markdown(head, lines), done)
 
 
@@ -383,13 +383,12 @@ def _map() -> dict[str, _runs.Rows]:
 TABLES: dict[str, Callable[[], str]] = {
   "headline": lambda: headline(
     [
-      ("MNIST", 100, _lines("map/mnist-augmentation-10000.jsonl")),
-      ("CIFAR-10, as JPEGs", 250, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl")),
-      ("CIFAR-10, as JPEGs", 4000, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl")),
-      ("photographs of hands", 100, _lines("map/sign_digits@32-augmentation-400.jsonl")),
-      ("digits of 8x8 pixels", 50, _lines("label_study-digits.jsonl")),
-    ],
-    _lines("mnist-conv-100.jsonl"),
+      ("MNIST", 100, _lines("map/mnist-augmentation-10000.jsonl"), _lines("mnist-conv-100.jsonl")),
+      ("CIFAR-10, as JPEGs", 250, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl"), []),
+      ("CIFAR-10, as JPEGs", 4000, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl"), []),
+      ("photographs of hands", 100, _lines("map/sign_digits@32-augmentation-400.jsonl"), []),
+      ("digits of 8x8 pixels", 50, _lines("label_study-digits.jsonl"), []),
+    ]
   ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
   "budgets": lambda: budgets(_lines("map/mnist-augmentation-10000.jsonl")),

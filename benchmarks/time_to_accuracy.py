@@ -13,6 +13,7 @@ It has the same labels, is evaluated as often, and needs no compilation.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ def main() -> None:
   args = parser.parse_args()
   if "torch_fixmatch" in args.contenders and not _has_torch(args.torch_python):
     parser.error("--torch-python must be an interpreter with PyTorch and NumPy")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # FixMatch shares the accelerator
   target = args.target
   if target is None:
     target = 2.0 if jax.default_backend() == "cpu" else 1.0

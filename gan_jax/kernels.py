@@ -17,6 +17,10 @@ Precision = Literal["float32", "bfloat16"]
 their lower default (TF32, bfloat16) unless `jax_default_matmul_precision` says otherwise."""
 
 
+exact = jax.default_matmul_precision("highest")
+"""Decorator: products and convolutions in all bits of float32 on every device, for what is evaluated."""
+
+
 def in_precision(product: Callable[..., Array], precision: Precision) -> Callable[..., Array]:
   """`product(x, w, ...)` of float32 arrays with a float32 result, computed in this precision.
 
@@ -51,7 +55,8 @@ def conv(
   mode only, are those of the same map written as a matrix product.
 
   Over an axis of `jax.vmap` named `REPLICATES`, with a kernel each, a convolution would become a grouped
-  one, for which accelerators have no fast code either; as a matrix product it becomes a batched one.
+  one, for which accelerators have no fast code either; as a matrix product it becomes a batched one, of
+  patches that take up to `kh * kw` times the memory of the input.
 
   Raises:
     ValueError: another padding, dilation or grouping.

@@ -148,7 +148,7 @@ def _is_diagnosed(row: Json) -> bool:
 def progress(phase: str, first: int, total: int) -> Iterator[Callable[[Json], None]]:
   """A live bar on a terminal, about ten plain lines elsewhere; fed with log rows.
 
-  The rate is that of the last ten rows: the first ones wait for the compilation of diagnostics.
+  The rate is between the last ten rows: the first ones wait for the compilation of diagnostics.
   """
   shown = {"d/loss": "D", "g/loss": "G", "d/error": "error on labels"}
   recent = collections.deque([(first, time.perf_counter())], maxlen=10)

@@ -10,10 +10,8 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from gan_jax import kernels
 from gan_jax.types import Discriminator, TrainState
-
-# Accelerators compute products of float32 in fewer bits by default, too few for differences of distances.
-_exact = jax.default_matmul_precision("highest")
 
 
 class LinearProbe(struct.PyTreeNode):
@@ -24,12 +22,12 @@ class LinearProbe(struct.PyTreeNode):
   weights: Float[Array, "f k"]
   bias: Float[Array, "k"]
 
-  @_exact
+  @kernels.exact
   def logits(self, features: Float[Array, "b f"]) -> Float[Array, "b k"]:
     return (features - self.mean[None]) / self.std[None] @ self.weights + self.bias[None]
 
 
-@_exact
+@kernels.exact
 def fit_linear(
   features: Float[Array, "n f"],
   y: Int[Array, "n"],
@@ -90,7 +88,7 @@ class NearestNeighbour(struct.PyTreeNode):
   """The standardised features of the labelled images."""
   y: Int[Array, "n"]
 
-  @_exact
+  @kernels.exact
   def classes(self, features: Float[Array, "b f"]) -> Int[Array, "b"]:
     z = (features - self.mean[None]) / self.std[None]
     # |z - z_i|^2 minus |z|^2, which does not move the minimum.
@@ -119,6 +117,7 @@ def make_layers(
   def is_layer(module: nn.Module, method: str) -> bool:
     return module.path in {(name,) for name in names} and method == "__call__"
 
+  @kernels.exact
   def layers(state: TrainState, x: Float[Array, "b h w c"]) -> dict[str, Array]:
     _, captured = d.apply(
       state.averaged("d"), x, train=False, capture_intermediates=is_layer, mutable=["intermediates"]

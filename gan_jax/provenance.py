@@ -41,7 +41,8 @@ def cost(fn: Callable[..., Any], *args: Any, compiled: Any = None) -> dict[str, 
   """XLA's count of a program's operations, `flops`, and of its memory traffic, `bytes accessed`.
 
   It is of the compiled program on CPU, and elsewhere of the program as written, because compiled programs
-  hide products and convolutions in library calls there. JAX's CPU backend counts those.
+  hide products and convolutions in library calls there. That one is lowered for the CPU: JAX counts the
+  operations of no other uncompiled program.
 
   Args:
     fn: the function.
@@ -49,20 +50,22 @@ def cost(fn: Callable[..., Any], *args: Any, compiled: Any = None) -> dict[str, 
     compiled: the compiled program, if it is there already.
 
   Raises:
-    InputError: JAX_PLATFORMS excludes the CPU.
+    InputError: JAX_PLATFORMS excludes the CPU, or the program names accelerators.
   """
-  counted: Any = None
+  counted: Any
   if jax.default_backend() == "cpu":
     counted = compiled or jax.jit(fn).lower(*args).compile()
     return counted.cost_analysis()
   try:
-    cpu = jax.devices("cpu")[0]
+    cpu = jax.local_devices(backend="cpu")[0]
   except RuntimeError as error:
     raise InputError("counting operations needs the CPU too: add ,cpu to JAX_PLATFORMS") from error
   shapes = jax.eval_shape(lambda *args: args, *args)  # arrays would ask for the device that they are on
   with jax.default_device(cpu):
-    counted = jax.jit(fn).lower(*shapes)
-  return counted.cost_analysis()
+    counted = jax.jit(fn).lower(*shapes).cost_analysis()
+  if counted is None:
+    raise InputError("the operations of a program that names accelerators cannot be counted")
+  return counted
 
 
 def num_cores() -> int:

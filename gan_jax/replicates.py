@@ -112,11 +112,12 @@ def fit(
 
 def compile_steps(recipe: Recipe, states: TrainState, images: DeviceData, max_steps: int) -> Program:
   """Compiles the steps of replicates that `place` has put on their devices."""
+  sequential = jax.default_backend() == "cpu"
+  flops = None if sequential else recipe.flops  # before the long compilation, as it can fail
   multi_step = jax.jit(replicate(recipe.make_multi_step(max_steps)), donate_argnums=0)
   compiled: Any = multi_step.lower(states, images, np.int32(0)).compile()
   # The body of a loop counts once: one step of one replicate, if they run sequentially.
-  one = jax.default_backend() == "cpu"
-  return Program(compiled, max_steps, compiled.cost_analysis()["flops"] if one else recipe.flops)
+  return Program(compiled, max_steps, compiled.cost_analysis()["flops"] if flops is None else flops)
 
 
 def _of_one(states: TrainState) -> TrainState:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from gan_jax import objectives, terms
+from gan_jax import kernels, objectives, terms
 from gan_jax.augment import Adaptive
 from gan_jax.objectives import Objective
 from gan_jax.terms import DiscOutputs, StepOutputs
@@ -382,9 +382,10 @@ def make_classifier(
 ) -> Callable[[TrainState, Float[Array, "b h w c"]], tuple[Float[Array, "b k"], Float[Array, "b f"]]]:
   """Builds `classify(state, x) -> (logits [B, K], features [B, F])` from the averaged discriminator.
 
-  Deterministic: no noise, no dropout.
+  Deterministic: no noise, no dropout. Products are exact on every device, see `kernels.exact`.
   """
 
+  @kernels.exact
   def classify(state: TrainState, x: Float[Array, "b h w c"]):
     return d.apply(state.averaged("d"), x, train=False)[:2]
 

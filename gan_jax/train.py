@@ -71,7 +71,8 @@ def fit(
     images: the training set on the device, or its stream.
     key: consumed: it determines the initial state, and with it all randomness of the run.
     workdir: where `metrics.jsonl` and `checkpoints/` go; if None, nothing is written.
-    resume: resumes from the newest checkpoint in `workdir`, bit for bit, if there is one.
+    resume: resumes from the newest checkpoint in `workdir`, if there is one: bit for bit on a CPU, and on a
+      GPU with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
     phase: the name of this training's rows in `metrics.jsonl`; rows of other phases are kept.
     checkpoint_every: steps between two checkpoints; None saves none.
     start: modifies the fresh state, for pretrained networks; not called for a resumed run.

@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 from conftest import AS_EVER, leaves_equal
 
 from gan_jax import checkpoint, data, objectives, replicates, steps, train
@@ -42,17 +43,18 @@ def test_each_replicate_is_its_single_run_on_one_device_and_on_four(make_tiny):
       run(found, placed[1], 3)
 
 
-def test_in_step_they_are_nearly_the_same(make_tiny):
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_in_step_they_are_nearly_the_same(make_tiny, num_devices):
   """With convolutions, which then have one kernel per replicate."""
   multi_step, states, singles, together = four(
     make_tiny(network="conv", objective=objectives.supervised_only())
   )
-  devices = jax.devices()[:1]
+  devices = jax.devices()[:num_devices]
   run, looped = (
     jax.jit(replicates.replicate(multi_step, strategy=strategy, devices=devices))
     for strategy in ("vmap", "sequential")
   )
-  stacked = replicates.stack(states)
+  stacked, together = replicates.place(replicates.stack(states), together, devices=devices)
   # With a kernel each, convolutions would become grouped ones, which are slow everywhere.
   convolutions = [fn.lower(stacked, together, 1).as_text().count("convolution") for fn in (run, looped)]
   assert convolutions[0] == 0 < convolutions[1]

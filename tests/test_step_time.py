@@ -106,3 +106,13 @@ def test_a_worker_that_fails_says_why():
   task = {"contender": "ours", "recipe": "article_gan", "dataset": "mnist", "manual_dir": "nowhere"}
   with pytest.raises(step_time.WorkerError, match="is not a folder"):
     step_time.Worker(task)
+
+
+def test_why_a_contender_did_not_run_is_its_error_and_not_the_hint_after_it(tmp_path):
+  python = tmp_path / "python"
+  python.write_text(
+    "#!/bin/sh\nprintf 'Traceback\\ntorch.BackendError: no gradient\\nSet X=1 for more\\n' >&2\nexit 1\n"
+  )
+  python.chmod(0o755)
+  with pytest.raises(step_time.WorkerError, match=r"torch\.BackendError: no gradient"):
+    step_time.Worker({"contender": "torch_compile"}, str(python))

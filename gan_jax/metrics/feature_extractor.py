@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from gan_jax import networks, output
+from gan_jax import kernels, networks, output
 from gan_jax.dataset import Dataset
 from gan_jax.metrics import classification, feature_network, frechet
 from gan_jax.types import InputError, Params
@@ -168,6 +168,6 @@ def _predict(num_classes: int, params: Params, x: UInt8[np.ndarray, "n h w c"]):
 
 
 @partial(jax.jit, static_argnums=0)
-@jax.default_matmul_precision("highest")  # on all devices the features that the moments are of
+@kernels.exact  # on all devices the features that the moments are of
 def _apply(num_classes: int, params: Params, x: Float[Array, "b h w c"]):
   return feature_network.FeatureNetwork(num_classes).apply({"params": params}, x)
