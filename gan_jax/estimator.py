@@ -156,7 +156,8 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     names = tuple(map(str, self.classes_))
     # Vectors have one low and high each; images are in bytes.
     scaling = Scaling(tuple(self._low), tuple(self._high)) if self._low.ndim else None
-    return Model(recipes.rebuild(self._described), self._averages, names, scaling=scaling)
+    averages = jax.device_put(self._averages)  # once, not for each batch
+    return Model(recipes.rebuild(self._described), averages, names, scaling=scaling)
 
   def __sklearn_tags__(self):
     tags = super().__sklearn_tags__()

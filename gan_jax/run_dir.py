@@ -255,7 +255,8 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> Json:
   if stored["labels.json"] | noted != labels | noted:
     raise InputError(f"{path / 'labels.json'} does not hold the split that this run would use")
   if stored["config.json"].get("recipes") != described["recipes"]:
-    raise InputError(f"{path} was started with another recipe, perhaps by another version of gan_jax")
+    why = "perhaps by another version of gan_jax or on another kind of device"
+    raise InputError(f"{path} was started with another recipe, {why}")
   data = {
     "class_names": "with other classes",
     "reader": "read in another way",
