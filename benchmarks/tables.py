@@ -325,6 +325,20 @@ def _speedup(row: Json) -> str:
   return "not run" if "not_run" in row else f"{row['ours_is_faster_by']['median']:.2f}"
 
 
+def lengths(rows: _runs.Rows, num_labels: int) -> str:
+  """The default recipe by number of steps."""
+  wanted = {"num_labels": num_labels, "method": _gan_map.ARMS[0], "reading": _study_tables.CLASSIFIER}
+  used = sorted((row for row in rows if row | wanted == row), key=lambda row: row["steps"])
+  lines = []
+  for row in used:
+    errors = row["errors"]
+    lines.append([f"{row['steps']:,}{_runs.mark(row)}", len(errors), f"**{_runs.mean_std(errors)}**"])
+    lines[-1] += [f"{statistics.median(errors):.2f}", f"{max(errors):.2f}"]
+    lines[-1].append(f"{sum(error <= 1 for error in errors)}")
+  head = "steps", "n", "mean +- std", "median", "worst", "splits at 1 % or below"
+  return _runs.with_environment(_runs.markdown(head, lines), used)
+
+
 def accelerator(rows: _runs.Rows) -> str:
   """Speed of one run, and of several in one program."""
   done, lines = [row for row in rows if "not_run" not in row], []
@@ -392,6 +406,12 @@ TABLES: dict[str, Callable[[], str]] = {
   ),
   "few-labels": lambda: few_labels(_files(list(FEW_LABELS))),
   "budgets": lambda: budgets(_lines("map/mnist-augmentation-10000.jsonl")),
+  "lengths": lambda: lengths(
+    _lines(
+      "map/mnist-augmentation-1500.jsonl", "mnist-lengths.jsonl", "map/mnist-augmentation-10000.jsonl"
+    ),
+    100,
+  ),
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
   "mnist-plain": lambda: study(_lines("map/mnist-no-augmentation-1500.jsonl"), ("fixmatch_ema@matched",)),
