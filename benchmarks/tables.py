@@ -442,7 +442,9 @@ TABLES: dict[str, Callable[[], str]] = {
   "other-figures": lambda: other_figures(
     _lines("time_to_accuracy.jsonl"),
     _lines("startup.jsonl"),
-    _lines("replicates_loop.jsonl", "replicates_vmap.jsonl", "replicates_16.jsonl"),
+    _lines(
+      *(f"replicates_{name}.jsonl" for name in ("loop", "vmap", "16", "conv_loop", "conv_vmap")),
+    ),
   ),
   "accelerator": lambda: accelerator(_lines("step_time-h200.jsonl")),
   "scaling": lambda: scaling.table(_lines("scaling.jsonl")),
