@@ -18,7 +18,7 @@ their lower default (TF32, bfloat16) unless `jax_default_matmul_precision` says 
 
 
 exact = jax.default_matmul_precision("highest")
-"""Decorator: products and convolutions in all bits of float32 on every device, for what is evaluated."""
+"""Decorator for what is evaluated: products and convolutions of float32 use all its bits everywhere."""
 
 
 def in_precision(product: Callable[..., Array], precision: Precision) -> Callable[..., Array]:
@@ -26,7 +26,7 @@ def in_precision(product: Callable[..., Array], precision: Precision) -> Callabl
 
   With bfloat16, inputs are rounded to it, forward and backward, with a relative error of `2^-9`. So is the
   result, except where XLA keeps it in float32 (`xla_allow_excess_precision`, the default): in compiled
-  programs on CPU it does.
+  programs on CPU it does. Over `REPLICATES`, convolutions to fewer channels also add terms in bfloat16.
   """
   if precision == "float32":
     return product

@@ -382,7 +382,7 @@ def make_classifier(
 ) -> Callable[[TrainState, Float[Array, "b h w c"]], tuple[Float[Array, "b k"], Float[Array, "b f"]]]:
   """Builds `classify(state, x) -> (logits [B, K], features [B, F])` from the averaged discriminator.
 
-  Deterministic: no noise, no dropout. Products are exact on every device, see `kernels.exact`.
+  Deterministic: no noise, no dropout. Products of float32 are exact on every device, see `kernels.exact`.
   """
 
   @kernels.exact

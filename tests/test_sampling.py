@@ -8,6 +8,7 @@ from conftest import leaves_equal
 
 from gan_jax import (
   networks,
+  probe,
   steps,
   types,
 )
@@ -25,6 +26,21 @@ def test_sampler_and_classifier_read_the_averages(tiny):
   assert (logits.shape, features.shape) == ((4, 3), (4, 8))
   other = state.replace(d=state.d.replace(params=jax.tree.map(jnp.zeros_like, state.d.params)))
   np.testing.assert_array_equal(classify(other, tiny.batch().x_lab)[0], logits)
+
+
+def test_what_is_evaluated_uses_all_bits_of_float32(make_tiny):
+  """By default accelerators use fewer: errors, predictions and exports would depend on the device."""
+  tiny = make_tiny(network="conv")
+  state, x = tiny.state(), tiny.batch().x_lab
+  for fn in (steps.make_classifier(tiny.d), probe.make_layers(tiny.d, (8, 8, 1))):
+    text = jax.jit(fn).lower(state, x).as_text()
+    products = [
+      line for line in text.splitlines() if "dot_general" in line or "stablehlo.convolution" in line
+    ]
+    assert len(products) > 1
+    assert all("HIGHEST" in line for line in products)
+  text = jax.jit(tiny.recipe().make_step()).lower(state, tiny.batch()).as_text()
+  assert "precision = [DEFAULT, DEFAULT]" in text  # training is fast
 
 
 @pytest.mark.parametrize(
