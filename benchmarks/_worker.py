@@ -1,7 +1,7 @@
 """One contender of `step_time` in its own process: it builds, warms up, and waits for commands.
 
 The only argument is its task as JSON. Commands on standard input are `run N`, `matmul`, `memory` and
-`cost`; every answer is a line of JSON on standard output. While waiting it uses no CPU.
+`flops`; every answer is a line of JSON on standard output. While waiting it uses no CPU.
 """
 
 import dataclasses
@@ -61,9 +61,9 @@ class Ours:
   def synchronize(self) -> None:
     jax.block_until_ready(self.state)
 
-  def cost(self) -> dict[str, float]:
-    """XLA's count of the program; a loop's body counts once."""
-    return provenance.cost(self._multi_step, self.state, self.images, np.int32(0), compiled=self.compiled)
+  def flops(self) -> float:
+    """Of one step."""
+    return provenance.flops(self._multi_step, self.state, self.images, np.int32(0))
 
 
 def main() -> None:
@@ -105,8 +105,8 @@ def main() -> None:
       say(matmul_flops_per_second=matmul_rate())
     elif command == "memory":
       say(peak_memory_mb=peak_mb(), memory_mb=peak_mb() - start, device_memory_mb=device_memory())
-    elif command == "cost":
-      say(**cost(recipe, dataset))
+    elif command == "flops":
+      say(flops_per_step=flops(recipe, dataset))
 
 
 def prepare(
@@ -170,23 +170,22 @@ def matmul_rate() -> float:
   return best
 
 
-def cost(recipe: Recipe, dataset: Dataset) -> Json:
-  """XLA's operation count for the program of a single step, outside of the loop.
+def flops(recipe: Recipe, dataset: Dataset) -> float:
+  """XLA's operation count for a single step as it is written.
 
   It counts two operations per multiply-add of a product or convolution (inside the image, not in its
-  padding) and one per elementwise result, but none for exponentials and the like. Integer operations count
-  as well: a normal random number takes about 90. A penalty that is applied every k steps, which XLA counts
-  in every step, is weighted by 1 / k.
+  padding) and one per elementwise result, but none for exponentials and the like. A penalty that is applied
+  every k steps, which XLA counts in every step, is weighted by 1 / k.
   """
   found, every = _counted(recipe, dataset), _recipes.penalty_every(recipe)
   if every > 1:
     hparams: Any = dataclasses.replace(recipe.hparams, penalty="none")  # pyright: ignore[reportCallIssue]
     without = _counted(gan.build(hparams, recipe.image_shape, recipe.num_classes), dataset)
-    found = {name: without[name] + (value - without[name]) / every for name, value in found.items()}
+    found = without + (found - without) / every
   return found
 
 
-def _counted(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+def _counted(recipe: Recipe, dataset: Dataset) -> float:
   state, images = _recipes.start(recipe, dataset, [0])
   step, sample_batch = recipe.make_step(), data.make_sample_batch(recipe.batch)
 
@@ -194,8 +193,7 @@ def _counted(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     key_batch, _ = steps.step_keys(state.key, state.step)
     return step(state, sample_batch(key_batch, images))
 
-  found = provenance.cost(one, state, images)
-  return {"flops_per_step": found["flops"], "bytes_per_step": found["bytes accessed"]}
+  return provenance.flops(one, state, images)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,7 @@ def forward_flops(recipe: Recipe) -> dict[str, float]:
   found = {}
   for name, network, net, given in (("d", recipe.d, state.d, x), ("g", recipe.g, state.g, z)):
     apply = lambda variables, given, network=network: network.apply(variables, given, train=False)
-    cost = provenance.cost(apply, {"params": net.params, **net.model_state}, given)
-    found[name] = cost["flops"] / BATCH
+    found[name] = provenance.flops(apply, {"params": net.params, **net.model_state}, given) / BATCH
   return found
 
 

@@ -205,18 +205,18 @@ def training(
     }
     if workers is None:
       ours = _worker.Ours(recipe, *jax.eval_shape(lambda: (fit.state, images)))
-      found |= counts(ours.compiled, ours.cost())
+      found |= counts(ours.compiled, ours.flops())
       found["matrix_share"] = found["mflop"] * 1e6 / found["seconds_per_step"] / _worker.matmul_rate()
   return found
 
 
-def counts(compiled: Any, cost: dict[str, float]) -> Json:
-  """The compiler's counts for the program of a step; a loop's body counts once."""
+def counts(compiled: Any, flops: float) -> Json:
+  """Memory of the program of a step, by the compiler's count, and the operations of the step."""
   memory = compiled.memory_analysis()
   return {
     "state_mb": memory.argument_size_in_bytes / 2**20,
     "step_mb": memory.temp_size_in_bytes / 2**20,
-    "mflop": cost["flops"] / 1e6,
+    "mflop": flops / 1e6,
   }
 
 
@@ -235,8 +235,8 @@ def evaluation(name: str, path: Path, num: int, num_classes: int) -> Json:
   evaluate.describe(found, dataset.class_names)
   seconds, seconds_compile = meter.seconds, sum(compiling)
   one = jax.ShapeDtypeStruct((1, *x.shape[1:]), np.float32)
-  cost = provenance.cost(steps.make_classifier(recipe.d), state, one)
-  share = num * cost["flops"] / (seconds - seconds_compile) / _worker.matmul_rate()
+  flops = provenance.flops(steps.make_classifier(recipe.d), state, one)
+  share = num * flops / (seconds - seconds_compile) / _worker.matmul_rate()
   return {"seconds": seconds, "seconds_compile": seconds_compile, "matrix_share": share}
 
 
@@ -271,7 +271,7 @@ def memory(name: str, side: int, batch_size: int) -> Json:
   recipe = _recipes.make(name, dataset, batch_size)
   state, images = jax.eval_shape(lambda: _recipes.start(recipe, dataset, [0]))
   ours = _worker.Ours(recipe, state, images)
-  return {"rows": list(recipe.batch), **counts(ours.compiled, ours.cost())}
+  return {"rows": list(recipe.batch), **counts(ours.compiled, ours.flops())}
 
 
 def shared_step(name: str, num: int, multiple: int) -> Json:
@@ -290,7 +290,7 @@ def shared_step(name: str, num: int, multiple: int) -> Json:
   arguments = parallel.replicated(_recipes.start(recipe, dataset, [0]), devices[:num])
   compiled = jax.jit(recipe.make_multi_step(1)).lower(*arguments, np.int32(0)).compile()
   cost: Any = compiled.cost_analysis()  # on accelerators without what library calls do
-  return {"rows": list(sizes), **counts(compiled, cost)}
+  return {"rows": list(sizes), **counts(compiled, cost["flops"])}
 
 
 def rate(name: str, num: int, seconds: float) -> Json:

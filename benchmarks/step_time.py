@@ -185,7 +185,7 @@ def race(name: str, batch_size: int | None, args: argparse.Namespace, order: ran
       with _failing(entry):
         if entry.worker is not None:
           entry.found |= entry.worker.ask("memory")
-          entry.found |= entry.worker.ask("cost") if entry.name == "ours" else {}
+          entry.found |= entry.worker.ask("flops") if entry.name == "ours" else {}
   finally:
     for entry in entries:
       entry.close()
@@ -240,8 +240,8 @@ def result(
     }
   if "flops_per_step" in found:
     matmul = statistics.median(found["matmul"])
-    line |= {key: found[key] for key in ("flops_per_step", "bytes_per_step")}
     line |= {
+      "flops_per_step": found["flops_per_step"],
       "matmul_flops_per_second": matmul,
       "fraction_of_matmul_rate": found["flops_per_step"] * rate / matmul,
     }

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gan_jax import checkpoint, losses, output, recipes, report, steps
+from gan_jax import checkpoint, kernels, losses, output, recipes, report, steps
 from gan_jax.model import Model, load
 from gan_jax.types import InputError, Json
 
@@ -146,7 +146,8 @@ def _classifier(model: Model) -> Callable[[Float[Array, "n h w c"]], tuple[Array
   read = steps.make_classifier(model.recipe.d)
 
   def classify(images: Float[Array, "n h w c"]) -> tuple[Array, Array]:
-    logits, features = read(model.state, images)
+    with kernels.stock(True):
+      logits, features = read(model.state, images)
     return losses.class_probs(logits), features
 
   return classify

@@ -1,4 +1,4 @@
-"""Fast implementations of two operations where XLA's own are slow; equal to them up to rounding."""
+"""Fast implementations of operations where XLA's own are slow; equal to them up to rounding."""
 
 import functools
 import math
@@ -37,8 +37,19 @@ def in_precision(product: Callable[..., Array], precision: Precision) -> Callabl
   return rounded
 
 
+stock = jax.make_user_context(False)
+"""Under `with stock(True):` everything here is JAX's own: to export, to count operations, to compare."""
+
+
+def _stock() -> bool:
+  return stock.value or jax.default_backend() != "cpu"
+
+
 REPLICATES = "replicates"
 """Name of the axis of `jax.vmap` over networks with parameters of their own."""
+
+_LARGE, _CHUNK = 16 * 2**20, 2 * 2**20
+"""Bytes: patches above the first are made for a few images at a time, of about the second together."""
 
 
 def conv(
@@ -50,9 +61,10 @@ def conv(
 ) -> Float[Array, "b oh ow f"]:
   """Convolution with "SAME" padding, fast in loops and over replicates, differentiable any number of times.
 
-  XLA's CPU backend runs the gradients of a convolution in a loop body with a naive kernel, 4 to 60
-  times slower than outside (https://github.com/jax-ml/jax/issues/12868). On CPU the derivatives, in reverse
-  mode only, are those of the same map written as a matrix product.
+  XLA's CPU backend runs convolutions at a third of the rate of matrix products, and their gradients in a
+  loop body with a naive kernel, 4 to 60 times slower than outside
+  (https://github.com/jax-ml/jax/issues/12868). On CPU a convolution is a matrix product of patches. Where
+  they would not stay in cache, they are made for a few images at a time, and again for the derivatives.
 
   Over an axis of `jax.vmap` named `REPLICATES`, with a kernel each, a convolution would become a grouped
   one, for which accelerators have no fast code either; as a matrix product it becomes a batched one, of
@@ -64,8 +76,8 @@ def conv(
   ones = others.get("lhs_dilation") or (1, 1), others.get("rhs_dilation") or (1, 1)
   if padding != "SAME" or {1} != {*ones[0], *ones[1], others.get("feature_group_count", 1)}:
     raise ValueError("only convolutions with padding SAME, without dilation and groups, are supported")
-  fn = _conv if jax.default_backend() == "cpu" else lax_conv
-  return (_product_conv if _over_replicates() else fn)(x, w, (strides[0], strides[1]))
+  fn = _product_conv if _over_replicates() else lax_conv if _stock() else _chunked_conv
+  return fn(x, w, (strides[0], strides[1]))
 
 
 def _over_replicates() -> bool:
@@ -75,9 +87,23 @@ def _over_replicates() -> bool:
     return False
 
 
-def lax_conv(x: Array, w: Array, strides: Sequence[int], *_, **__) -> Array:
+def lax_conv(x: Array, w: Array, strides: Sequence[int]) -> Array:
   """JAX's own convolution, with the same arguments."""
   return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _chunked_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
+  out = jax.eval_shape(functools.partial(lax_conv, strides=strides), x, w)
+  per_image = math.prod(out.shape[1:3]) * math.prod(w.shape[:3]) * x.dtype.itemsize
+  # Of images that devices share, each device computes its part: a loop over them would visit all.
+  if per_image * len(x) <= _LARGE or jax.device_count() > 1:
+    return _product_conv(x, w, strides)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def one(x: Array, w: Array) -> Array:
+    return _product_conv(x[None], w, strides)[0]
+
+  return jax.lax.map(lambda x: one(x, w), x, batch_size=max(1, _CHUNK // per_image))
 
 
 def _product_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
@@ -93,28 +119,57 @@ def _product_conv(x: Array, w: Array, strides: tuple[int, int]) -> Array:
     zero = jnp.zeros((), terms[0].dtype)
     shifted = [jax.lax.pad(term, zero, shift) for term, shift in zip(terms, shifts, strict=True)]
     return functools.reduce(jnp.add, shifted)
-  out = [-(-size // stride) for size, stride in zip((height, width), strides, strict=True)]
-  patches = jnp.concatenate(_patches(x, (kh, kw), strides, out), axis=-1).reshape(-1, kh * kw * c)
-  return (patches @ w.reshape(-1, f)).reshape(b, *out, f)
+  patches = _windows(_windows(x, 1, kh, strides[0]), 2, kw, strides[1])
+  columns_first = w.transpose(1, 0, 2, 3).reshape(-1, f)
+  return (patches.reshape(-1, kh * kw * c) @ columns_first).reshape(*patches.shape[:3], f)
 
 
-def _patches(x: Array, kernel: Sequence[int], strides: Sequence[int], out: Sequence[int]) -> list[Array]:
-  """The input of each of the kernel's `kh * kw` weights at every output position, `[B, OH, OW, C]`."""
-  pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel, strides, "SAME")
-  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-  (h, w), (sh, sw), (b, c) = out, strides, (len(x), x.shape[-1])
-  return [
-    jax.lax.slice(x, (0, i, j, 0), (b, i + (h - 1) * sh + 1, j + (w - 1) * sw + 1, c), (1, sh, sw, 1))
-    for i in range(kernel[0])
-    for j in range(kernel[1])
-  ]
+def _windows(x: Array, axis: int, size: int, stride: int) -> Array:
+  """What a kernel sees at each position of one axis of `[B, H, W, C]`, in `size * C` channels."""
+  (pad,) = jax.lax.padtype_to_pads(x.shape[axis : axis + 1], (size,), (stride,), "SAME")
+  last = (-(-x.shape[axis] // stride) - 1) * stride
+  x = jnp.pad(x, [pad if i == axis else (0, 0) for i in range(4)])
+  views = [jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(size)]
+  return jnp.concatenate(views, axis=-1)
 
 
-_conv = jax.custom_vjp(lax_conv, nondiff_argnums=(2,))
-_conv.defvjp(
-  lambda x, w, strides: (_conv(x, w, strides), (x, w)),
-  lambda strides, saved, dy: jax.vjp(functools.partial(_product_conv, strides=strides), *saved)[1](dy),
-)
+# --- Layer normalisation
+
+
+def layer_norm(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+  """`(x - mean) / sqrt(variance + 1e-6)`, both over the last axis.
+
+  XLA's CPU backend sums short rows slowly, and its derivative of this passes over the array many times.
+  There, sums are products with a column, and the derivative is written out: with `y` the result and `dy`
+  its cotangent, `dx = (dy - mean(dy) - y mean(y dy)) / sqrt(variance + 1e-6)`.
+
+  References:
+    Ba et al., 2016, https://arxiv.org/abs/1607.06450, equation 4, without gain and bias.
+  """
+  return _normalised(x)[0] if _stock() else _layer_norm(x)
+
+
+def _normalised(x: Array) -> tuple[Array, tuple[Array, Array]]:
+  x = x - _mean(x)
+  slope = jax.lax.rsqrt(_mean(jnp.square(x)) + 1e-6)
+  return x * slope, (x * slope, slope)
+
+
+def _layer_norm_vjp(saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
+  y, slope = saved
+  return (slope * (dy - _mean(dy) - y * _mean(y * dy)),)
+
+
+_layer_norm = jax.custom_vjp(lambda x: _normalised(x)[0])
+_layer_norm.defvjp(_normalised, _layer_norm_vjp)
+
+
+def _mean(x: Array) -> Array:
+  """Over the last axis, `[..., 1]`."""
+  if _stock():
+    return x.mean(axis=-1, keepdims=True)
+  column = jnp.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)
+  return (x.reshape(-1, x.shape[-1]) @ column).reshape(*x.shape[:-1], 1)
 
 
 # --- Random numbers
@@ -131,7 +186,7 @@ def normal(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "*shape"]:
   References:
     Salmon et al., 2011, https://doi.org/10.1145/2063384.2063405 (Threefry-2x32, 20 rounds).
   """
-  if jax.default_backend() != "cpu" or jax.random.key_data(key).shape != (2,):
+  if _stock() or jax.random.key_data(key).shape != (2,):
     return jax.random.normal(key, shape)
   # The upper 23 bits, as in `jax.random.uniform`; zero, which has no finite quantile, becomes 2^-25.
   p = jnp.maximum((_bits(key, shape) >> 9).astype(jnp.float32) * 2.0**-23, 2.0**-25)

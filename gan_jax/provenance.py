@@ -1,4 +1,4 @@
-"""Provenance of results: device, library versions, commit, cost."""
+"""Provenance of results: device, library versions, commit, operations."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import gan_jax
+from gan_jax import kernels
 from gan_jax.types import InputError, Json
 
 
@@ -37,35 +38,29 @@ def environment() -> Json:
   }
 
 
-def cost(fn: Callable[..., Any], *args: Any, compiled: Any = None) -> dict[str, float]:
-  """XLA's count of a program's operations, `flops`, and of its memory traffic, `bytes accessed`.
+def flops(fn: Callable[..., Any], *args: Any) -> float:
+  """XLA's count of the floating-point operations of a program as it is written.
 
-  It is of the compiled program on CPU, and elsewhere of the program as written, because compiled programs
-  hide products and convolutions in library calls there. That one is lowered for the CPU: JAX counts the
-  operations of no other uncompiled program.
+  Of JAX's own operations, see `kernels.stock`, before optimisation: what is computed, not how, and so the
+  same number on every device. A loop's body counts once.
 
   Args:
     fn: the function.
     args: its arguments; shapes are enough.
-    compiled: the compiled program, if it is there already.
 
   Raises:
     InputError: JAX_PLATFORMS excludes the CPU, or the program names accelerators.
   """
-  counted: Any
-  if jax.default_backend() == "cpu":
-    counted = compiled or jax.jit(fn).lower(*args).compile()
-    return counted.cost_analysis()
   try:
-    cpu = jax.local_devices(backend="cpu")[0]
+    cpu = jax.local_devices(backend="cpu")[0]  # JAX counts the operations of no other uncompiled program
   except RuntimeError as error:
     raise InputError("counting operations needs the CPU too: add ,cpu to JAX_PLATFORMS") from error
   shapes = jax.eval_shape(lambda *args: args, *args)  # arrays would ask for the device that they are on
-  with jax.default_device(cpu):
-    counted = jax.jit(fn).lower(*shapes).cost_analysis()
+  with jax.default_device(cpu), kernels.stock(True):
+    counted: Any = jax.jit(fn).lower(*shapes).cost_analysis()
   if counted is None:
     raise InputError("the operations of a program that names accelerators cannot be counted")
-  return counted
+  return counted["flops"]
 
 
 def num_cores() -> int:

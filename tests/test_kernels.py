@@ -21,35 +21,34 @@ def normal(shape):
   return np.random.default_rng(len(shape)).standard_normal(shape, np.float32)
 
 
+@pytest.fixture(params=["whole", "chunked"])
+def fast_conv(request, monkeypatch):
+  """The convolution of a CPU: with the patches of all images together, and of two at a time."""
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  if request.param == "chunked":
+    monkeypatch.setattr(kernels, "_LARGE", 0)
+    monkeypatch.setattr(kernels, "_CHUNK", 0)  # raised to one image
+  return request.param, kernels.conv
+
+
 @pytest.mark.parametrize(("shape", "kernel", "strides"), CONVS)
-def test_conv_in_loops_has_the_gradients_of_the_stock_convolution(shape, kernel, strides):
+def test_the_fast_convolution_has_the_gradients_of_the_stock_one(shape, kernel, strides, fast_conv):
   x, w = normal((3, *shape)), normal((*kernel, shape[-1], 4))
-  fns = kernels.lax_conv, kernels._conv
-  # The two differ in how they compute: only one has a custom derivative rule.
+  name, fn = fast_conv
+  fns = kernels.lax_conv, fn
+  # The two differ in how they compute: ours is a matrix product, chunked in a loop.
   jaxprs = [str(jax.make_jaxpr(lambda x, w, fn=fn: fn(x, w, strides))(x, w)) for fn in fns]
-  assert ["custom_vjp" in jaxpr for jaxpr in jaxprs] == [False, True]
+  assert ["conv_general_dilated" in jaxpr for jaxpr in jaxprs] == [True, False]
+  assert ("scan" in jaxprs[1]) == (name == "chunked")
   losses = [lambda x, w, fn=fn: jnp.sin(fn(x, w, strides)).sum() for fn in fns]
   both = jax.jit(lambda x, w: [jax.value_and_grad(loss, argnums=(0, 1))(x, w) for loss in losses])
   stock, ours = both(x, w)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), stock, ours)
 
 
-def test_conv_in_loops_differentiates_twice():
-  """Gradient penalties need it."""
-  x, w = normal((2, 8, 8, 2)), normal((3, 3, 2, 4))
-
-  def penalty(w, fn):
-    grad = jax.grad(lambda x: jnp.sin(fn(x, w, (2, 2))).sum())(x)
-    return jnp.square(grad).sum()
-
-  fns = kernels.lax_conv, kernels._conv
-  stock, ours = jax.jit(lambda w: [jax.grad(penalty)(w, fn) for fn in fns])(w)
-  np.testing.assert_allclose(stock, ours, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize(("kernel", "channels"), [((3, 2), 2), ((2, 3), 1)])
-def test_conv_in_loops_has_the_stock_convolutions_third_derivatives(kernel, channels):
-  """All mixed ones together, with odd and even kernels, each at strides 1 and 2."""
+def test_the_fast_convolution_has_the_stock_one_s_third_derivatives(kernel, channels, fast_conv):
+  """All mixed ones together, with odd and even kernels, at strides 1 and 2. Penalties need second ones."""
   x, w = normal((2, 5, 6, channels)), normal((*kernel, channels, 2))
 
   def nest(fn):
@@ -59,8 +58,67 @@ def test_conv_in_loops_has_the_stock_convolutions_third_derivatives(kernel, chan
     fn = nest(nest(lambda x, w: jnp.sin(conv(x, w, (1, 2))).sum()))
     return jax.jit(jax.grad(fn, argnums=(0, 1)))(x, w)
 
-  for stock, ours in zip(third(kernels.lax_conv), third(kernels._conv), strict=True):
+  for stock, ours in zip(third(kernels.lax_conv), third(fast_conv[1]), strict=True):
     np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-3 * np.abs(stock).max())
+
+
+def test_large_patches_do_not_take_their_memory(monkeypatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  x, w = jax.ShapeDtypeStruct((64, 32, 32, 16), "float32"), jax.ShapeDtypeStruct((3, 3, 16, 16), "float32")
+  patches = 9 * 4 * 64 * 32 * 32 * 16
+  assert patches > kernels._LARGE
+
+  def memory():
+    gradients = jax.jit(jax.grad(lambda x, w: jnp.square(kernels.conv(x, w, (1, 1))).sum(), argnums=(0, 1)))
+    return gradients.lower(x, w).compile().memory_analysis().temp_size_in_bytes
+
+  chunked = memory()
+  monkeypatch.setattr(kernels, "_LARGE", patches)
+  assert chunked < patches < memory()
+
+
+def test_layer_norm_and_its_derivatives_are_those_of_the_stock_one():
+  x, weights = normal((3, 4, 5)) + 3, normal((5, 4, 3)).T
+
+  def nest(fn):
+    return lambda x: (weights * jnp.square(jax.grad(fn)(x))).sum()
+
+  def all_of(norm):
+    fn = lambda x: (norm(x) * weights).sum()
+    return norm(x), jax.grad(fn)(x), jax.grad(nest(fn))(x), jax.grad(nest(nest(fn)))(x)
+
+  ours = all_of(kernels.layer_norm)
+  with kernels.stock(True):
+    stock = all_of(kernels.layer_norm)
+  assert "custom_vjp" in str(jax.make_jaxpr(kernels.layer_norm)(x))
+  for a, b in zip(ours, stock, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
+
+
+def test_layer_norm_of_nearly_constant_rows_is_exact():
+  """The mean of the squares less the square of the mean would cancel."""
+  x = 1000 + normal((2, 64))
+  exact = x.astype(np.float64)
+  exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+  np.testing.assert_allclose(kernels.layer_norm(x), exact, atol=2e-4)
+
+
+def test_stock_operations_are_jax_s_own(key):
+  """Also in functions that were traced without; counts, exports and comparisons rest on it."""
+
+  @jax.jit
+  def fn(x, w, key):
+    x = kernels.layer_norm(kernels.conv(x, w, (1, 1)))
+    return x + kernels.normal(key, x.shape)
+
+  args = normal((2, 6, 6, 3)), normal((3, 3, 3, 8)), key
+  fast = str(jax.make_jaxpr(fn)(*args))
+  with kernels.stock(True):
+    stock = str(jax.make_jaxpr(fn)(*args))
+  own = "conv_general_dilated", "random_bits"
+  assert [name in stock for name in own] == [True, True]
+  assert [name in fast for name in own] == [False, False]
+  assert ["custom_vjp" in jaxpr for jaxpr in (fast, stock)] == [True, False]
 
 
 @pytest.mark.parametrize(

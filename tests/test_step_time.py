@@ -95,7 +95,7 @@ def test_a_worker_answers_every_command():
     assert worker.ready["rows"] == [0, 4, 4]
     assert worker.ask("run 2")["seconds"] > 0
     assert worker.ask("matmul")["matmul_flops_per_second"] > 0
-    found = worker.ask("memory") | worker.ask("cost")
+    found = worker.ask("memory") | worker.ask("flops")
     assert found["device_memory_mb"] is None
     assert found["flops_per_step"] > 2 * 4 * 784  # at least the first layer's products
   finally:

@@ -5,7 +5,6 @@ read after every step. Convolutions and random numbers are JAX's own, not those 
 """
 
 from collections.abc import Iterator
-from unittest import mock
 
 import jax
 import numpy as np
@@ -32,7 +31,7 @@ class Gan:
     self._batches = batches(recipe.batch, images, seed)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-      with mock.patch.multiple(kernels, conv=kernels.lax_conv, normal=jax.random.normal):
+      with kernels.stock(True):
         return recipe.make_step()(state, batch)
 
     self._step = jax.jit(step, donate_argnums=0)

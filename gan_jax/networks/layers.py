@@ -102,6 +102,17 @@ def _as_matrix(init: nn.initializers.Initializer) -> nn.initializers.Initializer
   return draw
 
 
+class LayerNorm(nn.Module):
+  """Layer normalisation over the channels of each position, with a learned scale and shift."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b *dims c"]) -> Float[Array, "b *dims c"]:
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    return kernels.layer_norm(x) * scale.reshape(shape) + bias.reshape(shape)
+
+
 class BatchNormShift(nn.Module):
   """Batch normalisation with a learned shift but no learned scale, using batch statistics.
 
@@ -168,7 +179,7 @@ class Block(nn.Module):
 
 def normalise(y: Array, norm: Norm, axis_name: str | None = None) -> Array:
   if norm == "layer":
-    return nn.LayerNorm()(y)
+    return LayerNorm()(y)
   if norm == "group":
     return nn.GroupNorm(None, math.gcd(16, y.shape[-1]))(y)
   return BatchNormShift(axis_name)(y) if norm == "shift" else y

@@ -112,10 +112,10 @@ class Recipe:
 
   @functools.cached_property
   def flops(self) -> float:
-    """Floating-point operations of one step by XLA's count, see `provenance.cost`; counted once."""
+    """Floating-point operations of one step, see `provenance.flops`; counted once."""
     sample_batch = data.make_sample_batch(self.batch)
     batch = jax.eval_shape(sample_batch, jax.random.key(0), self._one_image())
-    return provenance.cost(self.make_step(), self.abstract_state(), batch)["flops"]
+    return provenance.flops(self.make_step(), self.abstract_state(), batch)
 
   def _one_image(self) -> data.DeviceData:
     x = np.zeros((1, *self.image_shape), np.uint8)
