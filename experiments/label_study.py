@@ -270,6 +270,7 @@ class Study:
       errors = [pixel_error(method, self._dataset, split) for split in splits]
       seconds = {"seconds_train": round(time.perf_counter() - begin, 2), "seconds_compile": 0.0}
       return [{"reading": _study_tables.CLASSIFIER, **shared, "errors": errors, **seconds}]
+    mflop = round(recipe.flops / 1e6, 1)  # before the training, as it can fail
     repeats = 1000 // num_labels if 1000 % num_labels == 0 else 1  # these sizes share one program
     images = data.to_device_splits(self._dataset, splits, repeats=repeats)
     # All methods start from the same parameters and see the same batches: one key per split.
@@ -282,7 +283,7 @@ class Study:
     shared |= {
       "steps": recipe.num_steps,
       "images_per_step": recipe.batch._asdict(),
-      "mflop_per_step": round(fit.program.flops / 1e6, 1),
+      "mflop_per_step": mflop,
     }
     rows = [{"reading": name, **shared, "errors": errors} for name, errors in readings.items()]
     rows[-1] |= {"seconds_train": fit.seconds_train, "seconds_compile": fit.seconds_compile}

@@ -32,8 +32,6 @@ class Program(NamedTuple):
   run: Callable[..., Any]
   """`(states, images, num) -> (states, metrics)`, see `steps.make_multi_step`."""
   max_steps: int
-  flops: float
-  """Floating-point operations of one step of one replicate by XLA's count."""
 
 
 class Fit(NamedTuple):
@@ -112,11 +110,8 @@ def fit(
 
 def compile_steps(recipe: Recipe, states: TrainState, images: DeviceData, max_steps: int) -> Program:
   """Compiles the steps of replicates that `place` has put on their devices."""
-  flops = None if _strategy() == "sequential" else recipe.flops  # before the compilation: it can fail
   multi_step = jax.jit(replicate(recipe.make_multi_step(max_steps)), donate_argnums=0)
-  compiled: Any = multi_step.lower(states, images, np.int32(0)).compile()
-  # The body of a loop counts once: sequentially, that is one step of one replicate.
-  return Program(compiled, max_steps, compiled.cost_analysis()["flops"] if flops is None else flops)
+  return Program(multi_step.lower(states, images, np.int32(0)).compile(), max_steps)
 
 
 def _of_one(states: TrainState) -> TrainState:
@@ -148,7 +143,7 @@ def replicate(
     `multi_step(states, data, num) -> (states, metrics)` with a leading `[S]` in every leaf of `states` and
     `metrics`, and in `x_lab` and `y_lab` of `data`. Uncompiled; its inputs come from `place`.
   """
-  strategy = strategy or _strategy()
+  strategy = strategy or ("sequential" if jax.default_backend() == "cpu" else "vmap")
 
   def one(state: TrainState, labelled: tuple[Array, Array], data: DeviceData, num: Array):
     x_lab, y_lab = labelled
@@ -175,10 +170,6 @@ def replicate(
     return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(states, data, jnp.asarray(num))
 
   return replicated
-
-
-def _strategy() -> Strategy:
-  return "sequential" if jax.default_backend() == "cpu" else "vmap"
 
 
 def place(

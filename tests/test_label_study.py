@@ -147,7 +147,7 @@ def test_all_methods_start_from_the_same_parameters_and_the_splits_do_not(tmp_pa
   def no_steps(recipe, states, images, max_steps):
     started.append(states)
     run = lambda states, images, num: (states, {"d/loss": np.zeros((2, 1))})
-    return replicates.Program(run, max_steps, flops=0.0)
+    return replicates.Program(run, max_steps)
 
   monkeypatch.setattr(replicates, "compile_steps", no_steps)
   monkeypatch.setattr(label_study.Study, "_read", lambda *_, **__: {"classifier": [0.0, 0.0]})
