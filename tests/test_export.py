@@ -258,6 +258,14 @@ def test_onnx_gives_the_same_probabilities(network, shape, tmp_path):
     np.testing.assert_allclose(features, model.features(x), atol=1e-4)
 
 
+def test_convolutions_are_exported_as_such():
+  """Not as the patches, products and loops that they are on a CPU."""
+  model = model_of(recipe(network="conv", shape=(20, 17, 3)))
+  jaxpr = str(jax.make_jaxpr(export._classifier(model))(np.zeros((2, 20, 17, 3), np.float32)))
+  assert "conv_general_dilated" in jaxpr
+  assert "custom_vjp" not in jaxpr
+
+
 def test_stablehlo_gives_the_same_probabilities(small_mlp, tmp_path):
   pytest.importorskip("flatbuffers")
   model = model_of(recipe())

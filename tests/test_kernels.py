@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from gan_jax import kernels
+from gan_jax import kernels, provenance
 
 CONVS = [
   ((9, 7, 2), (3, 3), (2, 2)),
@@ -23,7 +23,7 @@ def normal(shape):
 
 @pytest.fixture(params=["whole", "chunked"])
 def fast_conv(request, monkeypatch):
-  """The convolution of a CPU: with the patches of all images together, and of two at a time."""
+  """The convolution of a CPU: with the patches of all images together, and of one at a time."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   if request.param == "chunked":
     monkeypatch.setattr(kernels, "_LARGE", 0)
@@ -60,6 +60,15 @@ def test_the_fast_convolution_has_the_stock_one_s_third_derivatives(kernel, chan
 
   for stock, ours in zip(third(kernels.lax_conv), third(fast_conv[1]), strict=True):
     np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-3 * np.abs(stock).max())
+
+
+def test_operations_are_counted_as_written(fast_conv):
+  """However a convolution is computed: a compiled loop counts once, and products include the padding."""
+  x, w = jax.ShapeDtypeStruct((5, 8, 8, 3), "float32"), jax.ShapeDtypeStruct((3, 3, 3, 4), "float32")
+  count = provenance.flops(lambda x, w: fast_conv[1](x, w, (1, 1)), x, w)
+  assert (
+    count == 2 * 5 * (3 * 8 - 2) ** 2 * 3 * 4
+  )  # 8 pixels of a side see 3 each, except for the outer two
 
 
 def test_large_patches_do_not_take_their_memory(monkeypatch):
