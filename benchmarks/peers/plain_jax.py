@@ -1,7 +1,8 @@
 """The same steps, written as in most JAX code.
 
 The step is compiled and its state donated; each batch is made on the host by a NumPy iterator; the loss is
-read after every step. Convolutions and random numbers are JAX's own, not those of `gan_jax.kernels`.
+read after every step. Convolutions, layer normalisation and random numbers are JAX's own, see
+`gan_jax.kernels.stock`.
 """
 
 from collections.abc import Iterator
