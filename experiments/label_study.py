@@ -10,10 +10,11 @@ the initial parameters and the batch keys. All except `supervised` share the aug
 use unlabelled images share class balance or, in AdaMatch, distribution alignment. The rest of the
 objective differs, see `gan_jax.recipes.study`. Arms named `@matched` are methods without a generator at
 matched compute: they get more unlabelled images per step (VAT fewer), so that a step costs as much as one
-of `gan_consistency` by XLA's operation counts, which are listed beside the errors. Arms named
-`@bfloat16`, none by default, compute products and convolutions in bfloat16, and are compared with
-themselves in float32. `gan_augmented` first trains its generator, for the same number of steps, on all
-images. `label_spreading` and `self_training` are scikit-learn's, on pixels.
+of `gan_consistency` by XLA's operation counts, which are listed beside the errors; `gan_vat@matched`,
+which has a generator too, only on request. Arms named `@bfloat16`, also on request, compute products and
+convolutions in bfloat16, and are compared with themselves in float32. `gan_augmented` first trains its
+generator, for the same number of steps, on all images. `label_spreading` and `self_training` are
+scikit-learn's, on pixels.
 
 All splits of one method and budget, a cell, are trained together in one compiled program. The unlabelled
 images are all training images, including the labelled ones. The averaged parameters of the last step are
@@ -64,8 +65,13 @@ FILES = ("splits", "checkpoints", "study.jsonl", "study.md", "study.png")
 STEPS_PER_DISPATCH, STEPS_PER_CHECKPOINT = 100, 1000
 Pixels = Literal["label_spreading", "self_training"]
 Matched = Literal["fixmatch_ema@matched", "adamatch@matched", "vat@matched"]
-Rounded = Literal["gan_consistency@bfloat16", "fixmatch_ema@bfloat16", "supervised_augmented@bfloat16"]
-Arm = study.Method | Matched | Pixels | Rounded
+OnRequest = Literal[
+  "gan_vat@matched",
+  "gan_consistency@bfloat16",
+  "fixmatch_ema@bfloat16",
+  "supervised_augmented@bfloat16",
+]
+Arm = study.Method | Matched | Pixels | OnRequest
 ARMS: tuple[Arm, ...] = (*get_args(study.Method), *get_args(Matched), *get_args(Pixels))
 TUNING = Path(__file__).parent.parent / "benchmarks" / "results" / "tuning"
 
