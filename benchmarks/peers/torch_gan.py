@@ -133,6 +133,7 @@ class Gan:
     self.strong = getattr(recipe.hparams, "strong", None)
     self.penalty_every = _recipes.penalty_every(recipe)
     self.conv = isinstance(recipe.d, networks.ConvDiscriminator)
+    self.strides = _strides(recipe) if self.conv else ()  # here, as Flax cannot be traced by PyTorch
     self.g, self.d = (self._net(state, which) for which in ("g", "d"))
     self.x_lab, self.x_unl = (self._images(x) for x in (images.x_lab, images.x_unl))
     self.y_lab = torch.tensor(np.asarray(images.y_lab), dtype=torch.int64, device=self.device)
@@ -393,12 +394,11 @@ class Gan:
 
   def _conv_d(self, p: Params, x: Tensor) -> tuple[Tensor, Tensor]:
     h = 2 * x - 1
-    strides = _strides(self.recipe)
-    for i, stride in enumerate(strides):
+    for i, stride in enumerate(self.strides):
       w = p[f"Block_{i}.kernel"]
       h = F.conv2d(h, w, p.get(f"Block_{i}.bias"), stride, padding=w.shape[-1] // 2)
       h = _leaky(_normalise(h, p, f"Block_{i}"))
-    last = f"Block_{len(strides)}"
+    last = f"Block_{len(self.strides)}"
     h = h.permute(0, 2, 3, 1).flatten(1)  # free for channels-last
     features = _leaky(_normalise(F.linear(h, p[f"{last}.kernel"], p.get(f"{last}.bias")), p, last))
     return F.linear(features, p["head.kernel"], p["head.bias"]), features
