@@ -192,7 +192,8 @@ def study(rows: _runs.Rows, references: Sequence[str] | None = None) -> str:
   """Errors of every method and budget, then their differences to these references (default: all)."""
   rows = sorted(rows, key=lambda row: row["num_labels"])
   title = f"mean +- std{_runs.mark(*rows)}"
-  tables = _study_tables.overviews(_study_tables.summarise(rows), title, references)
+  cells = _study_tables.summarise(rows, references or _study_tables.REFERENCES)
+  tables = _study_tables.overviews(cells, title, references)
   train, compiling = (sum(row.get(key, 0) for row in rows) for key in ("seconds_train", "seconds_compile"))
   note = [f"Splits {_runs.listed(rows[0]['splits'])}.", _study_tables.VERDICTS, _study_tables.WITHIN_TABLE]
   note.append(f"Training took {train:,.0f} s, compilation {compiling:,.0f} s.")
@@ -294,18 +295,19 @@ PEERS = {"torch_eager": "PyTorch eager", "torch_compile": "PyTorch compiled", "p
 
 
 def peers(rows: _runs.Rows) -> str:
-  """One row per recipe: steps per second, and the speedup of ours over each peer."""
-  lines = []
+  """One row per recipe: steps per second, and the speedup of ours over each peer that took part."""
+  there = {row["contender"] for row in rows}
+  names, lines = {peer: name for peer, name in PEERS.items() if peer in there}, []
   for name in dict.fromkeys(row["recipe"] for row in rows):
     found = {row["contender"]: row for row in rows if row["recipe"] == name}
     ours = found["ours"]
     lines.append([f"{name} ({'/'.join(map(str, ours['rows']))}){_runs.mark(*found.values())}"])
     lines[-1].append(f"{ours['steps_per_second']['median']:.4g}")
-    for row in (found[peer] for peer in PEERS):
+    for row in (found[peer] for peer in names):
       rate = None if "not_run" in row else row["steps_per_second"]["median"]
       lines[-1].append(_speedup(row) if rate is None else f"{rate:.4g} ({_speedup(row)})")
     lines[-1].append(f"{100 * ours['fraction_of_matmul_rate']:.0f} %")
-  head = "step (labelled/unlabelled/generated images)", "ours", *PEERS.values(), "of the matrix rate"
+  head = "step (labelled/unlabelled/generated images)", "ours", *names.values(), "of the matrix rate"
   note = f"Medians of {len(rows[0]['rounds'])} rounds."
   return _runs.with_environment(_runs.markdown(head, lines), rows, note)
 
@@ -416,7 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "map": lambda: _gan_map.table(_map()),
   "mnist-plain": lambda: study(_lines("map/mnist-no-augmentation-1500.jsonl"), ("fixmatch_ema@matched",)),
   "mnist-plain-long": lambda: study(
-    _lines("map/mnist-no-augmentation-10000.jsonl"), ("fixmatch_ema@matched",)
+    _lines("map/mnist-no-augmentation-10000.jsonl"), ("fixmatch_ema@matched", "vat@matched")
   ),
   "tuning": lambda: tuning(_lines("tuning/digits.jsonl")),
   "weights": lambda: weights(_lines("tuning/digits.jsonl", "tuning/digits-weights.jsonl")),
@@ -424,6 +426,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "cifar10": lambda: study(_lines("map/cifar10_jpeg@32-augmentation-5000.jsonl")),
   "cifar10-long": lambda: study(_lines("map/cifar10_jpeg@32-augmentation-20000.jsonl")),
   "photographs": lambda: study(_lines("map/sign_digits@32-augmentation-400.jsonl")),
+  "photographs-64": lambda: study(_lines("sign_digits@64.jsonl")),
   "photographs-conv": lambda: study(_lines("sign_digits-100.jsonl")),
   "photographs-tuning": lambda: photographs_tuning(_lines("tuning/sign_digits.jsonl")),
   "bfloat16": lambda: study(_lines("bfloat16-digits.jsonl")),
@@ -436,6 +439,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "networks": lambda: networks.table(_lines("networks.jsonl")),
   "streaming": lambda: streaming.table(_lines("streaming.jsonl")),
   "peers": lambda: peers(_lines("step_time.jsonl")),
+  "peers-accelerator": lambda: peers(_lines("step_time-h200-peers.jsonl")),
   "batch-sizes": lambda: batch_sizes(_lines("batch_sizes.jsonl")),
   "augmentation": lambda: augmentation.table(_lines("augmentation.jsonl")),
   "race": lambda: time_to_accuracy.table(_lines("time_to_1_percent.jsonl")),

@@ -16,25 +16,26 @@ equal number of images and at equal compute. A method `@bfloat16` is also compar
 # --- Statistics
 
 
-def summarise(rows: Sequence[Json]) -> list[Json]:
-  """Each row with its summary and its paired differences to those of `REFERENCES` that were trained.
+def summarise(rows: Sequence[Json], references: Sequence[str] = REFERENCES) -> list[Json]:
+  """Each row with its summary and its paired differences to those of the references that were trained.
 
   Verdicts are corrected by Holm's procedure for the number of classifiers compared with a reference, over
   all budgets; the uncorrected verdicts are kept beside them.
 
   Args:
     rows: the lines of a `study.jsonl`, each with its errors in percent.
+    references: methods.
   """
   by_name = {(row["budget"], row["method"], row["reading"]): row for row in rows}
   cells = []
   for (budget, method, reading), row in by_name.items():
     against = {
       name: compare(row["errors"], by_name[budget, name, CLASSIFIER]["errors"])
-      for name in _references_of(method)
+      for name in _references_of(method, references)
       if (method, reading) != (name, CLASSIFIER) and (budget, name, CLASSIFIER) in by_name
     }
     cells.append({**row, **_json(metrics.summarise(row["errors"])), "against": against})
-  for name in _references(cells):
+  for name in _references(cells, references):
     correct([c["against"][name] for c in cells if name in c["against"] and c["reading"] == CLASSIFIER])
   return cells
 
@@ -146,13 +147,13 @@ def difference(found: Json | None) -> str:
   return f"{found['mean']:+.2f}{within}: {verdict}{before}"
 
 
-def _references_of(method: str) -> list[str]:
+def _references_of(method: str, references: Sequence[str]) -> list[str]:
   name, _, precision = method.partition("@")
-  return list(dict.fromkeys((*REFERENCES, *([name] if precision == "bfloat16" else []))))
+  return list(dict.fromkeys((*references, *([name] if precision == "bfloat16" else []))))
 
 
-def _references(cells: Sequence[Json]) -> list[str]:
-  names = (name for cell in cells for name in _references_of(cell["method"]))
+def _references(cells: Sequence[Json], references: Sequence[str] = REFERENCES) -> list[str]:
+  names = (name for cell in cells for name in _references_of(cell["method"], references))
   return [name for name in dict.fromkeys(names) if any(name in cell["against"] for cell in cells)]
 
 
