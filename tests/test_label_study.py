@@ -213,6 +213,15 @@ def test_arms_are_matched_in_arithmetic_and_scikit_learn_is_one_of_them(tmp_path
   assert all(each["p_holm"] >= each["p"] for each in pixels["against"].values())
 
 
+def test_gan_and_vat_at_the_compute_of_the_gan_have_fewer_unlabelled_images():
+  config = label_study.Config(methods=("gan_vat@matched", "gan_vat", "gan_consistency"))
+  arms = label_study.make_arms(config, datasets.load("digits"))
+  matched, both, gan = (arms[name] for name in config.methods)
+  assert list(matched.objective.d) == list(both.objective.d) and matched.batch.generated
+  assert 0 < matched.batch.unlabelled < both.batch.unlabelled
+  assert abs(matched.flops - gan.flops) < 0.02 * gan.flops
+
+
 def test_arms_of_another_precision_and_perturbations_in_units_of_the_images():
   dataset = datasets.load("digits")
   config = label_study.Config(methods=("supervised_augmented@bfloat16",), vat_epsilon=0.2)

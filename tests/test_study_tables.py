@@ -56,6 +56,13 @@ def test_markdown():
   assert "| supervised_augmented, linear probe, Block_0 |  | 6.00 +- 1.00 |" in table
 
 
+def test_a_study_can_be_compared_with_other_references():
+  cells = _study_tables.summarise(ROWS, ["vat"])
+  assert [list(cell["against"]) for cell in cells] == [["vat"], [], ["vat"], ["vat"]]
+  assert np.isclose(cells[0]["against"]["vat"]["mean"], 2.8 / 3)
+  assert "| less vat | 20 labels |" in _study_tables.overviews(cells, references=["vat"])
+
+
 def test_overview_of_other_budgets_and_of_probes():
   cells = _study_tables.summarise([*ROWS, row("vat", [1.0], budget=50)])
   header, *rows = _study_tables.overview(cells, "error", _study_tables.mean)
