@@ -217,7 +217,8 @@ def test_gan_and_vat_at_the_compute_of_the_gan_have_fewer_unlabelled_images():
   config = label_study.Config(methods=("gan_vat@matched", "gan_vat", "gan_consistency"))
   arms = label_study.make_arms(config, datasets.load("digits"))
   matched, both, gan = (arms[name] for name in config.methods)
-  assert list(matched.objective.d) == list(both.objective.d) and matched.batch.generated
+  assert list(matched.objective.d) == list(both.objective.d)
+  assert matched.batch.generated
   assert 0 < matched.batch.unlabelled < both.batch.unlabelled
   assert abs(matched.flops - gan.flops) < 0.02 * gan.flops
 
