@@ -24,7 +24,7 @@ def summarise(rows: Sequence[Json], references: Sequence[str] = REFERENCES) -> l
 
   Args:
     rows: the lines of a `study.jsonl`, each with its errors in percent.
-    references: methods.
+    references: names of methods.
   """
   by_name = {(row["budget"], row["method"], row["reading"]): row for row in rows}
   cells = []

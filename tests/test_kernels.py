@@ -66,9 +66,8 @@ def test_operations_are_counted_as_written(fast_conv):
   """However a convolution is computed: a compiled loop counts once, and products include the padding."""
   x, w = jax.ShapeDtypeStruct((5, 8, 8, 3), "float32"), jax.ShapeDtypeStruct((3, 3, 3, 4), "float32")
   count = provenance.flops(lambda x, w: fast_conv[1](x, w, (1, 1)), x, w)
-  assert (
-    count == 2 * 5 * (3 * 8 - 2) ** 2 * 3 * 4
-  )  # 8 pixels of a side see 3 each, except for the outer two
+  pixels = 3 * 8 - 2  # that the 8 of a side see: 3 each, except for the outer two
+  assert count == 2 * 5 * pixels**2 * 3 * 4
 
 
 def test_large_patches_do_not_take_their_memory(monkeypatch):
