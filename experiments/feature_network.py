@@ -44,11 +44,11 @@ def main(config: Config) -> Json:
   sha256 = hashlib.sha256(content).hexdigest()
   trained = metrics.read_feature_extractor(config.out, sha256)
   start = time.perf_counter()
-  quality = metrics.replay_quality(trained, dataset, min(10_000, len(dataset.x_train)))
+  training = metrics.training_moments(trained, dataset, min(10_000, len(dataset.x_train)))
   result = {
     "feature_extractor": trained.name,
     "test_accuracy": round(trained.test_accuracy, 2),
-    **quality,
+    trained.metric(training.n): metrics.frechet_distance(training, trained.test),
     "bytes": len(content),
     "sha256": sha256,
     "fingerprint": feature_extractor.fingerprint(dataset),

@@ -194,23 +194,27 @@ def finish(
   quality = {}
   if extractor is not None:
     num = num_scored(flags, dataset)
-    quality = evaluate.generator_quality(extractor, recipe, fit.state, num, seed=run.seed)
-    replay = metrics.replay_quality(extractor, dataset, num)["frechet"]
-    quality["frechet_replayed_training_set"] = replay
+    quality = evaluate.generator_quality(extractor, recipe, fit.state, dataset, num, seed=run.seed)
     table = [
       (f"{extractor.metric(num)}: distance to the test set", f"{quality['frechet']:.2f}"),
-      ("the same of the replayed training set", f"{replay:.2f}"),
+      ("distance to the training set", f"{quality['frechet_to_training_set']:.2f}"),
+      (
+        "distance of the training set to the test set",
+        f"{quality['frechet_replayed_training_set']:.2f}",
+      ),
       ("classes covered", f"{quality['classes_covered']} of {dataset.num_classes}"),
       *table,
     ]
   figures.sample_grid(run.path / "samples" / "last.png", grid)
-  figures.learning_curves(run.path / "learning_curves.png", output.read_rows(run.metrics_path))
+  rows = output.read_rows(run.metrics_path)
+  figures.learning_curves(run.path / "learning_curves.png", rows)
   result = {
     **results.training(fit),
     "network": recipe.hparams.network,
     "recipe": recipes.describe(recipe),
     "test_error": found.error,
     "probe_test_error": found.linear["features"],
+    "augmentation_strength": (rows or [{}])[-1].get("d/strength"),
     **quality,
     **(result or {}),
   }

@@ -92,7 +92,8 @@ def main(config: Config) -> Json:
         cells[name] = run_dir.run_inside(run, name, mnist_gan.main, part)
         interrupted = cells[name]["interrupted"]
 
-    keys = ("num_images", "frechet", "classes_covered", "probe_test_error", "alarms")
+    keys = ["num_images", "frechet", "frechet_to_training_set", "classes_covered", "probe_test_error"]
+    keys += ["augmentation_strength", "alarms", "recipe"]
     result = {
       "interrupted": interrupted,
       "steps": max(cell["steps"] for cell in cells.values()),

@@ -132,7 +132,9 @@ def main(config: Config, *, name: str = "train") -> Json:
       found, measured_on = _read_test_set(recipe, dataset, split, fits), report.TEST_IMAGES
     quality = {}
     if extractor is not None:
-      quality = evaluate.generator_quality(extractor, recipe, fits[0].state, num_scored, seed=run.seed)
+      quality = evaluate.generator_quality(
+        extractor, recipe, fits[0].state, dataset, num_scored, seed=run.seed
+      )
     errors = {
       "test_error": found[0].error if found else None,
       "supervised_test_error": found[1].error if found[1:] else None,

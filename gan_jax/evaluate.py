@@ -219,10 +219,17 @@ def load_feature_extractor(dataset: Dataset) -> metrics.FeatureExtractor:
 
 
 def generator_quality(
-  extractor: metrics.FeatureExtractor, recipe: Recipe, state: TrainState, num: int, *, seed: int
+  extractor: metrics.FeatureExtractor,
+  recipe: Recipe,
+  state: TrainState,
+  dataset: Dataset,
+  num: int,
+  *,
+  seed: int,
 ) -> Json:
   """`metrics.generator_quality` of `num` images of the averaged generator."""
-  return metrics.generator_quality(extractor, sample(recipe, state, num, seed=seed, purpose="frechet"))
+  x = sample(recipe, state, num, seed=seed, purpose="frechet")
+  return metrics.generator_quality(extractor, x, metrics.training_moments(extractor, dataset, num))
 
 
 def sample(

@@ -195,15 +195,23 @@ def test_an_extractor_tells_replayed_digits_from_noise(cached, digits):
   trained, _ = cached
   assert trained.test_accuracy > 80
   assert trained.test.n == 599
-  replayed = metrics.replay_quality(trained, digits, 500)
-  key = f"frechet_{trained.name}_n500"
-  assert replayed.keys() == {key, "frechet", "class_shares", "class_entropy", "classes_covered"}
-  assert replayed["frechet"] == replayed[key]
+  training = metrics.training_moments(trained, digits, 500)
+  np.testing.assert_array_equal(metrics.training_moments(trained, digits, 500).cov, training.cov)
   noise = np.random.default_rng(0).uniform(size=(500, 8, 8, 1))
-  assert metrics.generator_quality(trained, noise)[key] > 10 * replayed[key]
-  assert metrics.replay_quality(trained, digits, 500) == replayed
+  quality, key = metrics.generator_quality(trained, noise, training), f"frechet_{trained.name}_n500"
+  assert quality["frechet"] == quality[key] > 10 * quality["frechet_replayed_training_set"] > 0
+  assert quality["frechet_to_training_set"] > 10 * quality["frechet_replayed_training_set"]
   with pytest.raises(InputError, match="1198 training images, fewer than 1199"):
-    metrics.replay_quality(trained, digits, 1199)
+    metrics.training_moments(trained, digits, 1199)
+
+
+def test_all_training_images_are_at_no_distance_from_themselves(cached, digits):
+  """Only the distance to the test set depends on it."""
+  trained, _ = cached
+  training = metrics.training_moments(trained, digits, 1198)
+  quality = metrics.generator_quality(trained, digits.x_train / np.float32(255), training)
+  assert quality["frechet_to_training_set"] < 1e-6
+  np.testing.assert_allclose(quality["frechet"], quality["frechet_replayed_training_set"], rtol=1e-6)
 
 
 def test_the_test_images_are_at_no_distance(cached, digits):

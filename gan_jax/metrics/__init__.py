@@ -8,7 +8,7 @@ from gan_jax.metrics.feature_extractor import (
   train_feature_extractor,
 )
 from gan_jax.metrics.frechet import Moments, frechet_distance, moments
-from gan_jax.metrics.generator import generator_quality, replay_quality
+from gan_jax.metrics.generator import generator_quality, training_moments
 from gan_jax.metrics.statistics import Difference, Summary, binomial_interval, holm, paired, summarise
 from gan_jax.metrics.uncertainty import (
   Reliability,
@@ -38,7 +38,7 @@ __all__ = [
   "read_feature_extractor",
   "recall",
   "reliability",
-  "replay_quality",
   "summarise",
   "train_feature_extractor",
+  "training_moments",
 ]

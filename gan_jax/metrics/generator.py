@@ -11,8 +11,12 @@ from gan_jax.metrics.feature_extractor import FeatureExtractor
 from gan_jax.types import InputError, Json
 
 
-def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c"]) -> Json:
-  """Frechet distance to the test images, and the classes of the generated ones.
+def generator_quality(
+  extractor: FeatureExtractor,
+  x: Float[np.ndarray, "n h w c"],
+  training: frechet.Moments | None = None,
+) -> Json:
+  """Frechet distances to real images, and the classes of the generated ones.
 
   Images are rounded to bytes first, as real images are stored and generated ones are saved: the score must
   not depend on details that a file would not hold, nor change when images are saved.
@@ -20,12 +24,17 @@ def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c
   Args:
     extractor: from `load_feature_extractor`.
     x: images in [0, 1], `[N, H, W, C]`, N at least 256.
+    training: from `training_moments`, of N images.
 
   Returns:
     A flat dictionary:
       `frechet`: Fréchet distance of the features to those of the test images. It is not the FID, which is
         computed on Inception features.
       `frechet_<name of the extractor>_n<N>`: the same; numbers of another name are not comparable.
+      `frechet_to_training_set`: with `training`, the distance to the training images, for choosing
+        hyper-parameters, which the test images must not do.
+      `frechet_replayed_training_set`: with `training`, the distance of the training images to the test
+        images: what a generator that replays them would score.
       `class_shares`: share of the images in each class, according to the extractor.
       `class_entropy`: entropy of these shares in nats; ln K if all K classes are equally frequent.
       `classes_covered`: number of classes with at least a tenth of the share 1/K.
@@ -40,28 +49,28 @@ def generator_quality(extractor: FeatureExtractor, x: Float[np.ndarray, "n h w c
   if not (x.min() >= 0 and x.max() <= 1):  # written so that NaN is rejected
     raise InputError("generated images must be finite and in [0, 1]")
   logits, features = extractor.predict(data.to_bytes(x))
+  generated = frechet.moments(features)
+  distance = frechet.frechet_distance(generated, extractor.test)
+  quality = {extractor.metric(len(x)): distance, "frechet": distance}
+  if training is not None:
+    quality["frechet_to_training_set"] = frechet.frechet_distance(generated, training)
+    quality["frechet_replayed_training_set"] = frechet.frechet_distance(training, extractor.test)
   counts = np.bincount(logits.argmax(axis=-1), minlength=extractor.num_classes)
   shares = counts / len(x)
-  distance = frechet.frechet_distance(frechet.moments(features), extractor.test)
-  return {
-    extractor.metric(len(x)): distance,
-    "frechet": distance,
+  return quality | {
     "class_shares": shares.tolist(),
     "class_entropy": float(scipy.special.entr(shares).sum()),
     "classes_covered": int((shares >= 0.1 / extractor.num_classes).sum()),
   }
 
 
-def replay_quality(extractor: FeatureExtractor, dataset: Dataset, num: int) -> Json:
-  """`generator_quality` of a generator that replays the training set: `num` random images, each once.
-
-  A reference for other generators: the score of `num` real images. The score is no merit, because replayed
-  images are not new.
+def training_moments(extractor: FeatureExtractor, dataset: Dataset, num: int) -> frechet.Moments:
+  """The moments of `num` random training images, each taken once.
 
   Raises:
-    InputError: fewer than `num` training images.
+    InputError: fewer than `num` training images, or too few for a distance.
   """
   if num > len(dataset.x_train):
     raise InputError(f"{dataset.name} has {len(dataset.x_train)} training images, fewer than {num}")
   rows = np.random.default_rng(0).choice(len(dataset.x_train), num, replace=False)
-  return generator_quality(extractor, dataset.x_train[rows] / np.float32(255))
+  return frechet.moments(extractor.predict(dataset.x_train[rows])[1])
