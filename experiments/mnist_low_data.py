@@ -16,7 +16,7 @@ Frechet distance to MNIST's test set after 1,200 steps, nine runs in 27 minutes 
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments import mnist_gan
+from experiments import mnist_conditional, mnist_gan
 from gan_jax import cli, program, results, run_dir
 from gan_jax.recipes import gan
 from gan_jax.types import InputError, Json
@@ -36,21 +36,36 @@ class Config:
   """Percentages of the training images to train on."""
   augments: tuple[Literal["none", "fixed", "adaptive"], ...] = ("none", "fixed", "adaptive")
   """Kinds of augmentation."""
+  conditional: bool = False
+  """Class-conditional GANs, as in mnist_conditional; --labels-per-class all trains them with all labels."""
   loop: cli.LoopFlags = cli.LoopFlags()
   run: cli.RunFlags = cli.RunFlags()
 
   def check(self) -> None:
     cli.not_negative(self, "hold_out")
     for kind in self.augments:
-      hparams = mnist_gan.make_hparams(self.gan_flags, self.train, augmentation=kind)
-      gan.check(hparams)
-      gan.check_adaptive(hparams)
+      self.part(kind, cli.ImageFlags()).check()
     if not self.percents or not all(0 < share <= 100 for share in self.percents):
       raise InputError("--percents must name at least one value, each above 0 and at most 100")
     if not self.augments:
       raise InputError("--augments must name at least one")
     if not self.gan_flags.num_scored:
       raise InputError("the table scores generated images: keep --num-scored above 0")
+
+  def part(
+    self, kind: gan.Augmentation, images: cli.ImageFlags
+  ) -> mnist_gan.Config | mnist_conditional.Config:
+    """The configuration of the run with this augmentation on these images."""
+    part = mnist_conditional.Config if self.conditional else mnist_gan.Config
+    return part(
+      data=self.data,
+      images=images,
+      labels=self.labels,
+      train=self.train,
+      gan_flags=self.gan_flags,
+      augment=kind,
+      loop=self.loop,
+    )
 
 
 def main(config: Config) -> Json:
@@ -74,22 +89,15 @@ def main(config: Config) -> Json:
     for percent in config.percents
     for kind in config.augments
   }
+  train = mnist_conditional.main if config.conditional else mnist_gan.main
   with run_dir.open_run(
     "mnist_low_data", config, dataset, split, recipes_used={}, files=tuple(parts)
   ) as run:
     cells, interrupted = {}, False
     for name, (num_images, kind) in parts.items():
       if not interrupted:
-        part = mnist_gan.Config(
-          data=config.data,
-          images=cli.ImageFlags(num_images=num_images, hold_out=len(split.held_out)),
-          labels=config.labels,
-          train=config.train,
-          gan_flags=config.gan_flags,
-          augment=kind,
-          loop=config.loop,
-        )
-        cells[name] = run_dir.run_inside(run, name, mnist_gan.main, part)
+        images = cli.ImageFlags(num_images=num_images, hold_out=len(split.held_out))
+        cells[name] = run_dir.run_inside(run, name, train, config.part(kind, images))
         interrupted = cells[name]["interrupted"]
 
     keys = ["num_images", "frechet", "frechet_to_training_set", "classes_covered", "probe_test_error"]

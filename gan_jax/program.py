@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -108,6 +109,7 @@ def run(
   try:
     config = parsing.parse(config_cls, flags, **about)
     _quiet()
+    gc.set_threshold(100_000, 50, 50)  # scanning tracing's millions of lasting objects takes a fifth of it
     enable_compilation_cache()
     if hasattr(config, "processes"):
       config.processes.start()

@@ -262,12 +262,25 @@ def test_mnist_conditional(labels_per_class, run, reads, tmp_path):
   assert reads == ["digits"] * 2
 
 
-def test_mnist_low_data(run, reads):
-  flags = {"network": "article", "percents": (50.0,), "augments": ("fixed", "adaptive"), "num_scored": 300}
-  result = run(mnist_low_data, **flags)
-  assert list(result["cells"]) == ["50-percent-fixed", "50-percent-adaptive"]
-  assert {cell["num_images"] for cell in result["cells"].values()} == {570}
-  assert len(reads) == 4  # two per part
+@pytest.mark.parametrize(
+  ("flags", "names", "labels"),
+  [
+    ({"percents": (40.0, 50.0), "augments": ("fixed",)}, ["40-percent-fixed", "50-percent-fixed"], "none"),
+    (
+      {"percents": (50.0,), "augments": ("adaptive",), "conditional": True, "labels_per_class": "all"},
+      ["50-percent-adaptive"],
+      "all",
+    ),
+  ],
+)
+def test_mnist_low_data(flags, names, labels, run, reads):
+  result = run(mnist_low_data, network="article", num_scored=300, **flags)
+  assert list(result["cells"]) == names
+  assert [cell["num_images"] for cell in result["cells"].values()][-1] == 570
+  assert {cell["recipe"]["hparams"]["labels"] for cell in result["cells"].values()} == {labels}
+  strengths = [cell["augmentation_strength"] for cell in result["cells"].values()]
+  assert [strength is not None for strength in strengths] == ["adaptive" in name for name in names]
+  assert len(reads) == 2 * len(names)
 
 
 def test_transfer_and_its_resumption(run, reads, tmp_path, capsys):

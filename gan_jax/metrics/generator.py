@@ -1,7 +1,6 @@
 """Distance of generated images to real ones, in the feature space of a frozen network."""
 
 import numpy as np
-import scipy.special
 from jaxtyping import Float
 
 from gan_jax import data
@@ -45,6 +44,8 @@ def generator_quality(
   References:
     Heusel et al., 2017, https://arxiv.org/abs/1706.08500 (the distance, on Inception features).
   """
+  import scipy.special  # late: it takes 0.2 s
+
   frechet.check_num_images(len(x), len(extractor.test.mean))
   if not (x.min() >= 0 and x.max() <= 1):  # written so that NaN is rejected
     raise InputError("generated images must be finite and in [0, 1]")
