@@ -276,17 +276,31 @@ def photographs_tuning(rows: _runs.Rows) -> str:
 # --- Generators
 
 
-def few_images(row: Json) -> str:
-  """One row per number of images, one column per kind of augmentation."""
-  found: dict[int, dict[str, str]] = {}
-  for cell in row["cells"].values():
-    text = f"{cell['frechet']:.2f}, {cell['probe_test_error']:.1f} %"
-    for alarm in cell["alarms"]:
-      text += ", alarm" + "".join(re.findall(r"unseen images( \d+ %)", alarm))
-    found.setdefault(cell["num_images"], {})[cell["augment"]] = text
+def few_images(rows: _runs.Rows, distance: str = "frechet", by: str | None = None) -> str:
+  """One row per number of images, one column per kind of augmentation.
+
+  Args:
+    rows: results of `experiments.mnist_low_data`.
+    distance: the distance to show; with that to the test set come the probe's error and the alarms.
+    by: a hyper-parameter in which the results differ; each value has its own rows.
+  """
+  found: dict[tuple[str, ...], dict[str, str]] = {}
+  for row in rows:
+    for cell in row["cells"].values():
+      text = f"{cell[distance]:.2f}"
+      if distance == "frechet":
+        text += f", {cell['probe_test_error']:.1f} %"
+        for alarm in cell["alarms"]:
+          text += ", alarm" + "".join(re.findall(r"unseen images( \d+ %)", alarm))
+      if cell.get("augmentation_strength") is not None:
+        text += f", p = {cell['augmentation_strength']:.2f}"
+      value = () if by is None else (f"{cell['recipe']['hparams'][by]:g}",)
+      key = (*value, f"{cell['num_images']:,}{_runs.mark(row)}")
+      found.setdefault(key, {})[cell["augment"]] = text
   kinds = list(next(iter(found.values())))
-  lines = [[f"{num:,}{_runs.mark(row)}", *(cells[kind] for kind in kinds)] for num, cells in found.items()]
-  return _runs.with_environment(_runs.markdown(("images", *kinds), lines), [row])
+  lines = [[*key, *(cells[kind] for kind in kinds)] for key, cells in found.items()]
+  head = (*(() if by is None else (by,)), "images", *kinds)
+  return _runs.with_environment(_runs.markdown(head, lines), rows)
 
 
 # --- Speed
@@ -402,7 +416,7 @@ TABLES: dict[str, Callable[[], str]] = {
       ("MNIST", 100, _lines("map/mnist-augmentation-10000.jsonl"), _lines("mnist-conv-100.jsonl")),
       ("CIFAR-10, as JPEGs", 250, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl"), []),
       ("CIFAR-10, as JPEGs", 4000, _lines("map/cifar10_jpeg@32-augmentation-20000.jsonl"), []),
-      ("photographs of hands", 100, _lines("map/sign_digits@32-augmentation-400.jsonl"), []),
+      ("photographs of hands, 64x64", 100, _lines("sign_digits@64.jsonl"), []),
       ("digits of 8x8 pixels", 50, _lines("label_study-digits.jsonl"), []),
     ]
   ),
@@ -435,7 +449,7 @@ TABLES: dict[str, Callable[[], str]] = {
   ),
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
   "generators": lambda: generators.table(_lines("generators.jsonl"), _lines("article-2-cores.json")),
-  "few-images": lambda: few_images(*_lines("mnist_low_data.json")),
+  "few-images": lambda: few_images(_lines("mnist_low_data.json")),
   "networks": lambda: networks.table(_lines("networks.jsonl")),
   "streaming": lambda: streaming.table(_lines("streaming.jsonl")),
   "peers": lambda: peers(_lines("step_time.jsonl")),

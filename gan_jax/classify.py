@@ -67,9 +67,9 @@ class Config:
   picture beyond its edge, colour changes and cutout. objects: that with mirror images, if they keep their
   class. (None: photos or objects for colour, digits for grey images, none for mlp.)"""
   objective: cli.ObjectiveFlags = cli.ObjectiveFlags()
-  vat: float = 0.0
-  """Weight of virtual adversarial training; 0 for none. With --augment none --adversarial 0 --consistency 0
-  it takes their place, where no augmentation keeps the class."""
+  vat: float | None = None
+  """Weight of virtual adversarial training, 0 for none (None: with --augment none, where it takes the place
+  of consistency, 1, else, and for mlp, 0)."""
   folds: int = 5
   """Without test images: number of folds of the cross-validation over the labels that estimates the error,
   each as long as the training itself; 0: no estimate."""

@@ -39,7 +39,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     learning_rate: peak learning rate of D; None: the tuned one.
     adversarial: weight of D's adversarial loss; 0 trains without a generator; None: the tuned one.
     consistency: weight of consistency; None: the tuned one.
-    vat: weight of virtual adversarial training; 0 for none.
+    vat: weight of virtual adversarial training; 0 for none; None: the tuned one.
     augmentation: augmentation of D's inputs: a name in `recipes.policies.POLICIES`, False for none, or True
       for the policy that suits the images, see `recipes.policies.suited`, if the recipe has augmentation.
     random_state: seed of the initial parameters and all other randomness.
@@ -61,7 +61,7 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     learning_rate: float | None = None,
     adversarial: float | None = None,
     consistency: float | None = None,
-    vat: float = 0.0,
+    vat: float | None = None,
     augmentation: bool | policies.Name = True,
     random_state: Any = None,
     verbose: bool = False,

@@ -116,8 +116,8 @@ def open_run(
   _check_folder(path)
   if dataset.note:
     console.print(dataset.note, style="bold yellow", markup=False)
-  labels, described = _describe(run, values, recipes_used)
   owned = (*FILES, *files)
+  labels, described = _describe(run, values, recipes_used, owned)
   with _locked(path):
     if flags.resume:
       described = _check_resumable(path, labels, described)
@@ -125,6 +125,7 @@ def open_run(
       overwrite.settle(path, owned)
       if (path / "config.json").exists():
         _check_replaceable(path, flags, experiment)
+        owned = (*owned, *(name for name in _stored_files(path) if name not in owned))
         overwrite.set_aside(path, owned)
     complete = False
     try:
@@ -147,7 +148,9 @@ def open_run(
       overwrite.settle(path, owned, complete=complete)
 
 
-def _describe(run: Run, flags: Json, recipes_used: Mapping[str, Recipe]) -> tuple[Json, Json]:
+def _describe(
+  run: Run, flags: Json, recipes_used: Mapping[str, Recipe], files: Sequence[str]
+) -> tuple[Json, Json]:
   """The content of `labels.json` and `config.json` as it will be read back: tuples become lists."""
   dataset, split = run.dataset, run.split
   named = {"experiment": run.experiment, "dataset": dataset.name, "note": dataset.note}
@@ -161,6 +164,7 @@ def _describe(run: Run, flags: Json, recipes_used: Mapping[str, Recipe]) -> tupl
     "class_names": list(dataset.class_names),
     "reader": dataset.reader and dataclasses.asdict(dataset.reader),
     "scaling": dataset.scaling and dataclasses.asdict(dataset.scaling),
+    "files": list(files),
     **run.environment,
   }
   return json.loads(json.dumps(labels)), json.loads(json.dumps(config))
@@ -234,6 +238,14 @@ def _check_replaceable(path: Path, flags: cli.RunFlags, experiment: str) -> None
     stored = json.loads((path / "config.json").read_text())["experiment"]
   if stored != experiment:
     raise InputError(f"{path} holds a run of {stored}, not of {experiment}: name another folder")
+
+
+def _stored_files(path: Path) -> list[str]:
+  """The files and folders in the directory that its run lists as its own: it may have other parts."""
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    stored = json.loads((path / "config.json").read_text())["files"]
+    return [name for name in stored if name in os.listdir(path)]  # no path leads out of the directory
+  return []
 
 
 def _check_resumable(path: Path, labels: Json, described: Json) -> Json:

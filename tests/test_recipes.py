@@ -223,7 +223,10 @@ def test_vat_of_a_recipe_is_that_of_the_study():
   assert set(ours.objective.d) == set(theirs.objective.d)
   assert {"virtual_adversarial", "entropy"} < set(ours.objective.d)
   assert (ours.batch.unlabelled, ours.batch.generated) == (64, 0)
-  assert "virtual_adversarial" not in ssgan.build(hparams, SHAPE, 3).objective.d
+  assert hparams.vat == 1.0
+  assert "consistency" not in ssgan.build(hparams, SHAPE, 3).objective.d
+  for with_augmentation in (ssgan.tuned("conv", 500), ssgan.tuned("vgg", 20_000, "photos")):
+    assert (with_augmentation.vat, with_augmentation.consistency) == (0.0, 1.0)
   again = recipes.rebuild(described(ours))
   assert described(again) == described(ours)
   default = study.build(study.tuned("conv", 500, 8, "gan_vat"), SHAPE, 3)

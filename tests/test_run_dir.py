@@ -51,6 +51,22 @@ def test_a_run_is_never_overwritten_by_accident(open_run, tiny, tmp_path):
     opened(open_run(workdir="mine", overwrite=True))
 
 
+def test_parts_that_only_the_old_run_had_are_replaced_too(open_run, tmp_path):
+  run = opened(open_run(workdir="here", files=("split-0", "split-1")))
+  for name in ("split-0", "split-1", "thesis"):
+    (run.path / name).mkdir()
+  (tmp_path / "outside").mkdir()
+  stored = json.loads((run.path / "config.json").read_text())
+  assert stored["files"][-2:] == ["split-0", "split-1"]
+  (run.path / "config.json").write_text(json.dumps({**stored, "files": ["split-1", "..", "../outside"]}))
+  with pytest.raises(InputError), open_run(workdir="here", overwrite=True, files=("split-0",)):
+    raise InputError("it does not begin")
+  assert (run.path / "split-1").exists()
+  opened(open_run(workdir="here", overwrite=True, files=("split-0",)))
+  assert set(os.listdir(run.path)) == {".lock", "config.json", "labels.json", "thesis"}
+  assert (tmp_path / "outside").exists()
+
+
 @pytest.mark.parametrize("files", [{"config.json": '{"model_type": "other"}'}, {"model.safetensors": ""}])
 def test_only_runs_are_replaced(files, open_run, tmp_path):
   """Not a folder of another program, nor an export, whose networks would outlive its config."""

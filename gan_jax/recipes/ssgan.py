@@ -3,8 +3,8 @@
 Feature matching (Salimans et al., 2016, https://arxiv.org/abs/1606.03498), consistency (Sohn et al., 2020,
 https://arxiv.org/abs/2001.07685) with targets from the averaged D, and class balance (Springenberg, 2016,
 https://arxiv.org/abs/1511.06390). With the weights of the last two at zero it is the published GAN. Virtual
-adversarial training (Miyato et al., 2018, https://arxiv.org/abs/1704.03976) can be added, or take the place
-of the others where no augmentation keeps the class.
+adversarial training (Miyato et al., 2018, https://arxiv.org/abs/1704.03976) can be added; without
+augmentation it takes the place of consistency.
 """
 
 import dataclasses
@@ -81,7 +81,8 @@ def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) 
 
   conv: tuned on held-out training images, split seeds 100 to 105, of MNIST (weights, augmentation,
   schedule) and of the digits (number of steps, class balance). vgg, resnet: those of conv. mlp: the
-  published recipe of Improved GAN, for 12,000 steps, or 4,000 on small data; the paper has 180,000.
+  published recipe of Improved GAN, for 12,000 steps, or 4,000 on small data; the paper has 180,000. The
+  convolutional ones without augmentation (policy none) have virtual adversarial training for consistency.
 
   Args:
     network: the pair.
@@ -93,8 +94,12 @@ def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) 
   """
   small_data = num_images < SMALL_DATA
   if network in ("conv", "vgg", "resnet"):
-    small = {"num_steps": 1000, "class_balance": (1.0, 0.0), "ema_decay": 0.99}
-    return with_policy(Hparams(network=network, **(small if small_data else {})), policy or "digits")
+    changes: dict[str, Any] = {"network": network}
+    if small_data:
+      changes |= {"num_steps": 1000, "class_balance": (1.0, 0.0), "ema_decay": 0.99}
+    if policy == "none":
+      changes |= {"consistency": 0.0, "vat": 1.0}
+    return with_policy(Hparams(**changes), policy or "digits")
   if network != "mlp":
     raise InputError(
       f"there is no tuned recipe for the network {network}: start from conv, vgg, resnet or mlp"
@@ -160,11 +165,12 @@ def for_data(
     num_images: number of images that the run sees (default: all).
     given: arguments of `for_images`, and hyper-parameters; None keeps the tuned value.
   """
-  measured: dict[str, Any] = {"class_prior": data.class_prior(y_lab, num_classes)}
-  if given.get("vat"):
-    measured["vat_epsilon"] = VAT_EPSILON * data.mean_norm(x)
   height, width, channels = x.shape[1:]
-  return for_images((height, width, channels), num_images or len(x), **measured | given)
+  given = {"class_prior": data.class_prior(y_lab, num_classes), **given}
+  hparams = for_images((height, width, channels), num_images or len(x), **given)
+  if not hparams.vat or given.get("vat_epsilon") is not None:
+    return hparams
+  return dataclasses.replace(hparams, vat_epsilon=VAT_EPSILON * data.mean_norm(x))
 
 
 def with_policy(hparams: Hparams, name: policies.Name) -> Hparams:
