@@ -450,6 +450,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
   "generators": lambda: generators.table(_lines("generators.jsonl"), _lines("article-2-cores.json")),
   "few-images": lambda: few_images(_lines("mnist_low_data.json")),
+  "few-images-gamma": lambda: few_images(_lines("mnist-gamma.jsonl"), "frechet_to_training_set", "gamma"),
   "networks": lambda: networks.table(_lines("networks.jsonl")),
   "streaming": lambda: streaming.table(_lines("streaming.jsonl")),
   "peers": lambda: peers(_lines("step_time.jsonl")),

@@ -31,6 +31,7 @@ from gan_jax import (
   recipes,
   results,
   run_dir,
+  steps,
   train,
 )
 from gan_jax.datasets import Dataset
@@ -156,19 +157,23 @@ def fit_gan(
 ) -> train.Fit:
   """Trains the recipe with diagnostics; the extractor classifies the generated images."""
   assert run.split is not None
+  dataset, class_prior = run.dataset, None
+  if not steps.is_class_conditional(recipe.g):  # whose classes are drawn equally often
+    class_prior = data.class_prior(dataset.y_train[dataset.y_train >= 0], dataset.num_classes)
   return train.fit(
     recipe,
-    data.to_device(run.dataset, run.split, exclude_labelled=run.exclude_labelled),
+    data.to_device(dataset, run.split, exclude_labelled=run.exclude_labelled),
     jax.random.key(run.seed),
     workdir=run.path,
     resume=config.run.resume,
     phase="gan",
     checkpoint_every=config.loop.steps_between_checkpoints(recipe.num_steps),
     on_nonfinite=config.loop.on_nonfinite,
-    start=run_dir.start_from(config.transfer, recipe, run.dataset.class_names),
+    start=run_dir.start_from(config.transfer, recipe, dataset.class_names),
     diagnose=True,
     classify=extractor and extractor.classify,
-    class_names=run.dataset.class_names,
+    class_names=dataset.class_names,
+    class_prior=class_prior,
     tensorboard=config.loop.tensorboard,
     devices=devices,
   )

@@ -258,6 +258,7 @@ def _fit(
     start=run_dir.start_from(config.transfer, recipe, run.dataset.class_names),
     diagnose=recipe.has_generator,
     class_names=run.dataset.class_names,
+    class_prior=data.class_prior(images.y_lab, run.dataset.num_classes),
     snapshot=_snapshot(run, recipe) if _draws_images(recipe, run.dataset) else None,
     devices=devices,
     **logged,

@@ -54,6 +54,7 @@ def fit(
   diagnose: bool = False,
   classify: diagnostics.Classify | None = None,
   class_names: Sequence[str] = (),
+  class_prior: Sequence[float] | None = None,
   tensorboard: bool = False,
   steps_per_dispatch: int = 50,
   snapshot: Callable[[TrainState], None] | None = None,
@@ -80,6 +81,7 @@ def fit(
       others, and alarms are printed when they first appear.
     classify: classifies generated images for the diagnostics, see `make_diagnostics`.
     class_names: class names for the alarms.
+    class_prior: class frequencies of the data for the alarms, see `diagnostics.alarms`; None: equal.
     tensorboard: whether to also log for TensorBoard, under `workdir/tensorboard`.
     steps_per_dispatch: the most steps in one dispatch; fewer if images are streamed and large.
     snapshot: called with the state about ten times, for intermediate pictures.
@@ -149,7 +151,7 @@ def fit(
           done,
           num_steps,
           class_names=class_names,
-          class_prior=getattr(recipe.hparams, "class_prior", None),
+          class_prior=class_prior,
           tensorboard=tensorboard,
           rollbacks=rollbacks,
           show=stack.enter_context(log.progress(phase, done, num_steps)) if verbose else None,

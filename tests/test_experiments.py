@@ -207,6 +207,9 @@ def test_flags_reach_training(module, flags, hparams, tmp_path, monkeypatch):
   assert kwargs["start"] is not None
   assert recipe.derived == (("with_frozen", {"num_layers": 1}),)
   assert {name: getattr(recipe.hparams, name) for name in hparams} == hparams
+  assert (kwargs["class_prior"] is None) == (
+    module is not mnist_gan
+  )  # five labels each, or drawn equally often
   if module is mnist_ssgan:
     x = evaluate.with_test_set(cli.load(cli.DataFlags("digits"))).x_train
     assert recipe.hparams.vat_epsilon == 0.4 * data.mean_norm(x)
