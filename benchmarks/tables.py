@@ -430,7 +430,9 @@ TABLES: dict[str, Callable[[], str]] = {
   ),
   "transfer": lambda: transfer(_lines("transfer-digits-mnist.json", "transfer-mnist-digits.json")),
   "map": lambda: _gan_map.table(_map()),
-  "mnist-plain": lambda: study(_lines("map/mnist-no-augmentation-1500.jsonl"), ("fixmatch_ema@matched",)),
+  "mnist-plain": lambda: study(
+    _lines("map/mnist-no-augmentation-1500.jsonl"), ("fixmatch_ema@matched", "vat@matched")
+  ),
   "mnist-plain-long": lambda: study(
     _lines("map/mnist-no-augmentation-10000.jsonl"), ("fixmatch_ema@matched", "vat@matched")
   ),
@@ -450,6 +452,7 @@ TABLES: dict[str, Callable[[], str]] = {
   "probes": lambda: probes(_lines("label_study-digits.jsonl")),
   "generators": lambda: generators.table(_lines("generators.jsonl"), _lines("article-2-cores.json")),
   "few-images": lambda: few_images(_lines("mnist_low_data.json")),
+  "few-images-colour": lambda: few_images(_lines("cifar10-few-images.jsonl")),
   "few-images-gamma": lambda: few_images(_lines("mnist-gamma.jsonl"), "frechet_to_training_set", "gamma"),
   "networks": lambda: networks.table(_lines("networks.jsonl")),
   "streaming": lambda: streaming.table(_lines("streaming.jsonl")),
