@@ -79,7 +79,7 @@ class Config:
   data: cli.DataFlags = cli.DataFlags()
   images: cli.ImageFlags = cli.ImageFlags(hold_out=None)
   labels: cli.LabelFlags = cli.LabelFlags()
-  """Labels are used only by the linear probe."""
+  """The linear probe uses these labels; alarms of lost classes use the frequencies of all labels."""
   train: cli.TrainFlags = cli.TrainFlags()
   gan_flags: GanFlags = GanFlags()
   augment: gan.Augmentation = "none"

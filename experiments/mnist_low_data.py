@@ -108,7 +108,7 @@ def main(config: Config) -> Json:
       "seconds_train": sum(cell["seconds_train"] for cell in cells.values()),
       "frechet_replayed_training_set": next(iter(cells.values()))["frechet_replayed_training_set"],
       "cells": {
-        name: {"augment": parts[name][1], **{key: cell[key] for key in keys}}
+        name: {"augment": parts[name][1], **{key: cell.get(key) for key in keys}}
         for name, cell in cells.items()
       },
     }

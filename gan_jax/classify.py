@@ -68,8 +68,8 @@ class Config:
   class. (None: photos or objects for colour, digits for grey images, none for mlp.)"""
   objective: cli.ObjectiveFlags = cli.ObjectiveFlags()
   vat: float | None = None
-  """Weight of virtual adversarial training, 0 for none (None: with --augment none, where it takes the place
-  of consistency, 1, else, and for mlp, 0)."""
+  """Weight of virtual adversarial training, 0 for none (None: 1 with --augment none, in place of
+  consistency; otherwise, and for mlp, 0)."""
   folds: int = 5
   """Without test images: number of folds of the cross-validation over the labels that estimates the error,
   each as long as the training itself; 0: no estimate."""

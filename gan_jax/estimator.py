@@ -39,7 +39,8 @@ class SemiSupervisedGAN(TransformerMixin, ClassifierMixin, BaseEstimator):
     learning_rate: peak learning rate of D; None: the tuned one.
     adversarial: weight of D's adversarial loss; 0 trains without a generator; None: the tuned one.
     consistency: weight of consistency; None: the tuned one.
-    vat: weight of virtual adversarial training; 0 for none; None: the tuned one.
+    vat: weight of virtual adversarial training; 0 for none; None: the tuned one, 1 in place of
+      consistency without augmentation, except with mlp.
     augmentation: augmentation of D's inputs: a name in `recipes.policies.POLICIES`, False for none, or True
       for the policy that suits the images, see `recipes.policies.suited`, if the recipe has augmentation.
     random_state: seed of the initial parameters and all other randomness.

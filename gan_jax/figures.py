@@ -47,7 +47,14 @@ def _figure(path: Path, size: tuple[float, float], draw: Callable) -> None:
 
 
 _CURVES = {
-  "losses of D": ("d/loss", "d/supervised", "d/adversarial", "d/consistency", "d/rotation"),
+  "losses of D": (
+    "d/loss",
+    "d/supervised",
+    "d/adversarial",
+    "d/consistency",
+    "d/virtual_adversarial",
+    "d/rotation",
+  ),
   "penalties": ("d/r1", "d/r2", "d/wgan_gp"),
   "loss of G": ("g/loss",),
   "real logit": ("d/real_logit_real", "d/real_logit_fake", "diagnostics/real_logit_held_out"),

@@ -278,7 +278,7 @@ def _check_resumable(path: Path, labels: Json, described: Json) -> Json:
     before = stored["config.json"].get(key)
     if before is not None and before != described[key]:
       raise InputError(f"{path} was started on other data, {how}")
-  return stored["config.json"] | {key: described[key] for key in ("config", "command")}
+  return stored["config.json"] | {key: described[key] for key in ("config", "command", "files")}
 
 
 def run_inside(run: Run, name: str, main: Callable[[Any], Json], config: Any) -> Json:

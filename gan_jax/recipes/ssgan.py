@@ -82,7 +82,8 @@ def tuned(network: Tuned, num_images: int, policy: policies.Name | None = None) 
   conv: tuned on held-out training images, split seeds 100 to 105, of MNIST (weights, augmentation,
   schedule) and of the digits (number of steps, class balance). vgg, resnet: those of conv. mlp: the
   published recipe of Improved GAN, for 12,000 steps, or 4,000 on small data; the paper has 180,000. The
-  convolutional ones without augmentation (policy none) have virtual adversarial training for consistency.
+  convolutional ones without augmentation (policy none) have virtual adversarial training in place of
+  consistency, whose `vat_epsilon` depends on the data: `for_data` measures it.
 
   Args:
     network: the pair.
