@@ -201,6 +201,12 @@ def test_an_extractor_tells_replayed_digits_from_noise(cached, digits):
   quality, key = metrics.generator_quality(trained, noise, training), f"frechet_{trained.name}_n500"
   assert quality["frechet"] == quality[key] > 10 * quality["frechet_replayed_training_set"] > 0
   assert quality["frechet_to_training_set"] > 10 * quality["frechet_replayed_training_set"]
+  assert set(metrics.generator_quality(trained, noise)) == quality.keys() - {
+    "frechet_to_training_set",
+    "frechet_replayed_training_set",
+  }
+  with pytest.raises(InputError, match="over 499 and 500 images are not comparable"):
+    metrics.generator_quality(trained, noise[1:], training)
   with pytest.raises(InputError, match="1198 training images, fewer than 1199"):
     metrics.training_moments(trained, digits, 1199)
 

@@ -230,6 +230,7 @@ def test_vat_of_a_recipe_is_that_of_the_study():
   assert measured.vat_epsilon == ssgan.VAT_EPSILON * data.mean_norm(x)
   assert ssgan.for_data(x, y, 10, network="conv", policy="none", vat=0.0).vat_epsilon == 1.0
   assert "consistency" not in ssgan.build(hparams, SHAPE, 3).objective.d
+  assert "virtual_adversarial" not in ssgan.build(ssgan.tuned("conv", 500), SHAPE, 3).objective.d
   for with_augmentation in (ssgan.tuned("conv", 500), ssgan.tuned("vgg", 20_000, "photos")):
     assert (with_augmentation.vat, with_augmentation.consistency) == (0.0, 1.0)
   again = recipes.rebuild(described(ours))

@@ -23,7 +23,7 @@ def generator_quality(
   Args:
     extractor: from `load_feature_extractor`.
     x: images in [0, 1], `[N, H, W, C]`, N at least 256.
-    training: from `training_moments`, of N images.
+    training: from `training_moments`, of N images too: distances depend on the number.
 
   Returns:
     A flat dictionary:
@@ -39,7 +39,7 @@ def generator_quality(
       `classes_covered`: number of classes with at least a tenth of the share 1/K.
 
   Raises:
-    InputError: too few images, a wrong shape, or values outside [0, 1].
+    InputError: too few images, a wrong shape, values outside [0, 1], or moments of another number.
 
   References:
     Heusel et al., 2017, https://arxiv.org/abs/1706.08500 (the distance, on Inception features).
@@ -49,6 +49,10 @@ def generator_quality(
   frechet.check_num_images(len(x), len(extractor.test.mean))
   if not (x.min() >= 0 and x.max() <= 1):  # written so that NaN is rejected
     raise InputError("generated images must be finite and in [0, 1]")
+  if training is not None and training.n != len(x):
+    raise InputError(
+      f"distances over {len(x)} and {training.n} images are not comparable: use equal numbers"
+    )
   logits, features = extractor.predict(data.to_bytes(x))
   generated = frechet.moments(features)
   distance = frechet.frechet_distance(generated, extractor.test)
@@ -66,7 +70,7 @@ def generator_quality(
 
 
 def training_moments(extractor: FeatureExtractor, dataset: Dataset, num: int) -> frechet.Moments:
-  """The moments of `num` random training images, each taken once.
+  """The moments of `num` random training images of the whole dataset, each taken once.
 
   Raises:
     InputError: fewer than `num` training images, or too few for a distance.
